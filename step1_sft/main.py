@@ -1,0 +1,205 @@
+"""Step 1: supervised fine-tuning. Loss on the assistant's tokens, end token included.
+
+deepspeed step1_sft/main.py --model_name_or_path MODEL --sft_data DATA --output_dir FOLDER
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
+
+import torch
+
+from step1_sft.config import SFTConfig
+from utils import config as run_config
+from utils import report as reporting
+from utils.data import batches, chat_template, instructions, rows, splits
+from utils.distributed import checkpoint, process_group, zero
+from utils.distributed.hybrid_engine import HybridEngine
+from utils.models import generation, language_model
+
+
+def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
+    """Summed −log p of the supervised tokens, and how many there are.
+
+    ids, mask, supervised: (B,T). Token t is predicted from t−1, so column 0 never counts.
+    """
+    inner = getattr(model, "module", model)
+    logits = model(**language_model.forward_inputs(inner, ids, mask), use_cache=False).logits
+    wanted = supervised[:, 1:]
+    logprobs = language_model.hidden_to_logprobs(logits[:, :-1][wanted], ids[:, 1:][wanted])
+    return -logprobs.sum(), int(wanted.sum())
+
+
+@torch.no_grad()
+def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
+    """Held-out loss a token (nats) and perplexity, over all ranks."""
+    engine.module.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    mine = order[process_group.rank() :: process_group.world_size()]
+    # Every rank runs as many forward passes as the fullest one: ZeRO-3 gathers in each.
+    per_rank = math.ceil(len(order) / process_group.world_size())
+    total = tokens = 0.0
+    for start in range(0, per_rank, config.micro_batch_size):
+        chosen = mine[start : start + config.micro_batch_size]
+        batch = batches.supervised_batch([examples[i] for i in chosen or order[:1]], pad_id)
+        loss, count = response_loss(engine, *(t.to(device) for t in batch))
+        if chosen:
+            total, tokens = total + loss.item(), tokens + count
+    engine.module.train()
+    total, tokens = process_group.sum_over_ranks([total, tokens], device)
+    loss = total / tokens
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))}
+
+
+def load_data(config, tokenizer, report):
+    """(training examples, held-out examples, held-out conversations), tokenised."""
+    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+
+    def load(names, role):
+        return instructions.load_conversations(
+            names, split_role=role, schema=config.data_schema, bad=bad
+        )
+
+    train, held = splits.train_and_held_out(
+        config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1
+    )
+    bad.finish("sft_data")
+    examples, counts = batches.encode_conversations(
+        tokenizer, train, config.max_length, config.long_answers
+    )
+    eval_examples, eval_counts = batches.encode_conversations(
+        tokenizer, held, config.max_length, config.long_answers
+    )
+    report.say(counts.line("training data"))
+    report.say(eval_counts.line("held-out data"))
+    if not examples or not eval_examples:
+        raise SystemExit(
+            f"nothing left to train or evaluate on; max_length={config.max_length}: "
+            "raise --max_length or give more rows"
+        )
+    return examples, eval_examples, held
+
+
+def sample_answers(model, tokenizer, conversations, config, device) -> str:
+    """Greedy answers to the first held-out prompts, as text for people."""
+    lines = []
+    for row in conversations[: config.sample_answers]:
+        ids = chat_template.encode_prompt(tokenizer, row.messages[:-1])[-config.max_length :]
+        prompt = torch.tensor([ids], device=device)
+        answer = generation.generate(
+            model,
+            prompt,
+            torch.ones_like(prompt, dtype=torch.bool),
+            max_new_tokens=64,
+            stop_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+        lines.append(
+            f"  {row.messages[-2]['content'][:120]!r}\n"
+            f"    → {tokenizer.decode(answer[0], skip_special_tokens=True)!r}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = run_config.parse(SFTConfig, __doc__)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    world, rank = process_group.world_size(), process_group.rank()
+    dtype = zero.resolve_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    started = time.time()
+
+    # Build: data, model, engine.
+    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    setup = reporting.Report(config.output_dir, 0, 1, tensorboard=False)
+    examples, eval_examples, held = load_data(config, tokenizer, setup)
+    lengths = [len(e.ids) for e in examples]
+    steps = config.max_steps or batches.steps_of(
+        config.epochs, config.global_batch_size, len(examples)
+    )
+    report = reporting.Report(config.output_dir, steps, config.log_every, config.tensorboard)
+    report.say(
+        f"step 1, SFT: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
+        + reporting.batch_arithmetic(config, world)
+    )
+    run_config.save(config, config.output_dir, world)
+    model = language_model.load(
+        config,
+        config.model_name_or_path,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        tokenizer=tokenizer,
+    )
+    engine = zero.TrainEngine(
+        model,
+        config,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        learning_rate=config.learning_rate,
+        total_steps=steps,
+    )
+    hybrid = HybridEngine(engine)
+
+    def show_answers(when: str) -> None:
+        with hybrid.generating() as generator:
+            answers = sample_answers(generator, tokenizer, held, config, device)
+        report.say(f"answers {when}:\n{answers}")
+
+    def save() -> None:
+        checkpoint.save_model(config.output_dir, engine.module, tokenizer, config)
+
+    before = evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
+    report.say(f"held-out loss before: {before['eval/loss']:.4f}")
+    show_answers("before")
+
+    # Loop.
+    for step in range(steps):
+        tick = time.time()
+        chosen = batches.rows_of_step(step, config.global_batch_size, len(examples), config.seed)
+        tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
+        loss_sum = 0.0
+        for micro in batches.deal(chosen, lengths, rank, world, config.micro_batch_size):
+            batch = batches.supervised_batch([examples[i] for i in micro], tokenizer.pad_token_id)
+            loss, _ = response_loss(engine, *(t.to(device) for t in batch))
+            engine.backward(loss, normaliser=tokens)
+            loss_sum += loss.item()
+        metrics = engine.step()
+        metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / tokens
+        metrics["seconds"] = time.time() - tick
+        metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
+        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
+            metrics |= evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
+        report.log(
+            step + 1,
+            metrics,
+            show=("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second"),
+        )
+        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
+            save()
+
+    # Evaluate, save.
+    after = evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
+    show_answers("after")
+    save()
+    result = {
+        "eval_loss_before": before["eval/loss"],
+        "eval_loss_after": after["eval/loss"],
+        "eval_perplexity_after": after["eval/perplexity"],
+        "steps": steps,
+        "seconds": time.time() - started,
+    }
+    reporting.save_result(config.output_dir, result)
+    report.say(
+        f"held-out loss {before['eval/loss']:.4f} → {after['eval/loss']:.4f} "
+        f"(perplexity {after['eval/perplexity']:.3f}); saved {config.output_dir}"
+    )
+    report.close()
+    process_group.shut_down()
+
+
+if __name__ == "__main__":
+    main()

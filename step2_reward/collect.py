@@ -1,0 +1,275 @@
+"""Comparisons from a policy: K sampled answers a prompt, ranked by a labeller, written to disk.
+
+deepspeed step2_reward/collect.py --policy SFT --prompt_data DATA --labeller verifier \
+    --output_file comparisons.jsonl
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
+
+import torch
+
+from utils import config as run_config
+from utils import report as reporting
+from utils.config import RunConfig, setting
+from utils.data import batches, chat_template, instructions, preferences, rows, toy_tasks
+from utils.distributed import process_group, zero
+from utils.models import generation, language_model, scalar_model
+
+
+@dataclass
+class CollectConfig(RunConfig):
+    """Of the settings of every step only those that matter to sampling are read."""
+
+    policy: str = setting("", "folder or hub name of the model to sample from")
+    prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
+    num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
+    answers_per_prompt: int = setting(4, "K, answers sampled a prompt (InstructGPT: 4 to 9)")
+    max_prompt_length: int = setting(256, "tokens; prompts are cut from the left")
+    max_response_length: int = setting(256, "tokens sampled at most")
+    temperature: float = setting(1.0, "sampling temperature")
+    labeller: str = setting(
+        "verifier",
+        "who ranks: a program, a reward model, a file of human "
+        "rankings, or none (write the answers for people to rank)",
+        choices=("verifier", "reward_model", "file", "none"),
+    )
+    agreement: float = setting(1.0, "verifier: share of pairs labelled as it would (people: 0.73)")
+    reward_model: str = setting("", "labeller reward_model: its folder")
+    rankings: str = setting("", "labeller file: rows of prompt, responses, and ranks or scores")
+    output_file: str = setting("", "where the comparisons go, JSON Lines")
+
+    def problems(self, world_size: int) -> list[str]:
+        self.output_dir = self.output_dir or str(Path(self.output_file or ".").parent)
+        self.model_name_or_path = self.policy or self.model_name_or_path or "-"
+        found = super().problems(world_size)
+        if not self.output_file:
+            found.append("output_file is empty; say where to write with --output_file")
+        if self.labeller == "file":
+            if not self.rankings:
+                found.append("labeller=file needs --rankings FILE")
+        elif not self.policy or not self.prompt_data:
+            found.append(f"labeller={self.labeller} samples answers: set --policy, --prompt_data")
+        if self.labeller == "reward_model" and not self.reward_model:
+            found.append("labeller=reward_model needs --reward_model FOLDER")
+        if not 2 <= self.answers_per_prompt <= 64:
+            found.append(f"answers_per_prompt={self.answers_per_prompt} must lie in [2, 64]")
+        if not 0.5 < self.agreement <= 1:
+            found.append(f"agreement={self.agreement} must lie in (0.5, 1]; 0.5 would be a coin")
+        if self.temperature <= 0:
+            found.append(f"temperature={self.temperature} must be above 0 to give K answers")
+        return found
+
+
+def sample_answers(config, prompts, tokenizer, model, device) -> list[list[str]]:
+    """K answers a prompt, on every rank, in the order of `prompts`."""
+    rank, world = process_group.rank(), process_group.world_size()
+    encoded, counts = batches.encode_prompts(tokenizer, prompts, config.max_prompt_length)
+    if process_group.is_main():
+        print(counts.line("prompts"), flush=True)
+    k, length = config.answers_per_prompt, config.max_response_length
+    noise = generation.uniform_noise(len(prompts) * k, length, config.seed, 0)
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    mine = order[rank::world]
+    found = {}
+    for start in range(0, len(mine), config.micro_batch_size):
+        chosen = mine[start : start + config.micro_batch_size]
+        ids, mask = batches.prompt_batch(
+            [encoded[i] for i in chosen for _ in range(k)], tokenizer.pad_token_id
+        )
+        responses = generation.generate(
+            model,
+            ids.to(device),
+            mask.to(device),
+            max_new_tokens=length,
+            stop_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            temperature=config.temperature,
+            noise=noise[[i * k + j for i in chosen for j in range(k)]],
+        )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        found |= {i: texts[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
+    everything = {i: t for part in process_group.gather_objects(found) for i, t in part.items()}
+    return [everything[i] for i in range(len(prompts))]
+
+
+def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> list[list[float]]:
+    """Scores with noise, so that a share `agreement` of the pairs that differ keep their order.
+
+    A labeller who errs on answers rather than on pairs: the ranking of one prompt stays free of
+    cycles, as a person's is. The noise's size is found by bisection on these very answers.
+    """
+    if agreement >= 1.0:
+        return scores
+    draw = random.Random(seed)
+    noise = [[draw.gauss(0.0, 1.0) for _ in group] for group in scores]
+
+    def noisy(size: float) -> list[list[float]]:
+        return [
+            [s + size * e for s, e in zip(*pair, strict=True)]
+            for pair in zip(scores, noise, strict=True)
+        ]
+
+    low, high = 0.0, 1e4 * (max(map(max, scores)) - min(map(min, scores)) + 1e-9)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if share_agreeing(scores, noisy(middle)) > agreement:
+            low = middle
+        else:
+            high = middle
+    return noisy(high)
+
+
+def share_agreeing(truth: list[list[float]], other: list[list[float]]) -> float:
+    """Share of the pairs that differ in `truth` which `other` orders the same way."""
+    same = pairs = 0
+    for t, o in zip(truth, other, strict=True):
+        for i in range(len(t)):
+            for j in range(i):
+                if t[i] != t[j]:
+                    pairs += 1
+                    same += (t[i] > t[j]) == (o[i] > o[j])
+    return same / max(pairs, 1)
+
+
+def label_with_verifier(config, prompts, answers) -> list[list[float]]:
+    try:
+        scores = [
+            [toy_tasks.verify(p.row, a) for a in group]
+            for p, group in zip(prompts, answers, strict=True)
+        ]
+    except KeyError as error:
+        raise SystemExit(
+            f"labeller=verifier: {prompts[0].where} lacks the column {error}; it "
+            "judges rows of utils/data/toy_tasks.py, for others choose --labeller "
+            "reward_model, file or none"
+        ) from None
+    labelled = agreeing_scores(scores, config.agreement, config.seed)
+    if process_group.is_main():
+        share = share_agreeing(scores, labelled)
+        mean = sum(map(sum, scores)) / sum(map(len, scores))
+        print(
+            f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs "
+            "that differ",
+            flush=True,
+        )
+    return labelled
+
+
+@torch.no_grad()
+def label_with_reward_model(config, prompts, answers, dtype, device) -> list[list[float]]:
+    tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
+    model = scalar_model.load(config, config.reward_model, dtype=dtype, zero_stage=0)
+    model.to(device).eval()
+    texts = [(p.messages, a) for p, group in zip(prompts, answers, strict=True) for a in group]
+    limit = config.max_prompt_length + config.max_response_length
+    scores = []
+    for start in range(0, len(texts), config.micro_batch_size):
+        encoded = [
+            chat_template.encode_conversation(
+                tokenizer, (*messages, {"role": "assistant", "content": answer})
+            ).ids[-limit:]
+            for messages, answer in texts[start : start + config.micro_batch_size]
+        ]
+        ids = batches.pad(encoded, tokenizer.pad_token_id).to(device)
+        mask = batches.pad([[True] * len(e) for e in encoded], False).to(device)
+        scores += scalar_model.sequence_scores(model, ids, mask).tolist()
+    rest = iter(scores)
+    return [[next(rest) for _ in group] for group in answers]
+
+
+def write(config, prompts, answers, labels) -> None:
+    """Comparisons with their provenance; answers that say the same count once."""
+    provenance = {
+        "policy": config.policy,
+        "labeller": config.labeller,
+        "seed": config.seed,
+        "temperature": config.temperature,
+        "agreement": config.agreement,
+    }
+    kept = ties = 0
+    path = Path(config.output_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        for prompt, group, scores in zip(prompts, answers, labels, strict=True):
+            # A tiny policy samples control bytes now and then, which no data file should hold.
+            unique = {
+                a: s
+                for a, s in zip(group, scores, strict=True)
+                if a.strip() and not rows.text_problem(a)
+            }
+            if len(unique) < 2 or (config.labeller != "none" and len(set(unique.values())) < 2):
+                ties += 1
+                continue
+            kept += 1
+            row = {"prompt": list(prompt.messages), "responses": list(unique)}
+            if config.labeller != "none":
+                row["scores"] = list(unique.values())
+            row["provenance"] = provenance | {"prompt": prompt.where}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(
+        f"{path}: {kept} comparisons; {ties} prompts left out, whose answers were all alike or "
+        "equally good",
+        flush=True,
+    )
+    if not kept:
+        raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
+
+
+def import_rankings(config) -> None:
+    """People's rankings, checked, in the form step 2 reads, with provenance."""
+    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    found = preferences.load_comparisons([config.rankings], split_role="train", bad=bad)
+    bad.finish(config.rankings)
+    prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in found]
+    write(config, prompts, [c.responses for c in found], [c.scores for c in found])
+
+
+def main() -> None:
+    config = run_config.parse(CollectConfig, __doc__)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    dtype = zero.resolve_dtype(config.dtype, device)
+    started = time.time()
+    if config.labeller == "file":
+        if process_group.is_main():
+            import_rankings(config)
+        process_group.shut_down()
+        return
+    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    prompts = instructions.load_prompts(
+        config.prompt_data, split_role="train", schema=config.data_schema, bad=bad
+    )
+    bad.finish("prompt_data")
+    prompts = rows.split_for_step(prompts, config.data_split, step=2)
+    random.Random(config.seed).shuffle(prompts)
+    prompts = prompts[: config.num_prompts or None]
+    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
+    model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
+    answers = sample_answers(config, prompts, tokenizer, model.to(device).eval(), device)
+    tokens = math.fsum(len(a) for group in answers for a in group)
+    if process_group.is_main():
+        if config.labeller == "verifier":
+            labels = label_with_verifier(config, prompts, answers)
+        elif config.labeller == "reward_model":
+            labels = label_with_reward_model(config, prompts, answers, dtype, device)
+        else:
+            labels = [[0.0] * len(group) for group in answers]
+        write(config, prompts, answers, labels)
+        print(
+            f"{len(prompts)} × {config.answers_per_prompt} answers, {tokens:.0f} characters in "
+            f"{time.time() - started:.1f} s",
+            flush=True,
+        )
+    process_group.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Step 2: the reward model. K answers a prompt go forward once, all their pairs are ranked.
+
+deepspeed step2_reward/main.py --model_name_or_path SFT --preference_data DATA --output_dir FOLDER
+"""
+
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
+
+import torch
+
+from step2_reward import loss as losses
+from step2_reward.config import RewardConfig
+from utils import config as run_config
+from utils import report as reporting
+from utils.data import batches, chat_template, instructions, preferences, rows, splits
+from utils.distributed import checkpoint, process_group, zero
+from utils.models import scalar_model
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One prompt's K answers as token rows, how good each is, and its length in characters."""
+
+    answers: tuple[list[int], ...]
+    labels: tuple[float, ...]
+    characters: tuple[int, ...]
+
+
+def encode(tokenizer, comparisons, max_length: int) -> tuple[list[Ranked], batches.Counts]:
+    """An answer that is too long keeps its stop token, where its score is read."""
+    counts, encoded = batches.Counts(), []
+    for row in comparisons:
+        answers = []
+        for text in row.responses:
+            whole = chat_template.encode_conversation(
+                tokenizer, (*row.prompt, {"role": "assistant", "content": text})
+            )
+            start = whole.last_answer
+            prompt, answer = batches.shorten(
+                whole.ids[:start],
+                whole.ids[start:],
+                max_length,
+                tokenizer.eos_token_id,
+                "cut",
+                counts,
+            )
+            answers.append(prompt + answer)
+        encoded.append(Ranked(tuple(answers), row.scores, tuple(len(t) for t in row.responses)))
+    return encoded, counts
+
+
+def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
+    """(N,) scores of all answers of `ranked`, laid end to end."""
+    answers = [ids for r in ranked for ids in r.answers]
+    ids = batches.pad(answers, pad_id).to(device)
+    mask = batches.pad([[True] * len(a) for a in answers], False).to(device)
+    return scalar_model.sequence_scores(engine, ids, mask)
+
+
+def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:
+    """Summed loss of the prompts in `ranked` (each weighs 1)."""
+    winners, losers, weights = losses.ranked_pairs([r.labels for r in ranked])
+    margins = None
+    if config.score_margin:
+        labels = torch.tensor([label for r in ranked for label in r.labels], device=device)
+        margins = config.score_margin * (labels[winners] - labels[losers])
+    return losses.ranking_loss(
+        scores_of(engine, ranked, pad_id, device),
+        winners,
+        losers,
+        weights,
+        margins=margins,
+        label_smoothing=config.label_smoothing,
+        centring=config.centring,
+    )
+
+
+@torch.no_grad()
+def score_all(engine, ranked: list[Ranked], micro: int, pad_id: int, device) -> list[list[float]]:
+    """Scores of every answer, on every rank, in the order of `ranked`."""
+    engine.module.eval()
+    rank, world = process_group.rank(), process_group.world_size()
+    order = sorted(range(len(ranked)), key=lambda i: max(map(len, ranked[i].answers)))
+    mine = order[rank::world]
+    found = {}
+    # Every rank runs as many forward passes as the fullest one: ZeRO-3 gathers in each.
+    for start in range(0, math.ceil(len(order) / world), micro):
+        chosen = mine[start : start + micro]
+        flat = iter(
+            scores_of(engine, [ranked[i] for i in chosen or order[:1]], pad_id, device).tolist()
+        )
+        found |= {i: [next(flat) for _ in ranked[i].answers] for i in chosen}
+    engine.module.train()
+    everything = {i: s for part in process_group.gather_objects(found) for i, s in part.items()}
+    return [everything[i] for i in range(len(ranked))]
+
+
+def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
+    """Accuracy, its interval and mean margin on held-out pairs; beside it the longer answer's."""
+    from step2_reward.metrics import pair_accuracy
+
+    scores = score_all(engine, ranked, config.micro_batch_size, pad_id, device)
+    winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
+    flat = [s for group in scores for s in group]
+    sizes = [float(c) for r in ranked for c in r.characters]
+    ours = pair_accuracy([flat[i] for i in winners], [flat[i] for i in losers])
+    longer = pair_accuracy([sizes[i] for i in winners], [sizes[i] for i in losers])
+    return {
+        "eval/accuracy": ours["accuracy"],
+        "eval/accuracy_low": ours["low"],
+        "eval/accuracy_high": ours["high"],
+        "eval/margin": ours["margin"],
+        "eval/accuracy_longer_answer": longer["accuracy"],
+        "eval/pairs": ours["pairs"],
+    }
+
+
+def load_data(config, tokenizer, report):
+    """(training comparisons, held-out comparisons, held-out demonstrations), tokenised."""
+    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+
+    def load(names, role):
+        return preferences.load_comparisons(
+            names, split_role=role, schema=config.data_schema, bad=bad
+        )
+
+    def load_demonstrations(names, role):
+        return instructions.load_conversations(names, split_role=role, bad=bad)
+
+    train, held = splits.train_and_held_out(
+        config.preference_data, load, preferences.PREFERENCE_SPLITS["eval"], config, step=2
+    )
+    demonstrations = []
+    if config.sft_data:
+        _, shown = splits.train_and_held_out(
+            config.sft_data,
+            load_demonstrations,
+            instructions.SFT_SPLITS["eval"],
+            splits.unweighted(config),
+            step=1,
+        )
+        encoded, _ = batches.encode_conversations(tokenizer, shown, config.max_length, "cut")
+        demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
+    bad.finish("preference_data")
+    ties = len(train) + len(held)
+    train, held = ([c for c in part if len(set(c.scores)) > 1] for part in (train, held))
+    ties -= len(train) + len(held)
+    report.say(
+        f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
+        "answers are all equally good"
+    )
+    if not train or not held:
+        raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
+    train, counts = encode(tokenizer, train, config.max_length)
+    held, held_counts = encode(tokenizer, held, config.max_length)
+    report.say(counts.line("answers to train on"))
+    report.say(held_counts.line("held-out answers"))
+    if not demonstrations:
+        best = [max(range(len(r.labels)), key=lambda k, r=r: r.labels[k]) for r in held]
+        demonstrations = [
+            Ranked((r.answers[k],), (0.0,), (0,)) for r, k in zip(held, best, strict=True)
+        ]
+    return train, held, demonstrations
+
+
+def freeze(model, patterns: list[str]) -> str:
+    """Leave only weights that match a pattern, and the head, trainable; says how many."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(
+            not patterns or ".score." in name or any(re.search(x, name) for x in patterns)
+        )
+    free = [n for n, p in model.named_parameters() if p.requires_grad]
+    if patterns and all(".score." in n for n in free):
+        names = [n for n, _ in model.named_parameters()]
+        raise SystemExit(
+            f"trainable_modules={patterns} matches no weight; names look like "
+            f"{names[len(names) // 2]!r}; change --trainable_modules"
+        )
+    return f"{len(free)} of {sum(1 for _ in model.parameters())} weights are trained"
+
+
+def main() -> None:
+    config = run_config.parse(RewardConfig, __doc__)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    world, rank = process_group.world_size(), process_group.rank()
+    dtype = zero.resolve_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    started = time.time()
+
+    # Build: data, model, engine.
+    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    pad_id = tokenizer.pad_token_id
+    setup = reporting.Report(config.output_dir, 0, 1, tensorboard=False)
+    train, held, demonstrations = load_data(config, tokenizer, setup)
+    lengths = [max(map(len, r.answers)) for r in train]
+    steps = config.max_steps or batches.steps_of(
+        config.epochs, config.global_batch_size, len(train)
+    )
+    report = reporting.Report(config.output_dir, steps, config.log_every, config.tensorboard)
+    report.say(
+        f"step 2, reward model: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
+        + reporting.batch_arithmetic(config, world)
+    )
+    run_config.save(config, config.output_dir, world)
+    model = scalar_model.load(
+        config,
+        config.model_name_or_path,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        tokenizer=tokenizer,
+        head="normal",
+    )
+    report.say(freeze(model, config.trainable_modules))
+    engine = zero.TrainEngine(
+        model,
+        config,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        learning_rate=config.learning_rate,
+        total_steps=steps,
+    )
+
+    def save() -> None:
+        checkpoint.save_model(config.output_dir, engine.module.classifier, tokenizer, config)
+
+    before = evaluate(engine, held, config, pad_id, device)
+    report.say(
+        f"held-out accuracy before: {before['eval/accuracy']:.3f}, always the longer "
+        f"answer: {before['eval/accuracy_longer_answer']:.3f}"
+    )
+
+    # Loop.
+    for step in range(steps):
+        tick = time.time()
+        chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
+        loss_sum = 0.0
+        for micro in batches.deal(chosen, lengths, rank, world, config.micro_batch_size):
+            loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
+            engine.backward(loss, normaliser=len(chosen))
+            loss_sum += loss.item()
+        metrics = engine.step()
+        metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / len(chosen)
+        metrics["seconds"] = time.time() - tick
+        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
+            metrics |= evaluate(engine, held, config, pad_id, device)
+        report.log(
+            step + 1,
+            metrics,
+            show=("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds"),
+        )
+        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
+            save()
+
+    # Evaluate, set the bias so that demonstrations score 0 on average, save.
+    after = evaluate(engine, held, config, pad_id, device)
+    shown = score_all(engine, demonstrations, config.micro_batch_size, pad_id, device)
+    bias = engine.module.bias + sum(s for group in shown for s in group) / len(shown)
+    engine.module.set_bias(bias)
+    save()
+    result = {k.removeprefix("eval/"): v for k, v in after.items()}
+    result |= {
+        "accuracy_before": before["eval/accuracy"],
+        "bias": bias,
+        "steps": steps,
+        "seconds": time.time() - started,
+    }
+    reporting.save_result(config.output_dir, result)
+    report.say(
+        f"held-out accuracy {result['accuracy']:.3f} (95 %: {result['accuracy_low']:.3f} to "
+        f"{result['accuracy_high']:.3f}, {result['pairs']} pairs), always the longer answer "
+        f"{result['accuracy_longer_answer']:.3f}, mean margin {result['margin']:.3f}, bias "
+        f"{bias:.3f}; saved {config.output_dir}"
+    )
+    report.close()
+    process_group.shut_down()
+
+
+if __name__ == "__main__":
+    main()

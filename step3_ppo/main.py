@@ -1,0 +1,174 @@
+"""Step 3: PPO. The actor answers prompts, the reward model scores, actor and critic learn.
+
+deepspeed step3_ppo/main.py --model_name_or_path SFT --reward_model RM --prompt_data DATA \\
+    --output_dir FOLDER
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
+
+import torch
+
+from step3_ppo import rollout as rollouts
+from step3_ppo.config import PPOConfig
+from step3_ppo.models import build
+from step3_ppo.update import step_actor, step_critic
+from utils import config as run_config
+from utils import report as reporting
+from utils.data import batches, instructions, rows, splits, toy_tasks
+from utils.distributed import checkpoint, process_group, zero
+
+SHOWN = (
+    "score",
+    "kl",
+    "eval/score",
+    "eval/verifier",
+    "entropy",
+    "response_length",
+    "eos_share",
+    "explained_variance",
+    "seconds",
+)
+EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no rollout's
+
+
+def load_prompts(config, tokenizer, report):
+    """(ids of training prompts, ids of held-out prompts, held-out prompts)."""
+    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+
+    def load(names, role):
+        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
+
+    train, held = splits.train_and_held_out(
+        config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3
+    )
+    bad.finish("prompt_data")
+    encoded, counts = batches.encode_prompts(tokenizer, train, config.max_prompt_length)
+    held_encoded, held_counts = batches.encode_prompts(tokenizer, held, config.max_prompt_length)
+    report.say(counts.line("prompts"))
+    report.say(held_counts.line("held-out prompts"))
+    return encoded, held_encoded, held
+
+
+def evaluate(models, encoded, prompts, config, device) -> tuple[dict[str, float], str]:
+    """Metrics of sampled answers to the held-out prompts, and a few of them for people."""
+    rollout, _ = rollouts.collect(models, encoded, config, device, EVALUATION_NOISE)
+    metrics = {f"eval/{k}": v for k, v in rollouts.measure(rollout).items()}
+    texts = models.tokenizer.batch_decode(
+        rollout.response_ids.where(rollout.response_mask, models.tokenizer.pad_token_id),
+        skip_special_tokens=True,
+    )
+    if all(toy_tasks.is_task(p.row) for p in prompts):
+        verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
+        metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
+    shown = "\n".join(
+        f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:200]!r}  (score {score:.2f})"
+        for p, text, score in zip(
+            prompts[: config.sample_answers], texts, rollout.scores, strict=False
+        )
+    )
+    return metrics, shown
+
+
+def main() -> None:
+    config = run_config.parse(PPOConfig, __doc__)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    world = process_group.world_size()
+    dtype = zero.resolve_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    started = time.time()
+
+    # Build: models, prompts.
+    report = reporting.Report(
+        config.output_dir, config.max_steps, config.log_every, config.tensorboard
+    )
+    report.say(
+        f"step 3, PPO: {config.max_steps} rollouts of {config.prompts_per_rollout} prompts × "
+        f"{config.samples_per_prompt} samples = {config.minibatches()} minibatches of "
+        f"{config.global_batch_size}, {config.ppo_epochs} epochs; {dtype}, "
+        f"ZeRO-{config.zero_stage} (critic {config.stage_of_critic()}), "
+        + reporting.batch_arithmetic(config, world)
+    )
+    run_config.save(config, config.output_dir, world)
+    models = build(config, dtype, device)
+    prompts, held_encoded, held = load_prompts(config, models.tokenizer, report)
+
+    def save() -> None:
+        folder = Path(config.output_dir)
+        checkpoint.save_model(folder / "actor", models.actor.module, models.tokenizer, config)
+        checkpoint.save_model(
+            folder / "critic", models.critic.module.classifier, models.tokenizer, config
+        )
+        if models.ema is not None:
+            checkpoint.save_model(
+                folder / "actor_ema",
+                models.actor.module,
+                models.tokenizer,
+                config,
+                state_dict=models.ema.state_dict(),
+            )
+
+    before, shown = evaluate(models, held_encoded, held, config, device)
+    report.say(f"answers before:\n{shown}")
+    report.log(0, before, show=SHOWN)
+
+    # Loop: rollout, advantages, updates.
+    after = before
+    for step in range(config.max_steps):
+        tick = time.time()
+        chosen = batches.rows_of_step(step, config.prompts_per_rollout, len(prompts), config.seed)
+        sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
+        rollout, seconds = rollouts.collect(models, sampled, config, device, noise_step=step)
+        experience, metrics = rollouts.make_experience(rollout, config)
+
+        trained = time.time()
+        updates = []
+        for epoch in range(config.ppo_epochs):
+            for minibatch in range(config.minibatches()):
+                picked = batches.rows_of_step(
+                    minibatch,
+                    config.global_batch_size,
+                    len(sampled),
+                    seed=config.seed + 1 + step * config.ppo_epochs + epoch,
+                )
+                update = step_actor(models.actor, experience, picked, config, device)
+                if models.ema is not None:
+                    models.ema.update()
+                update |= step_critic(models.critic, experience, picked, config, device)
+                updates.append(update)
+        metrics |= {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+
+        now = time.time()
+        tokens = int(rollout.response_mask.sum())
+        metrics |= seconds | {"seconds_train": now - trained, "seconds": now - tick}
+        for phase in ("generate", "score", "train"):
+            metrics[f"tokens_per_second_{phase}"] = tokens / metrics[f"seconds_{phase}"]
+        last = step + 1 == config.max_steps
+        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+            after, shown = evaluate(models, held_encoded, held, config, device)
+            metrics |= after
+            report.say(f"answers after {step + 1} rollouts:\n{shown}")
+        report.log(step + 1, metrics, show=SHOWN)
+        if config.save_every and (step + 1) % config.save_every == 0 and not last:
+            save()
+
+    # Save.
+    save()
+    result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
+    result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()}
+    reporting.save_result(config.output_dir, result | {"seconds": time.time() - started})
+    report.say(
+        f"held-out score {result['score_before']:.3f} → {result['score_after']:.3f} at KL "
+        f"{result['kl_after']:.3f}; saved {config.output_dir}/actor, critic"
+        + (", actor_ema" if models.ema is not None else "")
+    )
+    report.close()
+    process_group.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""One dataclass → flags, --help, YAML or JSON, and every problem in one message.
+
+Precedence: flags, then `--config FILE`, then the defaults in the dataclass. The effective config
+is saved as `config.yaml`; `--config config.yaml` repeats the run.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class ConfigError(Exception):
+    """Every problem of a command line, one a line."""
+
+
+def setting(default, help: str, choices: tuple = ()):
+    """A dataclass field with its help text; `choices` limits the values."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    """What means the same in every step."""
+
+    output_dir: str = setting("", "folder for weights, metrics.jsonl and config.yaml")
+    model_name_or_path: str = setting("", "local folder or hub name of the model to start from")
+    trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
+    attn_implementation: str = setting("sdpa", "transformers' attention: sdpa, eager, …")
+    seed: int = setting(42, "seed of everything random")
+
+    data_schema: str = setting("auto", "force the row schema instead of reading the columns")
+    data_weights: list[float] = setting([], "how often each data set's rows come in one epoch")
+    data_split: str = setting("", "share one data set among the three steps, e.g. 2,4,4")
+    eval_fraction: float = setting(0.05, "rows held out where a data set has no test split")
+    max_eval_rows: int = setting(512, "at most so many held-out rows are used")
+    on_bad_rows: str = setting(
+        "error",
+        "error: name them all and stop; skip: count and write them",
+        choices=("error", "skip"),
+    )
+
+    max_steps: int = setting(0, "passes of the main loop; 0: as many as the epochs give")
+    global_batch_size: int = setting(64, "sequences an optimizer step, over all ranks")
+    micro_batch_size: int = setting(16, "sequences a forward pass, one rank")
+    learning_rate: float = setting(1e-5, "peak learning rate")
+    lr_schedule: str = setting(
+        "cosine", "shape after warmup", choices=("cosine", "linear", "constant")
+    )
+    warmup_ratio: float = setting(0.03, "share of the steps spent warming up")
+    weight_decay: float = setting(0.0, "AdamW weight decay (matrices only)")
+    adam_beta2: float = setting(0.95, "AdamW second-moment decay")
+    gradient_clipping: float = setting(1.0, "gradient norm limit; 0: none")
+    gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+
+    dtype: str = setting(
+        "auto",
+        "weights and matmuls; auto: bf16 on GPUs that have it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    zero_stage: int = setting(0, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
+    offload: str = setting(
+        "none",
+        "to CPU memory: optimizer states, or also weights (ZeRO-3)",
+        choices=("none", "optimizer", "all"),
+    )
+
+    log_every: int = setting(10, "steps between console lines")
+    eval_every: int = setting(0, "steps between evaluations; 0: only before and after")
+    save_every: int = setting(0, "steps between saves of the weights; 0: only at the end")
+    tensorboard: bool = setting(True, "write TensorBoard files under OUTPUT/tensorboard")
+    timeout_minutes: float = setting(30.0, "a collective that waits longer ends the run")
+
+    def problems(self, world_size: int) -> list[str]:
+        """What cannot work, one sentence each, with the flag that mends it."""
+        found = []
+        if not self.output_dir:
+            found.append("output_dir is empty; say where to write with --output_dir FOLDER")
+        if not self.model_name_or_path:
+            found.append(
+                "model_name_or_path is empty; set --model_name_or_path to a folder or hub name"
+            )
+        ranks_micro = self.micro_batch_size * world_size
+        if self.micro_batch_size < 1 or self.global_batch_size < 1:
+            found.append(
+                f"global_batch_size={self.global_batch_size} and micro_batch_size="
+                f"{self.micro_batch_size} must be at least 1"
+            )
+        elif self.global_batch_size % ranks_micro:
+            nearest = max(1, round(self.global_batch_size / ranks_micro)) * ranks_micro
+            found.append(
+                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size "
+                f"× ranks = {self.micro_batch_size} × {world_size} = {ranks_micro}; set "
+                f"--global_batch_size to a multiple, e.g. {nearest}, or lower --micro_batch_size"
+            )
+        if self.offload == "all" and self.zero_stage != 3:
+            found.append(f"offload=all needs ZeRO-3, zero_stage={self.zero_stage}; --zero_stage 3")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            found.append("offload=optimizer needs ZeRO; set --zero_stage 1, 2 or 3")
+        if self.dtype == "fp16" and os.environ.get("DS_ACCELERATOR") == "cpu":
+            found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
+        if not 0 < self.eval_fraction < 1:
+            found.append(f"eval_fraction={self.eval_fraction} must lie between 0 and 1")
+        if not 0 <= self.warmup_ratio < 1:
+            found.append(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
+        for name in ("learning_rate", "log_every", "max_eval_rows", "timeout_minutes"):
+            if getattr(self, name) <= 0:
+                found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
+        for name in ("max_steps", "eval_every", "save_every", "gradient_clipping", "weight_decay"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must not be negative; set --{name}")
+        return found
+
+    def accumulation(self, world_size: int) -> int:
+        return self.global_batch_size // (self.micro_batch_size * world_size)
+
+
+def _kind(annotation) -> tuple[type, bool]:
+    """(element type, is it a list) of a field's annotation."""
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    if isinstance(annotation, types.UnionType):
+        raise TypeError(f"settings have one type, not {annotation}")
+    return annotation, False
+
+
+def _convert(value, kind: type, name: str):
+    """`value` (a flag's text or a YAML value) as `kind`, or ValueError saying what it was."""
+    wrong = ValueError(f"{name}={value!r} is not {kind.__name__}")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return value.lower() in ("true", "1", "yes")
+        raise wrong
+    if kind is str:
+        if isinstance(value, (dict, list)) or value is None:
+            raise wrong
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wrong
+    try:
+        # YAML 1.1 reads 1e-5 as text, so text that is a number counts as one.
+        number = float(value)
+    except ValueError:
+        raise wrong from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"{name}={value!r} is not a finite number")
+    if kind is int:
+        if number != int(number):
+            raise wrong
+        return int(number)
+    return number
+
+
+def _parser(config_class, prog: str | None, description: str | None):
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML or JSON file with any of the settings below")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
+    hints = typing.get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        kind, many = _kind(hints[f.name])
+        default = f.default_factory() if many else f.default
+        shown = "" if default in ("", []) else f" (default {default})"
+        choices = f.metadata["choices"]
+        shape = "|".join(map(str, choices)) if choices else kind.__name__
+        nargs = "*" if many else ("?" if kind is bool else None)
+        extra = {"const": "true"} if kind is bool else {}
+        parser.add_argument(
+            f"--{f.name}",
+            nargs=nargs,
+            metavar=shape,
+            help=f.metadata["help"].replace("%", "%%") + shown,
+            **extra,
+        )
+    return parser
+
+
+def _read_config_file(path: str) -> dict:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+    try:
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {path}: expected `setting: value` lines, found a {type(values).__name__}"
+        )
+    return values
+
+
+def build(config_class, argv: list[str], world_size: int, prog=None, description=None):
+    """The config that `argv` means; ConfigError with all its problems."""
+    parser = _parser(config_class, prog, description)
+    problems: list[str] = []
+    try:
+        flags, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    problems += [f"unknown argument {word}" for word in unknown]
+    flags = vars(flags)
+    flags.pop("local_rank", None)
+    path = flags.pop("config", None)
+    try:
+        from_file = _read_config_file(path) if path else {}
+    except ConfigError as error:
+        problems.append(str(error))
+        from_file = {}
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    problems += [f"unknown setting {key!r} in {path}" for key in from_file if key not in fields]
+    values = {}
+    for source in (from_file, flags):
+        for name, value in source.items():
+            if name not in fields:
+                continue
+            kind, many = _kind(hints[name])
+            try:
+                if many and not isinstance(value, list):
+                    value = [value]
+                converted = (
+                    [_convert(v, kind, name) for v in value]
+                    if many
+                    else _convert(value, kind, name)
+                )
+                choices = fields[name].metadata["choices"]
+                if choices and converted not in choices:
+                    raise ValueError(
+                        f"{name}={converted} is not one of {', '.join(map(str, choices))}"
+                    )
+                values[name] = converted
+            except ValueError as error:
+                problems.append(str(error))
+    config = config_class(**values)
+    problems += config.problems(world_size)
+    if problems:
+        raise ConfigError("\n".join(f"  - {p}" for p in problems))
+    return config
+
+
+def parse(config_class, description: str):
+    """`build` from the command line; a run that cannot work ends here with exit code 2.
+
+    Runs before anything is loaded, so that a wrong flag costs a second and not a night.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return build(config_class, sys.argv[1:], world_size, description=description)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{Path(sys.argv[0]).name}: these settings cannot work:\n{error}", file=sys.stderr
+            )
+        raise SystemExit(2) from None
+
+
+def save(config, folder: str | Path, world_size: int) -> None:
+    """Write `config.yaml` into `folder`; `--config` of that file repeats the run."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    header = f"# {type(config).__name__}, run on {world_size} rank{'s' if world_size > 1 else ''}\n"
+    (folder / "config.yaml").write_text(header + text, encoding="utf-8")

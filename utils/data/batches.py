@@ -1,0 +1,146 @@
+"""Which rows form which batch, and rows → padded tensors.
+
+The order is a function of (seed, epoch) alone: the same rows make up step 17's global batch on 1
+rank or 8, today or after a resume, and no loader state needs saving.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from utils.data import chat_template
+from utils.data.rows import DataError
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def rows_of_step(step: int, batch_size: int, n: int, seed: int) -> list[int]:
+    """Row numbers of global batch `step` (from 0): epochs follow each other without a gap, each
+    row once an epoch, reshuffled each time."""
+    wanted = range(step * batch_size, (step + 1) * batch_size)
+    return [_permutation(n, seed, i // n)[i % n] for i in wanted]
+
+
+def steps_of(epochs: float, batch_size: int, n: int) -> int:
+    """Optimizer steps that `epochs` passes over n rows take, at least 1."""
+    return max(1, round(epochs * n / batch_size))
+
+
+def deal(indices: Sequence[int], lengths: Sequence[int], rank: int, world: int, micro: int):
+    """This rank's micro-batches of one global batch, rows of like length together.
+
+    Which rows share the optimizer step does not change, so nor does the gradient (losses are
+    normalised by the tokens of the whole step); only padding shrinks. Every rank gets the same
+    number of micro-batches.
+    """
+    ordered = sorted(indices, key=lambda i: (lengths[i], i))
+    mine = ordered[rank::world]
+    return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+
+
+def pad(rows: Sequence[Sequence], value, side: str = "right", to: int = 0) -> torch.Tensor:
+    """Lists → (B, longest or `to`) tensor, filled with `value` on `side`."""
+    length = max(to, max(len(r) for r in rows))
+    fill = [[value] * (length - len(r)) for r in rows]
+    if side == "left":
+        return torch.tensor([[*f, *r] for f, r in zip(fill, rows, strict=True)])
+    return torch.tensor([[*r, *f] for f, r in zip(fill, rows, strict=True)])
+
+
+@dataclass
+class Counts:
+    """What became of the rows of a data set."""
+
+    kept: int = 0
+    cut_prompts: int = 0
+    cut_answers: int = 0
+    dropped: int = 0
+
+    def line(self, name: str) -> str:
+        return (
+            f"{name}: {self.kept} rows kept, of which {self.cut_prompts} with the prompt and "
+            f"{self.cut_answers} with the answer cut; {self.dropped} dropped as too long"
+        )
+
+
+def shorten(
+    prompt: list[int],
+    answer: list[int],
+    max_length: int,
+    stop_id: int,
+    long_answers: str,
+    counts: Counts,
+) -> tuple[list[int], list[int]] | None:
+    """Fit prompt + answer into `max_length`; None: dropped.
+
+    The prompt loses its left end (down to a quarter of the room). An answer too long even then is
+    dropped, or with long_answers="cut" loses its tail but keeps its stop token. All is counted.
+    """
+    if len(prompt) + len(answer) > max_length:
+        room = max(max_length - len(answer), min(len(prompt), max_length // 4))
+        if room < len(prompt):
+            prompt = prompt[-room:]
+            counts.cut_prompts += 1
+        if len(prompt) + len(answer) > max_length:
+            if long_answers == "drop":
+                counts.dropped += 1
+                return None
+            answer = [*answer[: max_length - len(prompt) - 1], stop_id]
+            counts.cut_answers += 1
+    counts.kept += 1
+    return prompt, answer
+
+
+def encode_conversations(tokenizer, conversations, max_length: int, long_answers: str):
+    """Conversations → (list of Encoded that fit, Counts). The last answer is never cut silently."""
+    examples, counts = [], Counts()
+    for row in conversations:
+        try:
+            encoded = chat_template.encode_conversation(tokenizer, row.messages)
+        except chat_template.TemplateError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        start = encoded.last_answer
+        fitted = shorten(
+            encoded.ids[:start],
+            encoded.ids[start:],
+            max_length,
+            tokenizer.eos_token_id,
+            long_answers,
+            counts,
+        )
+        if fitted is None:
+            continue
+        prompt, answer = fitted
+        flags = encoded.supervised[start - len(prompt) : start] + [True] * len(answer)
+        examples.append(chat_template.Encoded(prompt + answer, flags))
+    return examples, counts
+
+
+def supervised_batch(examples: Sequence[chat_template.Encoded], pad_id: int):
+    """→ input_ids (B,T) int64, mask (B,T) bool, supervised (B,T) bool, right-padded."""
+    ids = pad([e.ids for e in examples], pad_id)
+    mask = pad([[True] * len(e.ids) for e in examples], False)
+    return ids, mask, pad([e.supervised for e in examples], False)
+
+
+def encode_prompts(tokenizer, prompts, max_prompt_length: int):
+    """Prompts → (list of id lists cut from the left to fit, Counts)."""
+    counts, encoded = Counts(), []
+    for prompt in prompts:
+        ids = chat_template.encode_prompt(tokenizer, prompt.messages)
+        counts.cut_prompts += len(ids) > max_prompt_length
+        counts.kept += 1
+        encoded.append(ids[-max_prompt_length:])
+    return encoded, counts
+
+
+def prompt_batch(encoded: Sequence[Sequence[int]], pad_id: int):
+    """→ prompt_ids (B,P) int64 and prompt_mask (B,P) bool, left-padded."""
+    ids = pad(encoded, pad_id, side="left")
+    return ids, pad([[True] * len(e) for e in encoded], False, side="left")

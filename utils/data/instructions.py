@@ -1,0 +1,378 @@
+"""Alpaca, Belle, chat, preference and ranking rows -> conversations to learn, prompts to answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from utils.data.rows import BadRow, BadRows, DataError, Row, read_rows, text_problem
+
+T = TypeVar("T")
+
+# The first split that a data set has is taken. The long names are UltraFeedback's on the hub.
+SFT_SPLITS = {
+    "train": ("train_sft", "train"),
+    "eval": ("test_sft", "validation", "test"),
+}
+PROMPT_SPLITS = {
+    "train": ("train_gen", "train_prefs", "train_sft", "train"),
+    "eval": ("test_gen", "test_prefs", "test_sft", "validation", "test"),
+}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns {"role", "content"}: perhaps a system turn, then user and assistant by turns.
+
+    The last one is the assistant's.
+    """
+
+    messages: tuple[dict, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Turns that end with a user's, and the raw row, where verifiers find their columns."""
+
+    messages: tuple[dict, ...]
+    where: str
+    row: dict
+
+
+@dataclass(frozen=True)
+class Schema:
+    """How rows of one shape are recognised and read.
+
+    columns: each entry lists alternatives, of which one must be there. prompt: the turns up to
+    the last user's. answer: the assistant's answer to them; None where the rows hold prompts only.
+    """
+
+    columns: tuple[tuple[str, ...], ...]
+    prompt: Callable[[dict], list[dict]]
+    answer: Callable[[dict], str] | None
+
+    def missing(self, data: dict) -> list[str]:
+        """The columns that the row lacks."""
+        return [" or ".join(names) for names in self.columns if data.keys().isdisjoint(names)]
+
+
+def kind_of(value: Any) -> str:
+    """A value's type, in the words of an error message."""
+    return "null" if value is None else type(value).__name__
+
+
+def text_of(value: Any, name: str) -> str:
+    """The value if it is a text with something in it. Raises BadRow naming `name`."""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {kind_of(value)}, not a string")
+    if not value.strip():
+        raise BadRow(f"{name} is {'blank' if value else 'empty'}")
+    if problem := text_problem(value):
+        raise BadRow(f"{name} {problem}")
+    return value
+
+
+def turns_of(value: Any, name: str) -> list[dict]:
+    """A list of chat turns, in either spelling, as {"role", "content"}. Raises BadRow.
+
+    A blank system turn is left out; the order of the roles is for `in_order` to judge.
+    """
+    if not isinstance(value, list) or not value:
+        kind = "an empty list" if value == [] else f"{kind_of(value)}, not a list of turns"
+        raise BadRow(f"{name} is {kind}")
+    turns = []
+    for number, turn in enumerate(value, 1):
+        label = f"turn {number} of {name}"
+        role, content = role_of(turn, label), turn.get("content", turn.get("value"))
+        if role == "system" and content in (None, ""):
+            continue
+        turns.append({"role": role, "content": text_of(content, f"the content of {label}")})
+    return turns
+
+
+def role_of(turn: Any, label: str) -> str:
+    """ "system", "user" or "assistant". Raises BadRow for any other role."""
+    if not isinstance(turn, dict):
+        raise BadRow(f"{label} is {kind_of(turn)}, not an object with role and content")
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str):
+        raise BadRow(f"the role of {label} is {kind_of(role)}, not a string")
+    if role not in ROLES:
+        raise BadRow(f"the role of {label} is {role!r}, none of {', '.join(ROLES)}")
+    return ROLES[role]
+
+
+def split_answer(value: Any, name: str) -> tuple[Any, Any]:
+    """A list of turns as (the turns before the last assistant turn, that turn or None)."""
+    if isinstance(value, list) and value:
+        last = role_of(value[-1], f"turn {len(value)} of {name}")
+        if last == "assistant":
+            return value[:-1], value[-1]
+    return value, None
+
+
+def in_order(turns: Sequence[dict], system: Any = None) -> tuple[dict, ...]:
+    """The turns of a prompt, with the row's system column in front. Raises BadRow.
+
+    After an optional system turn, user and assistant must take turns, from user to user.
+    """
+    if system is not None and not isinstance(system, str):
+        raise BadRow(f"system is {kind_of(system)}, not a string")
+    if system and system.strip():
+        if turns and turns[0]["role"] == "system":
+            raise BadRow("there is a system column and a system turn; keep one of them")
+        turns = [{"role": "system", "content": text_of(system, "system")}, *turns]
+    roles = [turn["role"] for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken:
+        raise BadRow("the prompt is empty: there is no user turn before the answer")
+    for number, role in enumerate(spoken):
+        if role != ("user", "assistant")[number % 2]:
+            raise BadRow(f"roles do not alternate user, assistant: {', '.join(roles)}")
+    if spoken[-1] != "user":
+        raise BadRow(f"two assistant turns follow each other: {', '.join(roles)}, assistant")
+    return tuple(turns)
+
+
+def prompt_column(data: dict) -> list[dict]:
+    """The turns of a `prompt` column, which is one text or a list of turns. Raises BadRow."""
+    if isinstance(data.get("prompt"), list):
+        return turns_of(data["prompt"], "prompt")
+    return [{"role": "user", "content": text_of(data.get("prompt"), "prompt")}]
+
+
+def preference_prompt(data: dict, name: str) -> list[dict]:
+    """The turns before the answer in `chosen` or `rejected`. Raises BadRow.
+
+    A text, and a list of nothing but the answer, belong to the `prompt` column.
+    """
+    if isinstance(data[name], str):
+        return prompt_column(data)
+    turns, last = split_answer(data[name], name)
+    if last is None:
+        turns_of(turns, name)
+        raise BadRow(f"the last turn of {name} is not the assistant's")
+    if not turns:
+        return prompt_column(data) if "prompt" in data else []
+    return turns_of(turns, name)
+
+
+def preference_answer(data: dict, name: str) -> str:
+    """The answer in `chosen` or `rejected`, after preference_prompt took it. Raises BadRow."""
+    if isinstance(data[name], str):
+        return text_of(data[name], name)
+    return turns_of(data[name][-1:], f"the answer of {name}")[0]["content"]
+
+
+def ranked_responses(data: dict) -> tuple[list[str], list[float]]:
+    """The answers of a K-wise row and their scores, higher better. Raises BadRow.
+
+    `ranks` (1 is best) become scores by their sign; `scores` are taken where both are there.
+    """
+    responses, column = data["responses"], "scores" if "scores" in data else "ranks"
+    values = data[column]
+    if not isinstance(responses, list) or not isinstance(values, list):
+        name, value = ("responses", responses) if isinstance(values, list) else (column, values)
+        raise BadRow(f"{name} is {kind_of(value)}, not a list")
+    if len(responses) < 2:
+        raise BadRow(f"responses holds {len(responses)}, at least 2 are needed")
+    if len(responses) != len(values):
+        raise BadRow(f"there are {len(responses)} responses but {len(values)} {column}")
+    texts = [text_of(text, f"response {number}") for number, text in enumerate(responses, 1)]
+    for number, value in enumerate(values, 1):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadRow(f"number {number} of {column} is {kind_of(value)}, not a number")
+        if not math.isfinite(value):
+            raise BadRow(f"number {number} of {column} is {value}, not a finite number")
+    sign = 1.0 if column == "scores" else -1.0
+    return texts, [sign * value for value in values]
+
+
+def _alpaca_prompt(data: dict) -> list[dict]:
+    content = text_of(data["instruction"], "instruction")
+    extra = data.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise BadRow(f"input is {kind_of(extra)}, not a string")
+    if extra and extra.strip():
+        content += "\n\n" + text_of(extra, "input")
+    return [{"role": "user", "content": content}]
+
+
+def _chat(column: str) -> Schema:
+    def prompt(data: dict) -> list[dict]:
+        turns, last = split_answer(data[column], column)
+        return turns_of(turns, column) if turns or last is None else []
+
+    def answer(data: dict) -> str:
+        turns, last = split_answer(data[column], column)
+        if last is None:
+            raise BadRow(f"the last turn of {column} is not the assistant's, so there is no answer")
+        return turns_of([last], f"the last of {column}")[0]["content"]
+
+    return Schema(((column,),), prompt, answer)
+
+
+def _completion(data: dict) -> str:
+    name = "completion" if "completion" in data else "response"
+    return text_of(data[name], name)
+
+
+def _best_response(data: dict) -> str:
+    responses, scores = ranked_responses(data)
+    return responses[scores.index(max(scores))]
+
+
+def _first_turn(data: dict) -> list[dict]:
+    turns = data["turns"]
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"turns is {kind_of(turns) if turns != [] else 'an empty list'}, not texts")
+    return [{"role": "user", "content": text_of(turns[0], "turn 1 of turns")}]
+
+
+# In the order in which they are tried on a row's columns: UltraFeedback has messages, chosen and
+# prompt side by side, and a later entry must not take what an earlier one says more about.
+_BY_NAME = {
+    "messages": _chat("messages"),
+    "conversations": _chat("conversations"),
+    "alpaca": Schema(
+        (("instruction",), ("output",)), _alpaca_prompt, lambda d: text_of(d["output"], "output")
+    ),
+    "preference": Schema(
+        (("chosen",), ("rejected",)),
+        lambda data: preference_prompt(data, "chosen"),
+        lambda data: preference_answer(data, "chosen"),
+    ),
+    "kwise": Schema(
+        (("prompt",), ("responses",), ("scores", "ranks")), prompt_column, _best_response
+    ),
+    "prompt_completion": Schema(
+        (("prompt",), ("completion", "response")), prompt_column, _completion
+    ),
+    "prompt": Schema((("prompt",),), prompt_column, None),
+    "turns": Schema((("turns",),), _first_turn, None),
+    "instruction": Schema((("instruction",),), _alpaca_prompt, None),
+}
+SCHEMAS = tuple(_BY_NAME)
+
+
+def load_conversations(
+    names: Sequence[str],
+    *,
+    split_role: str = "train",
+    schema: str = "auto",
+    bad: BadRows,
+) -> list[Conversation]:
+    """Rows of any schema with an answer -> what supervised fine-tuning learns from.
+
+    Arguments: names (files, folders, hub ids, NAME:SPLIT), split_role ("train" or "eval"), schema
+    (one of SCHEMAS, or "auto" for each name by its columns), bad (takes the bad rows; call its
+    finish afterwards). Raises DataError for all that is wrong with whole files.
+    """
+
+    def convert(found: Schema, row: Row) -> Conversation:
+        prompt = in_order(found.prompt(row.data), row.data.get("system"))
+        answer = {"role": "assistant", "content": found.answer(row.data)}
+        return Conversation((*prompt, answer), row.where)
+
+    known = {name: one for name, one in _BY_NAME.items() if one.answer}
+    return load_as(convert, known, SFT_SPLITS, names, split_role, schema, bad)
+
+
+def load_prompts(
+    names: Sequence[str],
+    *,
+    split_role: str = "train",
+    schema: str = "auto",
+    bad: BadRows,
+) -> list[Prompt]:
+    """Rows of any schema -> all that stands before the last answer, and the rows themselves.
+
+    Arguments and errors are those of load_conversations.
+    """
+
+    def convert(found: Schema, row: Row) -> Prompt:
+        turns = in_order(found.prompt(row.data), row.data.get("system"))
+        return Prompt(turns, row.where, row.data)
+
+    return load_as(convert, _BY_NAME, PROMPT_SPLITS, names, split_role, schema, bad)
+
+
+def load_as(
+    convert: Callable[[Schema, Row], T],
+    known: Mapping[str, Schema],
+    splits: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    split_role: str,
+    schema: str,
+    bad: BadRows,
+) -> list[T]:
+    """Reads all names and converts their rows: what all loaders share.
+
+    Arguments: convert (raises BadRow), known (the schemas that fit this use), splits (candidates
+    by split_role); the others as in load_conversations. Raises DataError at the end, with the
+    problems of all names.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise DataError("no data is named; give at least one file, folder or hub id")
+    if schema != "auto" and schema not in known:
+        raise DataError(f"schema={schema!r}: set --data_schema to auto, {', '.join(known)}")
+    if split_role not in splits:
+        raise DataError(f"split_role={split_role!r}: must be one of {', '.join(splits)}")
+    items, problems = [], []
+    for name in names:
+        before = len(bad)
+        try:
+            rows = read_rows(name, splits[split_role], bad)
+            found = _convert_rows(convert, known, schema, rows, bad)
+            if not found and bad.on_bad_rows == "skip":
+                first = bad.problems[before]
+                raise DataError(f"{name}: not one of its rows can be used; first: {first}")
+            items += found
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems + (bad.problems if bad.on_bad_rows == "error" else []))
+    return items
+
+
+def _convert_rows(
+    convert: Callable[[Schema, Row], T],
+    known: Mapping[str, Schema],
+    schema: str,
+    rows: Iterable[Row],
+    bad: BadRows,
+) -> list[T]:
+    """The schema is that of the first row whose columns are known; all others must have it too."""
+    rows = list(rows)
+    if schema == "auto" and rows:
+        fits = (n for row in rows for n, one in known.items() if not one.missing(row.data))
+        schema = next(fits, None)
+        if schema is None:
+            columns = ", ".join(map(repr, rows[0].data)) or "(none)"
+            raise DataError(
+                f"{rows[0].where}: the columns {columns} fit no schema known here"
+                f" ({', '.join(known)}); rename them, or set --data_schema"
+            )
+    items = []
+    for row in rows:
+        try:
+            if lacks := known[schema].missing(row.data):
+                raise BadRow(
+                    f"lacks {', '.join(lacks)}, which schema {schema} needs;"
+                    f" it has {', '.join(map(repr, row.data)) or 'no columns'}"
+                )
+            items.append(convert(known[schema], row))
+        except BadRow as problem:
+            bad.add(row.where, str(problem), row.data)
+    return items

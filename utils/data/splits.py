@@ -1,0 +1,107 @@
+"""Training rows and held-out rows of a list of data sets, the same way in every step."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from utils.data.rows import DataError, has_split
+
+T = TypeVar("T")
+
+
+def train_and_held_out(names: list[str], load: Callable, eval_splits, config, step: int):
+    """(training items, held-out items) of data sets `names`.
+
+    load(names, split_role) → items. A data set with a test split (one of `eval_splits`) gives its
+    own held-out items; of others `config.eval_fraction` of the rows are held out. Then
+    `--data_split` gives step `step` its share of the training items and `--data_weights` says how
+    often they come. At most `config.max_eval_rows` are held out, a seeded choice.
+    """
+    train, held = [], []
+    weights = config.data_weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise DataError(
+            f"data_weights={weights} has {len(weights)} numbers for {len(names)} data sets; "
+            "give --data_weights one number a set"
+        )
+    for name, weight in zip(names, weights, strict=True):
+        items = load([name], "train")
+        if has_split(name, eval_splits):
+            held += load([name], "eval")
+        else:
+            items, kept_out = hold_out(items, config.eval_fraction, config.seed)
+            held += kept_out
+        items = split_for_step(items, config.data_split, step)
+        train += apply_weight(items, weight, config.seed)
+    random.Random(config.seed).shuffle(held)
+    return train, held[: config.max_eval_rows]
+
+
+def unweighted(config):
+    """`config` without data weights and shares, for a data set that is only measured on."""
+    return dataclasses.replace(config, data_weights=[], data_split="")
+
+
+def apply_weight(items: Sequence[T], weight: float, seed: int) -> list[T]:
+    """The items as often as one epoch shows them: 2 twice, 0.5 a seeded half, 1.5 once and a half.
+
+    At least one item comes back. Raises DataError for a weight that is not positive and finite.
+    """
+    if not (math.isfinite(weight) and weight > 0):
+        raise DataError(f"weight {weight}: must be a positive number; set --data_weights")
+    whole = int(weight)
+    extra = round((weight - whole) * len(items))
+    if not whole and not extra:
+        extra = min(1, len(items))
+    chosen = sorted(random.Random(seed).sample(range(len(items)), extra))
+    return list(items) * whole + [items[index] for index in chosen]
+
+
+def split_for_step(items: Sequence[T], data_split: str, step: int, seed: int = 1234) -> list[T]:
+    """The part of the items that step 1, 2 or 3 may see, as DeepSpeed-Chat's --data_split.
+
+    Arguments: data_split (three shares such as "2,4,4"; "" gives every step everything), step,
+    seed (the same in all steps, else their parts overlap). Raises DataError for other shares and
+    for a step left without an item.
+    """
+    if step not in (1, 2, 3):
+        raise DataError(f"step={step}: must be 1, 2 or 3")
+    if not data_split.strip():
+        return list(items)
+    try:
+        shares = [float(share) for share in data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
+        raise DataError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
+    bounds = [round(sum(shares[:end]) / sum(shares) * len(items)) for end in range(4)]
+    if bounds[step - 1] == bounds[step]:
+        raise DataError(
+            f"data_split={data_split!r} leaves step {step} none of {len(items)} row(s);"
+            f" set --data_split so that number {step} has a larger share"
+        )
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    return [items[index] for index in order[bounds[step - 1] : bounds[step]]]
+
+
+def hold_out(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """(training, held out): a seeded choice, both in the order they came, neither empty.
+
+    Raises DataError for fewer than two items or a fraction outside 0 to 1.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"eval_fraction={fraction}: set --eval_fraction between 0 and 1")
+    if len(items) < 2:
+        raise DataError(
+            f"cannot hold out evaluation rows from {len(items)} row(s); name evaluation"
+            " data, or give at least 2 rows"
+        )
+    count = min(max(round(len(items) * fraction), 1), len(items) - 1)
+    held = set(random.Random(seed).sample(range(len(items)), count))
+    return (
+        [item for index, item in enumerate(items) if index not in held],
+        [items[index] for index in sorted(held)],
+    )

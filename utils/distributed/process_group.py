@@ -1,0 +1,126 @@
+"""Ranks: joining, leaving, and the few collectives the steps use.
+
+Works under `deepspeed`, `torchrun` and plain `python` (one process), on NCCL and gloo.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def init(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which the launchers set;
+    without them this is a run of one process and a free port is chosen.
+    """
+    # Imported here: setting the accelerator aside, `import deepspeed` costs 2 s, which --help
+    # and config errors should not pay.
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        # DeepSpeed would compile a shared-memory all-reduce with g++ now: 1 to 2 minutes, a
+        # compiler on every machine, and a lock file that stops all later runs if this one is
+        # killed meanwhile. gloo does the same sums without any of it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _share_cores(local_rank)
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    return device
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _share_cores(local_rank: int) -> None:
+    """Give each rank of this machine an equal share of the cores, unless the user chose.
+
+    torch takes all cores in every process; two ranks on two cores would then fight over them
+    (measured: three times slower).
+    """
+    if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # torchrun sets OMP_NUM_THREADS=1 by itself; anybody else means it
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // ranks_here))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return (
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    )
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Iterable[float], device: torch.device) -> list[float]:
+    """Sum each number over the ranks (float64 on CPU and CUDA)."""
+    totals = torch.tensor(list(values), dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def gather_objects(value) -> list:
+    """`[value of rank 0, value of rank 1, …]` on every rank (small picklable things only)."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value):
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shut_down() -> None:
+    """Leave the group. Without it a rank may abort (exit code -6) after it has finished."""
+    if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        # Rank 0 hosts the rendezvous store: it leaves last, so nobody's farewell goes unanswered.
+        if dist.get_rank() == 0 and dist.get_world_size() > 1:
+            time.sleep(0.2)
+        dist.destroy_process_group()

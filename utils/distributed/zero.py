@@ -1,0 +1,212 @@
+"""DeepSpeed engines: the ZeRO config of a run, one training engine, one frozen model.
+
+Source of the settings: DeepSpeed 0.19 documentation, "DeepSpeed Configuration JSON".
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from utils.distributed import process_group
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto` → bf16 on a GPU that computes it natively, else fp32. Raises on what is not there."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if name == "bf16" and not has_bf16:
+        raise SystemExit("dtype=bf16: this GPU does not compute bf16; use --dtype fp16 or fp32")
+    return name
+
+
+def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
+    """The DeepSpeed config of one training engine."""
+    zero = {
+        "stage": zero_stage,
+        # Gradients leave in buckets while the backward pass goes on; ZeRO-2 alone may do so with
+        # caller-owned accumulation, and gloo gains nothing from it.
+        "overlap_comm": zero_stage == 2 and torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "reduce_bucket_size": int(5e7),
+        "allgather_bucket_size": int(2e8),
+    }
+    if zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": int(5e7),
+            # Norms and biases stay whole: gathering 4 kB costs as much latency as 4 MB.
+            "stage3_param_persistence_threshold": int(1e5),
+            "stage3_max_live_parameters": int(1e9),
+            "stage3_max_reuse_distance": int(1e9),
+        }
+    pin = torch.cuda.is_available()
+    if config.offload in ("optimizer", "all") and zero_stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+    if config.offload == "all" and zero_stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    result = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        # We count the micro-batches: `backward` only adds up, `step` reduces and updates. So the
+        # number of micro-batches may differ from step to step.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        # torch's fused AdamW steps on GPU and CPU without compiling anything.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    if dtype == "bf16":
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif dtype == "fp16":
+        result["fp16"] = {"enabled": True, "initial_scale_power": 16}
+    # Always said: DeepSpeed's own default is a limit of 1.
+    result["gradient_clipping"] = 0.0 if _we_clip(zero_stage, dtype) else config.gradient_clipping
+    return result
+
+
+def _we_clip(zero_stage: int, dtype: str) -> bool:
+    # Without a ZeRO optimizer DeepSpeed clips but does not tell the norm, so we do both.
+    return zero_stage == 0 and dtype == "fp32"
+
+
+def lr_factor(step: int, total: int, warmup: int, shape: str) -> float:
+    """Learning rate of optimizer step `step` (from 0), as a share of the peak."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if shape == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1.0 - done
+
+
+class TrainEngine:
+    """A DeepSpeed engine with gradients normalised by what the caller says.
+
+    `backward(loss_sum, normaliser)` adds the gradient of loss_sum / normaliser, where the
+    normaliser counts the whole optimizer step: all ranks, all micro-batches. DeepSpeed averages
+    gradients over ranks, which the factor `world_size` takes back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config,
+        *,
+        dtype: str,
+        zero_stage: int,
+        learning_rate: float,
+        total_steps: int,
+    ):
+        import deepspeed
+
+        decayed = [p for p in model.parameters() if p.requires_grad and _rank_of(p) >= 2]
+        others = [p for p in model.parameters() if p.requires_grad and _rank_of(p) < 2]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=learning_rate,
+            betas=(0.9, config.adam_beta2),
+            fused=True,
+        )
+        warmup = math.ceil(config.warmup_ratio * total_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, total_steps, warmup, config.lr_schedule)
+        )
+        self.zero_stage = zero_stage
+        self.world_size = process_group.world_size()
+        self._norm = None
+        if _we_clip(zero_stage, dtype):
+            limit = config.gradient_clipping or float("inf")
+
+            def clip(optimizer, args, kwargs):
+                params = [p for g in optimizer.param_groups for p in g["params"]]
+                self._norm = float(nn.utils.clip_grad_norm_(params, limit))
+
+            optimizer.register_step_pre_hook(clip)
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=deepspeed_config(config, dtype, zero_stage),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss_sum: torch.Tensor, normaliser: float) -> None:
+        self.engine.backward(loss_sum * (self.world_size / normaliser), scale_wrt_gas=False)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns `grad_norm` (before clipping) and `learning_rate`."""
+        learning_rate = self.engine.get_lr()[0]
+        self.engine.step()
+        norm = self._norm if self._norm is not None else self.engine.get_global_grad_norm()
+        return {
+            "grad_norm": float("nan") if norm is None else float(norm),
+            "learning_rate": learning_rate,
+        }
+
+
+def _rank_of(parameter: nn.Parameter) -> int:
+    # Under ZeRO-3 a parameter is a flat shard; its real shape stays in ds_shape.
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def frozen(model: nn.Module, config, *, dtype: str, zero_stage: int, device: torch.device):
+    """A model for inference only: whole on the device, or sharded over the ranks with ZeRO-3.
+
+    Returns a callable with `model`'s forward. Dropout is off.
+    """
+    model.requires_grad_(False).eval()
+    if zero_stage < 3:
+        return model.to(device)
+    import deepspeed
+
+    settings = deepspeed_config(config, dtype, 3)
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    engine = deepspeed.initialize(model=model, config=settings, dist_init_required=False)[0]
+    engine.eval()
+    return engine
+
+
+@contextlib.contextmanager
+def sharded_loading(config, dtype: str, zero_stage: int):
+    """Inside, `from_pretrained` shards each weight over the ranks as it is read (ZeRO-3)."""
+    if zero_stage < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    keep = HfDeepSpeedConfig(
+        deepspeed_config(config, dtype, 3)
+    )  # a weak reference is all they keep
+    try:
+        yield keep
+    finally:
+        unset_hf_deepspeed_config()
+
+
+@contextlib.contextmanager
+def gathered(parameters):
+    """Whole weights inside, on every rank, for reading (a no-op without ZeRO-3)."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+        yield

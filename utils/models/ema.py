@@ -1,0 +1,48 @@
+"""Exponential moving average of a model's weights, in fp32, under every ZeRO stage."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class EMA:
+    """`shadow ← decay · shadow + (1 − decay) · weight`, once an optimizer step.
+
+    Where ZeRO-3 shards a weight, each rank averages its own shard and nothing is gathered until
+    the weights are asked for. (Writing into a gathered parameter without `modifier_rank`, as some
+    codes do, is thrown away at the end of the gather.)
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.module = module
+        self.shadow = {name: _mine(p).float().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, p in self.module.named_parameters():
+            self.shadow[name].lerp_(_mine(p).float(), 1.0 - self.decay)
+
+    @torch.no_grad()
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Whole averaged weights on the CPU, cast to `dtype` (None: each weight's own).
+
+        Every rank must call it; rank 0 gets the weights, others an empty dict.
+        """
+        keep = not dist.is_initialized() or dist.get_rank() == 0
+        state = {}
+        for name, p in self.module.named_parameters():
+            whole = self.shadow[name]
+            if hasattr(p, "ds_id"):
+                parts = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, whole)
+                whole = torch.cat([part.flatten() for part in parts])
+                whole = whole[: p.ds_numel].view(p.ds_shape)
+            if keep:
+                state[name] = whole.to("cpu", dtype or p.dtype, copy=True)
+        return state
+
+
+def _mine(p: nn.Parameter) -> torch.Tensor:
+    """What this rank owns of a weight: its ZeRO-3 shard, or all of it."""
+    return p.ds_tensor.detach() if hasattr(p, "ds_id") else p.detach()

@@ -1,0 +1,151 @@
+"""A small Llama-shaped model with random weights and a sentencepiece tokenizer trained on text.
+
+    python -m utils.models.from_scratch --output_dir FOLDER --data FILE [FILE …] --vocab_size 768
+
+For machines without a hub: the embedded run and from-scratch runs on real data start here.
+"""
+
+import argparse
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from utils.data import chat_template, instructions, preferences, rows
+
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+# One token each: they stand in every rendered turn, and a small vocabulary would spell them out.
+TEMPLATE_WORDS = ["\n", "system", "user", "assistant"]
+
+
+def texts_of(names: Iterable[str]) -> Iterator[str]:
+    """Every message and answer in the data sets, whatever their schema."""
+    for name in names:
+        bad = rows.BadRows("skip")
+        try:
+            for row in preferences.load_comparisons([name], split_role="train", bad=bad):
+                yield from (m["content"] for m in row.prompt)
+                yield from row.responses
+            continue
+        except rows.DataError:
+            pass  # not a preference set
+        bad = rows.BadRows("skip")
+        for row in instructions.load_conversations([name], bad=bad):
+            yield from (m["content"] for m in row.messages)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A BPE tokenizer with byte fallback: any text encodes, and decodes to itself.
+
+    sentencepiece trains it; it is saved in the `tokenizers` format, which `AutoTokenizer` loads.
+    """
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=0.9995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        max_sentence_length=100_000,
+        hard_vocab_limit=False,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        user_defined_symbols=[*TEMPLATE_WORDS, *SPECIAL],
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(pieces.get_piece_size())}
+    merges = generate_merges(vocab, scores)
+    backend = Tokenizer(
+        BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="never", split=False
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        extra_special_tokens=SPECIAL[1:2],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template.CHATML
+    return tokenizer
+
+
+def build(
+    folder, texts, *, vocab_size, hidden_size, layers, heads, intermediate_size, max_positions, seed
+) -> None:
+    """Write tokenizer and randomly initialised weights to `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(texts, vocab_size)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {count:,} random weights, {len(tokenizer)} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--data", nargs="+", required=True, help="data sets whose text to learn")
+    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--intermediate_size", type=int, default=344)
+    parser.add_argument("--max_positions", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=42)
+    a = parser.parse_args()
+    Path(a.output_dir).mkdir(parents=True, exist_ok=True)
+    build(
+        a.output_dir,
+        texts_of(a.data),
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        layers=a.layers,
+        heads=a.heads,
+        intermediate_size=a.intermediate_size,
+        max_positions=a.max_positions,
+        seed=a.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

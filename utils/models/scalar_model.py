@@ -1,0 +1,81 @@
+"""Reward model and critic: a backbone with one number a token.
+
+On disk it is `AutoModelForSequenceClassification` with one label, so the file loads anywhere;
+plain transformers gives the number at the last token that is not padding, which is our score
+before the bias. `config.reward_bias` is subtracted here: these heads have no bias of their own.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from utils.models import language_model
+
+
+class ScalarModel(nn.Module):
+    """`forward(ids (B,T), mask (B,T) bool) → (B,T)` fp32: value of each prefix, bias taken off."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+        self.bias = float(getattr(classifier.config, "reward_bias", 0.0))
+
+    def set_bias(self, bias: float) -> None:
+        """Scores become raw − bias; kept in the config that is saved with the weights."""
+        self.bias = self.classifier.config.reward_bias = float(bias)
+
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        backbone = self.classifier.base_model
+        inputs = language_model.forward_inputs(backbone, input_ids, mask)
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+        return self.classifier.score(hidden).squeeze(-1).float() - self.bias
+
+
+def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
+    """A ScalarModel from a reward model's folder, or from a language model's with a new head.
+
+    head: what to do where the folder has no head: "saved" refuses; "normal" draws
+    N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    classifier = language_model.from_pretrained(
+        AutoModelForSequenceClassification, config, path, dtype, zero_stage, num_labels=1
+    )
+    if tokenizer is not None:
+        language_model.fit_to_tokenizer(classifier, tokenizer)
+    language_model.prepare_training(classifier, config)
+    if classifier.head_was_missing:
+        if head == "saved":
+            raise SystemExit(
+                f"{path!r} has no reward head (score.weight): expected a folder written by "
+                "step2_reward/main.py; give it as --reward_model"
+            )
+        _fresh_head(classifier.score.weight, head)
+    return ScalarModel(classifier)
+
+
+def _fresh_head(weight: nn.Parameter, kind: str) -> None:
+    width = weight.ds_shape[-1] if hasattr(weight, "ds_shape") else weight.shape[-1]
+    std = 0.0 if kind == "zero" else 1 / math.sqrt(width + 1)
+    # Each rank draws the same numbers (same seed), so any rank's draw may fill its shard.
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            weight.data.normal_(0.0, std)
+    else:
+        weight.data.normal_(0.0, std)
+
+
+def last_positions(mask: torch.Tensor) -> torch.Tensor:
+    """(B,T) bool → (B,) index of each row's last True."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.long() * steps).argmax(-1)
+
+
+def sequence_scores(forward, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,T) ids and mask → (B,) fp32 score at each row's last real token."""
+    values = forward(input_ids, mask)
+    return values.gather(1, last_positions(mask)[:, None]).squeeze(1)
