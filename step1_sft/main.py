@@ -115,13 +115,13 @@ def main() -> None:
 
     # Build: data, model, engine.
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    setup = reporting.Report(config.output_dir, 0, 1, tensorboard=False)
-    examples, eval_examples, held = load_data(config, tokenizer, setup)
+    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    examples, eval_examples, held = load_data(config, tokenizer, report)
     lengths = [len(e.ids) for e in examples]
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(examples)
     )
-    report = reporting.Report(config.output_dir, steps, config.log_every, config.tensorboard)
+    report.expect(steps)
     report.say(
         f"step 1, SFT: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
         + reporting.batch_arithmetic(config, world)
@@ -202,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process_group.run(main)

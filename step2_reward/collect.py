@@ -19,7 +19,7 @@ import torch
 from utils import config as run_config
 from utils import report as reporting
 from utils.config import RunConfig, setting
-from utils.data import batches, chat_template, instructions, preferences, rows, toy_tasks
+from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
 from utils.distributed import process_group, zero
 from utils.models import generation, language_model, scalar_model
 
@@ -49,6 +49,7 @@ class CollectConfig(RunConfig):
     def problems(self, world_size: int) -> list[str]:
         self.output_dir = self.output_dir or str(Path(self.output_file or ".").parent)
         self.model_name_or_path = self.policy or self.model_name_or_path or "-"
+        self.global_batch_size = self.micro_batch_size * world_size  # nothing is trained here
         found = super().problems(world_size)
         if not self.output_file:
             found.append("output_file is empty; say where to write with --output_file")
@@ -248,7 +249,7 @@ def main() -> None:
         config.prompt_data, split_role="train", schema=config.data_schema, bad=bad
     )
     bad.finish("prompt_data")
-    prompts = rows.split_for_step(prompts, config.data_split, step=2)
+    prompts = splits.split_for_step(prompts, config.data_split, step=2)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]
     tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
@@ -272,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process_group.run(main)

@@ -197,13 +197,13 @@ def main() -> None:
     # Build: data, model, engine.
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     pad_id = tokenizer.pad_token_id
-    setup = reporting.Report(config.output_dir, 0, 1, tensorboard=False)
-    train, held, demonstrations = load_data(config, tokenizer, setup)
+    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    train, held, demonstrations = load_data(config, tokenizer, report)
     lengths = [max(map(len, r.answers)) for r in train]
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(train)
     )
-    report = reporting.Report(config.output_dir, steps, config.log_every, config.tensorboard)
+    report.expect(steps)
     report.say(
         f"step 2, reward model: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
         + reporting.batch_arithmetic(config, world)
@@ -283,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process_group.run(main)

@@ -83,9 +83,8 @@ def main() -> None:
     started = time.time()
 
     # Build: models, prompts.
-    report = reporting.Report(
-        config.output_dir, config.max_steps, config.log_every, config.tensorboard
-    )
+    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    report.expect(config.max_steps)
     report.say(
         f"step 3, PPO: {config.max_steps} rollouts of {config.prompts_per_rollout} prompts × "
         f"{config.samples_per_prompt} samples = {config.minibatches()} minibatches of "
@@ -171,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process_group.run(main)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 from utils.distributed import process_group
@@ -17,11 +16,10 @@ class Report:
     it measured. On a terminal a progress bar shows the step, elsewhere plain lines.
     """
 
-    def __init__(self, output_dir: str, total_steps: int, log_every: int, tensorboard: bool):
+    def __init__(self, output_dir: str, log_every: int, tensorboard: bool):
         self.main = process_group.is_main()
-        self.total_steps = total_steps
+        self.total_steps = 0
         self.log_every = log_every
-        self.started = time.time()
         self._file = self._board = self._bar = None
         if not self.main:
             return
@@ -32,7 +30,11 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
-        if sys.stderr.isatty() and total_steps:
+
+    def expect(self, total_steps: int) -> None:
+        """The run will have so many steps (known once the data is read)."""
+        self.total_steps = total_steps
+        if self.main and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, dynamic_ncols=True, unit="step")

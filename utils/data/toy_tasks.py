@@ -257,7 +257,13 @@ _FAMILY_INDEX = {maker(random.Random(0)).family: i for i, maker in enumerate(FAM
 
 
 def write(
-    folder: str | Path, seed: int, *, demonstrations=6000, prompts=2048, held_out=512, bad_share=0.5
+    folder: str | Path,
+    seed: int,
+    *,
+    demonstrations=9216,
+    prompts=3072,
+    held_out=512,
+    bad_share=0.55,
 ) -> dict[str, Path]:
     """Write the three files; returns their paths by name.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.data import chat_template, instructions, preferences, rows
+from utils.report import quiet_libraries
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 # One token each: they stand in every rendered turn, and a small vocabulary would spell them out.
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--max_positions", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=42)
     a = parser.parse_args()
+    quiet_libraries()
     Path(a.output_dir).mkdir(parents=True, exist_ok=True)
     build(
         a.output_dir,

@@ -1,0 +1,398 @@
+"""Checkpoints side by side: what each one answers to the same prompts.
+
+python evaluation/prompt_eval.py --checkpoints output/step1_sft output/step3_ppo/actor
+
+Plain transformers loads the folders and samples, so this also shows that they load anywhere.
+"""
+
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
+
+import torch
+
+from evaluation import chat
+from utils import config as run_config
+from utils import report as reporting
+from utils.config import setting
+from utils.data import batches, chat_template, instructions, rows
+from utils.distributed import zero
+from utils.models import generation, scalar_model
+
+BUILT_IN_PROMPTS = (
+    "Explain the moon landing to a 6 year old in a few sentences.",
+    "Write a short poem about a wise frog.",
+    "Why are there leap years?",
+    "List three ways to save water at home.",
+    "Write a polite email that moves a meeting from Monday to Thursday.",
+    "A train travels 180 km in 2.5 hours. What is its average speed? Show your steps.",
+    "请用简单的话解释什么是光合作用。",
+    "写一首关于秋天的四行短诗。",
+    "如何在一个月内养成早起的习惯?请给出三条建议。",
+    "把这句话翻译成英文:学而时习之,不亦说乎?",
+)
+# Which strategy reads a setting; with another one it would be ignored without a word.
+READ_BY = {"temperature": "sample", "top_p": "sample", "num_beams": "beam"}
+
+
+@dataclass
+class PromptEvalConfig:
+    checkpoints: list[str] = setting([], "chat models to compare: folders or hub names")
+    prompts: list[str] = setting(
+        [],
+        "text files (a prompt a line), data files, folders or hub names; rows with `turns` are "
+        "played as whole conversations; none: ten prompts in English and Chinese",
+    )
+    max_prompts: int = setting(0, "only the first so many prompts; 0: all")
+    strategy: str = setting("greedy", "how to decode", choices=("greedy", "sample", "beam"))
+    num_beams: int = setting(4, "beams of strategy beam")
+    temperature: float = setting(1.0, "of strategy sample")
+    top_p: float = setting(1.0, "of strategy sample: share of the probability that is kept")
+    seed: int = setting(42, "seed of strategy sample")
+    max_new_tokens: int = setting(256, "tokens an answer at most")
+    batch_size: int = setting(8, "prompts answered at once")
+    reward_model: str = setting("", "folder of a reward model that scores each answer")
+    output_dir: str = setting("", "write answers.jsonl and answers.md there; empty: print only")
+    dtype: str = setting(
+        "auto",
+        "of the weights; auto: bf16 on GPUs that have it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device_map: str = setting(
+        "", "empty: one device; auto: spread over all GPUs", choices=("", "auto")
+    )
+    attn_implementation: str = setting("sdpa", "transformers' attention: sdpa, eager, …")
+    trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
+
+    # Not a setting: scalar_model.load asks for it.
+    gradient_checkpointing = False
+
+    def of_strategy(self) -> dict:
+        """The settings that the chosen strategy reads."""
+        return {name: getattr(self, name) for name, by in READ_BY.items() if by == self.strategy}
+
+    def problems(self, world_size: int) -> list[str]:
+        """What cannot work, one sentence each, with the flag that mends it."""
+        found = []
+        if world_size > 1:
+            found.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
+        if not self.checkpoints:
+            found.append("checkpoints is empty; name at least one folder with --checkpoints")
+        for path in sorted({p for p in self.checkpoints if self.checkpoints.count(p) > 1}):
+            found.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
+        for path in dict.fromkeys(self.checkpoints):
+            found += chat.folder_problems(path, "checkpoints")
+        if self.reward_model:
+            found += chat.folder_problems(self.reward_model, "reward_model")
+        for name in self.prompts:
+            unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
+            if chat.looks_local(unsplit) and not any(Path(n).exists() for n in (name, unsplit)):
+                found.append(f"prompts: {name!r} does not exist; set --prompts to files or folders")
+        for name, strategy in READ_BY.items():
+            changed = getattr(self, name) != getattr(type(self), name)
+            if changed and self.strategy != strategy:
+                found.append(
+                    f"{name}={getattr(self, name)} means nothing to strategy={self.strategy}; "
+                    f"set --strategy {strategy} or leave out --{name}"
+                )
+        if self.strategy == "beam" and self.num_beams < 2:
+            found.append(f"num_beams={self.num_beams} is no beam search; set --num_beams ≥ 2")
+        if self.strategy == "sample" and self.temperature <= 0:
+            found.append(f"temperature={self.temperature} must be above 0; set --temperature")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p} must lie in (0, 1]; set --top_p")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must be at least 1; set --{name}")
+        if self.max_prompts < 0:
+            found.append(f"max_prompts={self.max_prompts} must not be negative; set --max_prompts")
+        if self.output_dir and Path(self.output_dir).is_file():
+            found.append(f"output_dir={self.output_dir} is a file; set --output_dir to a folder")
+        if self.dtype == "fp16" and not torch.cuda.is_available():
+            found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
+        return found
+
+
+@dataclass(frozen=True)
+class Question:
+    context: tuple[dict, ...]  # what was said before, a system turn perhaps
+    turns: tuple[str, ...]  # what the user says, each after the answer to the one before
+    where: str
+
+
+@dataclass
+class Answer:
+    checkpoint: str
+    turn: int  # from 1
+    conversation: tuple[dict, ...]  # all turns, this answer's text last
+    tokens: int  # the stop token included
+    finished: bool  # ended with the stop token
+    score: float | None = None
+
+    @property
+    def answer(self) -> str:
+        return self.conversation[-1]["content"]
+
+
+def load_questions(config) -> list[Question]:
+    """The prompts of all files, the first `max_prompts` of them. Raises DataError."""
+    if not config.prompts:
+        shown = BUILT_IN_PROMPTS[: config.max_prompts or None]
+        return [Question((), (text,), f"built-in {n}") for n, text in enumerate(shown, 1)]
+    bad = rows.BadRows("error")
+    found, problems = [], []
+    for name in config.prompts:
+        try:
+            found += _read_prompts(name, bad)
+        except rows.DataError as error:
+            problems += error.problems
+    if problems or len(bad):
+        every = list(dict.fromkeys([*problems, *bad.problems]))
+        raise rows.DataError(every, title="prompts that cannot be used:")
+    return found[: config.max_prompts or None]
+
+
+def _read_prompts(name: str, bad: rows.BadRows) -> list[Question]:
+    if Path(name).is_file() and not name.lower().endswith(rows.FILES):
+        return _read_lines(name, bad)
+    found = []
+    role = "eval" if rows.has_split(name, instructions.PROMPT_SPLITS["eval"]) else "train"
+    for prompt in instructions.load_prompts([name], split_role=role, bad=bad):
+        try:
+            found.append(Question(prompt.messages[:-1], _turns(prompt), prompt.where))
+        except rows.BadRow as problem:
+            bad.add(prompt.where, str(problem), prompt.row)
+    return found
+
+
+def _read_lines(path: str, bad: rows.BadRows) -> list[Question]:
+    found, before = [], len(bad)
+    for number, raw in enumerate(Path(path).read_bytes().removeprefix(rows.UTF8_BOM).split(b"\n")):
+        where = f"{path}:{number + 1}"
+        try:
+            text = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            bad.add(where, f"not UTF-8: {error.reason} at byte {error.start + 1} of the line")
+            continue
+        if problem := rows.text_problem(text):
+            bad.add(where, f"the line {problem}")
+        elif text:
+            found.append(Question((), (text,), where))
+    if not found and len(bad) == before:
+        raise rows.DataError(f"{path}: holds no prompts")
+    return found
+
+
+def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
+    """What the user says: all turns of a row of MT-Bench, else one. Raises BadRow."""
+    first, turns = prompt.messages[-1]["content"], prompt.row.get("turns")
+    if not isinstance(turns, list) or turns[:1] != [first]:
+        return (first,)
+    return tuple(
+        instructions.text_of(turn, f"turn {n} of turns") for n, turn in enumerate(turns, 1)
+    )
+
+
+@torch.no_grad()
+def answer_all(config, checkpoint: str, questions: list[Question]):
+    """(answers of each question, a turn after the other; seconds spent sampling)."""
+    model, tokenizer = chat.load_checkpoint(
+        checkpoint,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.generation_config = chat.generation_config(
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.strategy == "sample",
+        **config.of_strategy(),
+    )
+    room = chat.prompt_room(model, config.max_new_tokens)
+    torch.manual_seed(config.seed)
+    answers: list[list[Answer]] = [[] for _ in questions]
+    talks = [question.context for question in questions]
+    seconds, cut = 0.0, 0
+    for turn in range(max(len(q.turns) for q in questions)):
+        asked = [i for i, question in enumerate(questions) if turn < len(question.turns)]
+        for start in range(0, len(asked), config.batch_size):
+            chosen = asked[start : start + config.batch_size]
+            for i in chosen:
+                talks[i] += ({"role": "user", "content": questions[i].turns[turn]},)
+            encoded = [chat.encode_prompt(tokenizer, talks[i], questions[i].where) for i in chosen]
+            cut += sum(len(e) > room for e in encoded)
+            encoded = [e[-room:] for e in encoded]
+            tick = time.time()
+            found = generate(model, tokenizer, encoded)
+            seconds += time.time() - tick
+            for i, (text, tokens, finished) in zip(chosen, found, strict=True):
+                talks[i] += ({"role": "assistant", "content": text},)
+                answers[i].append(Answer(checkpoint, turn + 1, talks[i], tokens, finished))
+            done = min(start + config.batch_size, len(asked))
+            print(f"{checkpoint}: turn {turn + 1}, {done}/{len(asked)} answered", flush=True)
+    if cut:
+        print(f"{checkpoint}: {cut} prompts lost their beginning to fit its positions", flush=True)
+    return answers, seconds
+
+
+def generate(model, tokenizer, encoded: list[list[int]]) -> list[tuple[str, int, bool]]:
+    """Ids of prompts → (answer, its tokens with the stop token, ended with it) for each."""
+    ids, mask = batches.prompt_batch(encoded, tokenizer.pad_token_id)
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)
+    )
+    responses = output[:, ids.shape[1] :].cpu()
+    counted = generation.mask_through_stop(responses, tokenizer.eos_token_id)
+    found = []
+    for response, keep in zip(responses, counted, strict=True):
+        kept = response[keep]
+        finished = bool((kept == tokenizer.eos_token_id).any())
+        found.append((tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished))
+    return found
+
+
+@torch.no_grad()
+def score_all(config, answers: list[Answer]) -> None:
+    """Set every answer's score: the reward model's, bias taken off, on the whole conversation.
+
+    An answer cut off by max_new_tokens is scored as if it had ended there.
+    """
+    tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = zero.resolve_dtype(config.dtype, device)
+    model = scalar_model.load(config, config.reward_model, dtype=dtype, zero_stage=0)
+    model.to(device).eval()
+    limit = getattr(
+        model.classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize
+    )
+    for start in range(0, len(answers), config.batch_size):
+        chosen = answers[start : start + config.batch_size]
+        try:
+            encoded = [
+                chat_template.encode_conversation(tokenizer, a.conversation).ids[-limit:]
+                for a in chosen
+            ]
+        except chat_template.TemplateError as error:
+            raise SystemExit(f"reward_model={config.reward_model}: {error}") from error
+        ids = batches.pad(encoded, tokenizer.pad_token_id).to(device)
+        mask = batches.pad([[True] * len(e) for e in encoded], False).to(device)
+        scores = scalar_model.sequence_scores(model, ids, mask).tolist()
+        for answer, score in zip(chosen, scores, strict=True):
+            answer.score = score
+
+
+def facts(answer: Answer) -> str:
+    ending = "finished" if answer.finished else "cut off"
+    score = "" if answer.score is None else f", score {answer.score:.3f}"
+    return f"{answer.tokens} tokens, {ending}{score}"
+
+
+def blocks(questions: list[Question], results: dict[str, list[list[Answer]]]):
+    """(level, heading, text) of all there is to show: 2 a prompt, 3 who asks, 4 who answers."""
+    for i, question in enumerate(questions):
+        yield 2, f"prompt {i + 1} of {len(questions)}, {question.where}", ""
+        for message in question.context:
+            yield 3, message["role"], message["content"]
+        for turn, text in enumerate(question.turns):
+            yield 3, "user", text
+            for checkpoint, answers in results.items():
+                answer = answers[i][turn]
+                yield 4, f"{checkpoint} ({facts(answer)})", answer.answer
+
+
+def as_text(questions, results) -> str:
+    marks = {2: "\n══ ", 3: "── ", 4: "→ "}
+    lines = []
+    for level, heading, text in blocks(questions, results):
+        lines.append(marks[level] + chat.visible(heading))
+        lines += ["    " + line for line in chat.visible(text).split("\n")] if level > 2 else []
+    return "\n".join(lines)
+
+
+def as_markdown(config, questions, results, summary: str) -> str:
+    names = ("strategy", *config.of_strategy(), "seed", "max_new_tokens", "dtype", "reward_model")
+    settings = "\n".join(f"{name}: {getattr(config, name)}" for name in names)
+    parts = ["# Answers side by side", fence(settings), fence(summary)]
+    for level, heading, text in blocks(questions, results):
+        parts.append("#" * level + " " + code_span(heading))
+        parts += [fence(text)] if level > 2 else []
+    return "\n\n".join(parts) + "\n"
+
+
+def fence(text: str) -> str:
+    """A code block that nothing in `text` can close: its fence is longer than any run there."""
+    text = chat.visible(text)
+    ticks = "`" * max(3, _longest_run(text) + 1)
+    return f"{ticks}text\n{text}\n{ticks}"
+
+
+def code_span(text: str) -> str:
+    text = " ".join(chat.visible(text).split())
+    ticks = "`" * (_longest_run(text) + 1)
+    return f"{ticks} {text} {ticks}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def summary_table(results: dict[str, list[list[Answer]]], seconds: dict[str, float]) -> str:
+    header = ("checkpoint", "answers", "tokens/answer", "finished", "tokens/s")
+    lines = []
+    for checkpoint, groups in results.items():
+        answers = [a for group in groups for a in group]
+        n, tokens = len(answers), sum(a.tokens for a in answers)
+        finished = sum(a.finished for a in answers) / n
+        line = (checkpoint, n, f"{tokens / n:.1f}", f"{finished:.0%}")
+        line = (*line, f"{tokens / seconds[checkpoint]:.1f}")
+        if answers[0].score is not None:
+            header = (*header[:5], "mean score")
+            line = (*line, f"{sum(a.score for a in answers) / n:.3f}")
+        lines.append(line)
+    return reporting.table(lines, header)
+
+
+def write(config, questions, results, summary: str) -> None:
+    """answers.jsonl, a line per prompt, checkpoint and turn; answers.md for people."""
+    folder = Path(config.output_dir)
+    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
+        for i, question in enumerate(questions):
+            for answer in (a for groups in results.values() for a in groups[i]):
+                record = {"prompt": question.turns[answer.turn - 1], "where": question.where}
+                names = ("checkpoint", "turn", "answer", "tokens", "finished")
+                for name in (*names, *(["score"] if config.reward_model else [])):
+                    record[name] = getattr(answer, name)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    page = as_markdown(config, questions, results, summary)
+    (folder / "answers.md").write_text(page, encoding="utf-8")
+    print(f"written: {folder / 'answers.jsonl'}, {folder / 'answers.md'}", flush=True)
+
+
+def main() -> None:
+    config = run_config.parse(PromptEvalConfig, __doc__)
+    reporting.quiet_libraries()
+    try:
+        questions = load_questions(config)
+    except rows.DataError as error:
+        raise SystemExit(str(error)) from error
+    if config.output_dir:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    results, seconds = {}, {}
+    for checkpoint in config.checkpoints:
+        results[checkpoint], seconds[checkpoint] = answer_all(config, checkpoint, questions)
+    if config.reward_model:
+        score_all(config, [a for groups in results.values() for g in groups for a in g])
+    summary = summary_table(results, seconds)
+    print(as_text(questions, results) + "\n\n" + summary, flush=True)
+    if config.output_dir:
+        write(config, questions, results, summary)
+
+
+if __name__ == "__main__":
+    main()

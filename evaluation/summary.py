@@ -1,0 +1,177 @@
+"""The closing table of a run, summary.json and curves.png.
+
+    python -m evaluation.summary --output_dir OUTPUT [--verifier_data held_out.jsonl]
+
+Reads each step's result.json and metrics.jsonl; with the embedded task it also samples from the
+SFT policy, the PPO policy and its average on held-out prompts and lets the verifier judge.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+STEPS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo"}
+POLICIES = {"sft": "step1_sft", "ppo": "step3_ppo/actor", "ppo_ema": "step3_ppo/actor_ema"}
+
+
+def read_result(folder: Path) -> dict:
+    path = folder / "result.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: the step that writes it did not finish")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def verify_policy(folder: Path, rows: list[dict], seed: int, max_new_tokens: int = 32) -> float:
+    """Mean verifier score of answers sampled at temperature 1 by the model in `folder`."""
+    from transformers import AutoModelForCausalLM
+
+    from utils.data import batches, chat_template, toy_tasks
+    from utils.models import generation
+
+    tokenizer = chat_template.load_tokenizer(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    encoded = [
+        chat_template.encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        for row in rows
+    ]
+    ids, mask = batches.prompt_batch(encoded, tokenizer.pad_token_id)
+    responses = generation.generate(
+        model,
+        ids,
+        mask,
+        max_new_tokens=max_new_tokens,
+        stop_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        noise=generation.uniform_noise(len(rows), max_new_tokens, seed, 2**31 + 1),
+    )
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return sum(toy_tasks.verify(r, t) for r, t in zip(rows, texts, strict=True)) / len(rows)
+
+
+def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> dict:
+    """The contents of summary.json."""
+    sft, reward, ppo = (read_result(output / folder) for folder in STEPS.values())
+    summary = {
+        "sft": {k: sft[k] for k in ("eval_loss_before", "eval_loss_after")},
+        "reward": {
+            k: reward[k]
+            for k in (
+                "accuracy",
+                "accuracy_low",
+                "accuracy_high",
+                "accuracy_longer_answer",
+                "pairs",
+            )
+        },
+        "ppo": {
+            "score_before": ppo["score_before"],
+            "score_after": ppo["score_after"],
+            "score_std_before": ppo["score_std_before"],
+            "kl": ppo["kl_after"],
+            "kl_k3": ppo["kl_k3_after"],
+            "response_length_before": ppo["response_length_before"],
+            "response_length_after": ppo["response_length_after"],
+            "eos_share_after": ppo["eos_share_after"],
+        },
+        "seconds": {name: read_result(output / f)["seconds"] for name, f in STEPS.items()},
+    }
+    if seconds:
+        summary["seconds"]["total"] = seconds
+    if verifier_data:
+        rows = [json.loads(x) for x in Path(verifier_data).read_text(encoding="utf-8").splitlines()]
+        summary["verifier"] = {
+            name: verify_policy(output / folder, rows, seed)
+            for name, folder in POLICIES.items()
+            if (output / folder).exists()
+        }
+        summary["verifier"]["prompts"] = len(rows)
+    return summary
+
+
+def closing_table(summary: dict) -> str:
+    from utils.report import table
+
+    sft, reward, ppo, seconds = (summary[k] for k in ("sft", "reward", "ppo", "seconds"))
+    rows = [
+        ("SFT held-out loss", f"{sft['eval_loss_before']:.3f}", f"{sft['eval_loss_after']:.3f}"),
+        (
+            "reward accuracy (longer answer → model)",
+            f"{reward['accuracy_longer_answer']:.3f}",
+            f"{reward['accuracy']:.3f} ({reward['accuracy_low']:.3f} to "
+            f"{reward['accuracy_high']:.3f})",
+        ),
+        (
+            "PPO held-out score",
+            f"{ppo['score_before']:.3f} (std {ppo['score_std_before']:.3f})",
+            f"{ppo['score_after']:.3f}",
+        ),
+        ("PPO KL to the reference, nats a response", "0", f"{ppo['kl']:.3f}"),
+    ]
+    if "verifier" in summary:
+        v = summary["verifier"]
+        after = f"{v['ppo']:.3f}" + (f" (average {v['ppo_ema']:.3f})" if "ppo_ema" in v else "")
+        rows.append((f"verifier, {v['prompts']} held-out prompts", f"{v['sft']:.3f}", after))
+    times = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
+    return table(rows, ("measure", "before", "after")) + f"\ntime: {times}"
+
+
+def plot(output: Path) -> None:
+    """curves.png: loss of each training, and PPO's score, verifier and KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    sft, reward, ppo = (read_metrics(output / folder) for folder in STEPS.values())
+
+    def draw(axis, metrics, name, label=None, **style):
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+
+    draw(axes[0][0], sft, "loss")
+    axes[0][0].set(title="step 1: SFT loss a token", xlabel="optimizer step", ylabel="nats")
+    draw(axes[0][1], reward, "loss")
+    axes[0][1].set(title="step 2: ranking loss", xlabel="optimizer step", ylabel="nats a pair")
+    draw(axes[1][0], ppo, "score", "rollout score", alpha=0.4)
+    draw(axes[1][0], ppo, "eval/score", "held-out score", marker="o")
+    draw(axes[1][0], ppo, "eval/verifier", "held-out verifier", marker="s")
+    axes[1][0].set(title="step 3: score", xlabel="rollout", ylabel="reward model's score")
+    axes[1][0].legend()
+    draw(axes[1][1], ppo, "kl", "k1", alpha=0.6)
+    draw(axes[1][1], ppo, "kl_k3", "k3")
+    axes[1][1].set(title="step 3: KL to the reference", xlabel="rollout", ylabel="nats a response")
+    axes[1][1].legend()
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.savefig(output / "curves.png", dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    from utils.report import quiet_libraries
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--verifier_data", default="", help="held-out rows of the embedded task")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seconds", type=float, default=0.0, help="time the whole run took so far")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    output = Path(arguments.output_dir)
+    summary = summarise(output, arguments.verifier_data, arguments.seed, arguments.seconds)
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (output / "summary.json").write_text(text + "\n", encoding="utf-8")
+    plot(output)
+    print(closing_table(summary))
+    print(f"written: {output}/summary.json, {output}/curves.png")
+
+
+if __name__ == "__main__":
+    main()

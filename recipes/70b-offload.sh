@@ -1,0 +1,15 @@
+# A 70B model on many nodes: ZeRO-3 with optimizer states and weights in CPU memory. Start it with
+#   LAUNCH="--hostfile hosts" bash run_all.sh 70b-offload
+MODEL=Qwen/Qwen2.5-72B
+SFT_DATA=(tatsu-lab/alpaca)
+PREFERENCE_DATA=(HuggingFaceH4/ultrafeedback_binarized)
+COMMON_FLAGS=(--dtype bf16 --zero_stage 3 --offload all --gradient_checkpointing
+    --timeout_minutes 120)
+SFT_FLAGS=(--learning_rate 5e-6 --global_batch_size 128 --micro_batch_size 1 --epochs 2
+    --max_length 2048)
+REWARD_FLAGS=(--learning_rate 5e-6 --global_batch_size 64 --micro_batch_size 1 --epochs 1
+    --max_length 2048)
+PPO_FLAGS=(--learning_rate 3e-7 --critic_learning_rate 5e-6 --prompts_per_rollout 512
+    --global_batch_size 128 --micro_batch_size 1 --generation_batch_size 8 --max_steps 300
+    --max_prompt_length 1024 --max_response_length 1024 --missing_eos_penalty 1 --score_clip 5
+    --save_every 10)

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# The main job: SFT → reward model → PPO → evaluation and report.
+#
+#   bash run_all.sh [RECIPE] [--flag value …]
+#
+# RECIPE is a file of recipes/ (tiny, scratch, qwen2.5-0.5b, 7b-zero3, 70b-offload). Without one:
+# `tiny`, or `scratch` where data is named, or `qwen2.5-0.5b`'s settings where a model is named.
+#
+#   --output_dir FOLDER          default: output/RECIPE
+#   --model_name_or_path MODEL   where step 1 starts
+#   --sft_data A [B …]           demonstrations
+#   --preference_data A [B …]    comparisons
+#   --prompt_data A [B …]        prompts of step 3 (default: those of the comparisons)
+#   --rounds N                   repeat collect → reward → PPO N times (embedded task)
+#   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG value   for one step
+#   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …)
+#
+# LAUNCH holds flags of the deepspeed launcher, e.g. LAUNCH="--hostfile hosts".
+set -uo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;; esac
+. "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
+
+RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL=""
+SFT_DATA=() PREFERENCE_DATA=() PROMPT_DATA=()
+COMMON_FLAGS=() SCRATCH_FLAGS=() SFT_FLAGS=() COLLECT_FLAGS=() REWARD_FLAGS=() PPO_FLAGS=()
+my_model="" my_sft=() my_preference=() my_prompts=()
+my_common=() my_sft_flags=() my_collect=() my_reward=() my_ppo=() seed=42
+
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then RECIPE=$1; shift; fi
+while [ $# -gt 0 ]; do
+    flag=$1 values=()
+    shift
+    [ "${flag#--}" != "$flag" ] || { echo "run_all.sh: $flag is no flag; see --help" >&2; exit 2; }
+    while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do values+=("$1"); shift; done
+    case $flag in
+        --output_dir) OUTPUT=${values[*]} ;;
+        --rounds) ROUNDS=${values[*]} ;;
+        --model_name_or_path) my_model=${values[*]} ;;
+        --sft_data) my_sft=("${values[@]}") ;;
+        --preference_data) my_preference=("${values[@]}") ;;
+        --prompt_data) my_prompts=("${values[@]}") ;;
+        --sft.*) my_sft_flags+=("--${flag#--sft.}" "${values[@]}") ;;
+        --collect.*) my_collect+=("--${flag#--collect.}" "${values[@]}") ;;
+        --reward.*) my_reward+=("--${flag#--reward.}" "${values[@]}") ;;
+        --ppo.*) my_ppo+=("--${flag#--ppo.}" "${values[@]}") ;;
+        *) my_common+=("$flag" "${values[@]}"); [ "$flag" = --seed ] && seed=${values[*]} ;;
+    esac
+done
+if [ -z "$RECIPE" ]; then
+    RECIPE=tiny
+    [ ${#my_sft[@]} -eq 0 ] && [ ${#my_preference[@]} -eq 0 ] || RECIPE=scratch
+    [ -z "$my_model" ] || RECIPE=qwen2.5-0.5b
+fi
+[ -f "$ROOT/recipes/$RECIPE.sh" ] || {
+    echo "run_all.sh: no recipe $RECIPE; there are: $(cd "$ROOT/recipes" && ls | sed 's/\.sh$//' | tr '\n' ' ')" >&2
+    exit 2
+}
+. "$ROOT/recipes/$RECIPE.sh"
+MODEL=${my_model:-$MODEL}
+[ ${#my_sft[@]} -eq 0 ] || SFT_DATA=("${my_sft[@]}")
+[ ${#my_preference[@]} -eq 0 ] || PREFERENCE_DATA=("${my_preference[@]}")
+PROMPT_DATA=("${my_prompts[@]}")
+OUTPUT=${OUTPUT:-output/$RECIPE}
+COMMON_FLAGS+=("${my_common[@]}") SFT_FLAGS+=("${my_sft_flags[@]}") COLLECT_FLAGS+=("${my_collect[@]}")
+REWARD_FLAGS+=("${my_reward[@]}") PPO_FLAGS+=("${my_ppo[@]}")
+if [ "$EMBEDDED" = 0 ]; then
+    [ ${#SFT_DATA[@]} -gt 0 ] && [ ${#PREFERENCE_DATA[@]} -gt 0 ] || {
+        echo "run_all.sh: recipe $RECIPE needs --sft_data and --preference_data" >&2
+        exit 2
+    }
+    [ ${#PROMPT_DATA[@]} -gt 0 ] || PROMPT_DATA=("${PREFERENCE_DATA[@]}")
+    [ "$ROUNDS" = 1 ] || { echo "run_all.sh: --rounds needs the embedded task, whose verifier ranks new answers" >&2; exit 2; }
+fi
+
+started=$SECONDS
+stage() { # stage NAME command …: stops the run at the first failure, with its code
+    local name=$1 code began=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@"
+    code=$?
+    if [ $code -ne 0 ]; then
+        echo "run_all.sh: $name failed with exit code $code; what was written stays in $OUTPUT" >&2
+        exit $code
+    fi
+    echo "=== $name took $((SECONDS - began)) s"
+}
+in_root() { PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python "$@"; }
+
+echo "recipe $RECIPE → $OUTPUT; launcher: $(launch_flags)"
+mkdir -p "$OUTPUT"
+if [ "$EMBEDDED" = 1 ]; then
+    stage "data" in_root -m utils.data.toy_tasks --output_dir "$OUTPUT/data" --seed "$seed"
+    SFT_DATA=("$OUTPUT/data/sft.jsonl") PROMPT_DATA=("$OUTPUT/data/prompts.jsonl")
+fi
+if [ -z "$MODEL" ]; then
+    stage "base model" in_root -m utils.models.from_scratch --output_dir "$OUTPUT/base_model" \
+        --data "${SFT_DATA[@]}" "${PREFERENCE_DATA[@]}" --seed "$seed" "${SCRATCH_FLAGS[@]}"
+    MODEL="$OUTPUT/base_model"
+fi
+stage "step 1: SFT" launch step1_sft/main.py --model_name_or_path "$MODEL" \
+    --sft_data "${SFT_DATA[@]}" --output_dir "$OUTPUT/step1_sft" "${COMMON_FLAGS[@]}" "${SFT_FLAGS[@]}"
+
+policy="$OUTPUT/step1_sft"
+for round in $(seq 1 "$ROUNDS"); do
+    folder="$OUTPUT" # the last round's models stand where a single round's would
+    [ "$round" = "$ROUNDS" ] || folder="$OUTPUT/round$round"
+    if [ "$EMBEDDED" = 1 ]; then
+        stage "round $round: comparisons" launch step2_reward/collect.py --policy "$policy" \
+            --prompt_data "${PROMPT_DATA[@]}" --output_file "$OUTPUT/data/comparisons_$round.jsonl" \
+            "${COMMON_FLAGS[@]}" "${COLLECT_FLAGS[@]}"
+        PREFERENCE_DATA+=("$OUTPUT/data/comparisons_$round.jsonl")
+    fi
+    stage "step 2: reward model" launch step2_reward/main.py --model_name_or_path "$OUTPUT/step1_sft" \
+        --preference_data "${PREFERENCE_DATA[@]}" --sft_data "${SFT_DATA[@]}" \
+        --output_dir "$folder/step2_reward" "${COMMON_FLAGS[@]}" "${REWARD_FLAGS[@]}"
+    stage "step 3: PPO" launch step3_ppo/main.py --model_name_or_path "$policy" \
+        --reward_model "$folder/step2_reward" --prompt_data "${PROMPT_DATA[@]}" \
+        --output_dir "$folder/step3_ppo" "${COMMON_FLAGS[@]}" "${PPO_FLAGS[@]}"
+    policy="$folder/step3_ppo/actor"
+done
+extra=()
+[ "$EMBEDDED" = 0 ] || extra=(--verifier_data "$OUTPUT/data/held_out.jsonl")
+stage "evaluation" in_root -m evaluation.summary --output_dir "$OUTPUT" --seed "$seed" \
+    --seconds $((SECONDS - started)) "${extra[@]}"

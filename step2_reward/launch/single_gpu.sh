@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One GPU.
+# MODEL (step 1's output), DATA and OUTPUT from the environment; further flags go to main.py.
+. "$(dirname "$0")/../../utils/launch.sh"
+LAUNCH="${LAUNCH:---num_gpus 1}"
+launch step2_reward/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
+    --preference_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
+    --output_dir "${OUTPUT:-output/step2_reward}" \
+    --zero_stage 0 --dtype bf16 --global_batch_size 64 --micro_batch_size 4 "$@"

@@ -1,0 +1,80 @@
+"""Shared fixtures: a two-layer model with data, and programs run on one or two CPU ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def build_tiny(folder: Path, family: str = "llama") -> Path:
+    """data/ of the embedded task (small) and base_model/ with two layers, under `folder`."""
+    from utils.data import toy_tasks
+    from utils.models import from_scratch
+
+    toy_tasks.write(folder / "data", 0, demonstrations=240, prompts=160, held_out=32)
+    from_scratch.build(
+        folder / "base_model",
+        from_scratch.texts_of([str(folder / "data/sft.jsonl")]),
+        vocab_size=512,
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        intermediate_size=64,
+        max_positions=256,
+        seed=0,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def run_ranks(jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 300) -> str:
+    """Run each (program, arguments) in turn in one process group of `ranks` CPU ranks.
+
+    Returns what all ranks printed; fails the test if a rank exits with another code than 0.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    spec = json.dumps([[program, list(map(str, argv))] for program, argv in jobs])
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/step_worker.py"), spec],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    codes = [p.returncode for p in processes]
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n---\n".join(outputs)
+    return "\n".join(outputs)
+
+
+def metrics_of(folder: Path, name: str) -> list[float]:
+    """The values of one metric over the steps of a run."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]

@@ -1,0 +1,63 @@
+"""Runs a step's main and records, just before each save, what the training engine computes.
+
+arguments: PROGRAM FILE.pt …the step's own arguments
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from utils.distributed import checkpoint, process_group
+from utils.models import language_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    program, target, *argv = sys.argv[1:]
+    spec = importlib.util.spec_from_file_location("step", ROOT / program)
+    step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(step)
+    engines = []
+    from utils.distributed import zero
+
+    class Recording(zero.TrainEngine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            engines.append(self)
+
+    zero.TrainEngine = Recording
+    recorded = {}
+    plain_save = checkpoint.save_model
+
+    def save_model(folder, model, tokenizer, config, state_dict=None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}],
+            tokenize=False,
+        )
+        text = text[: text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        engine = next(e for e in engines if model in (e.module, getattr(e.module, "classifier", 0)))
+        engine.module.eval()
+        with torch.no_grad():
+            if model is engine.module:
+                out = engine(**language_model.forward_inputs(model, ids, mask), use_cache=False)
+                record = {"kind": "language", "ids": ids, "logits": out.logits.clone()}
+            else:
+                record = {"kind": "scalar", "ids": ids, "logits": engine(ids, mask)[:, -1:]}
+        if state_dict is None:  # the average is not what the engine holds
+            recorded[str(folder)] = record
+        plain_save(folder, model, tokenizer, config, state_dict)
+
+    checkpoint.save_model = save_model
+    sys.argv = [program, *argv]
+    step.main()
+    if process_group.is_main():
+        torch.save(recorded, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Each step's main on a two-layer model: every ZeRO stage and 1 or 2 ranks take the same path."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import metrics_of, run_ranks
+
+# How ZeRO is told apart from nothing: (name, flags).
+STAGES = [
+    ("zero0", []),
+    ("zero1", ["--zero_stage", 1]),
+    ("zero2", ["--zero_stage", 2]),
+    ("zero3", ["--zero_stage", 3]),
+    ("zero2_offload", ["--zero_stage", 2, "--offload", "optimizer"]),
+    ("zero3_offload", ["--zero_stage", 3, "--offload", "all"]),
+]
+# fp32 sums in another order differ in the seventh digit; a few Adam steps, which divide small
+# gradients by their own size, raise that to the fifth.
+CLOSE = dict(rel=2e-4, abs=2e-5)
+
+
+def sft(tiny, out, *flags):
+    return (
+        "step1_sft/main.py",
+        [
+            "--model_name_or_path",
+            tiny / "base_model",
+            "--sft_data",
+            tiny / "data/sft.jsonl",
+            "--output_dir",
+            out,
+            "--max_steps",
+            6,
+            "--global_batch_size",
+            16,
+            "--micro_batch_size",
+            4,
+            "--learning_rate",
+            3e-3,
+            "--max_length",
+            96,
+            "--eval_fraction",
+            0.1,
+            "--tensorboard",
+            "false",
+            *flags,
+        ],
+    )
+
+
+def collect(tiny, policy):
+    return (
+        "step2_reward/collect.py",
+        [
+            "--policy",
+            policy,
+            "--prompt_data",
+            tiny / "data/prompts.jsonl",
+            "--output_file",
+            tiny / "data/comparisons.jsonl",
+            "--max_response_length",
+            12,
+            "--num_prompts",
+            100,
+        ],
+    )
+
+
+def reward(tiny, policy, out, *flags):
+    return (
+        "step2_reward/main.py",
+        [
+            "--model_name_or_path",
+            policy,
+            "--preference_data",
+            tiny / "data/comparisons.jsonl",
+            "--output_dir",
+            out,
+            "--max_steps",
+            5,
+            "--global_batch_size",
+            8,
+            "--micro_batch_size",
+            2,
+            "--learning_rate",
+            1e-3,
+            "--max_length",
+            96,
+            "--eval_fraction",
+            0.2,
+            "--tensorboard",
+            "false",
+            *flags,
+        ],
+    )
+
+
+def ppo(tiny, policy, reward_model, out, *flags):
+    return (
+        "step3_ppo/main.py",
+        [
+            "--model_name_or_path",
+            policy,
+            "--reward_model",
+            reward_model,
+            "--prompt_data",
+            tiny / "data/prompts.jsonl",
+            "--output_dir",
+            out,
+            "--max_steps",
+            3,
+            "--prompts_per_rollout",
+            16,
+            "--global_batch_size",
+            8,
+            "--micro_batch_size",
+            2,
+            "--ppo_epochs",
+            2,
+            "--learning_rate",
+            1e-3,
+            "--max_prompt_length",
+            48,
+            "--max_response_length",
+            12,
+            "--max_eval_rows",
+            8,
+            "--tensorboard",
+            "false",
+            *flags,
+        ],
+    )
+
+
+@pytest.fixture(scope="session")
+def chain(tiny, tmp_path_factory):
+    """Steps 1 and 2 once, for step 3 to start from."""
+    folder = tmp_path_factory.mktemp("chain")
+    jobs = [
+        sft(tiny, folder / "sft", "--max_steps", 60),
+        collect(tiny, folder / "sft"),
+        reward(tiny, folder / "sft", folder / "reward", "--max_steps", 30),
+    ]
+    run_ranks(jobs, 1)
+    return folder
+
+
+def assert_same_path(runs, names):
+    """`runs`: folders by name; the metrics `names` of all must follow the first one's."""
+    (first, reference), *others = runs.items()
+    for name in names:
+        expected = metrics_of(reference, name)
+        assert len(expected) >= 3 and len(set(expected)) > 1, f"{name} does not move: {expected}"
+        for other, folder in others:
+            got = metrics_of(folder, name)
+            assert got == pytest.approx(expected, **CLOSE), f"{name}: {other} is not {first}"
+
+
+def all_stages(job, out):
+    """Run `job(folder, *flags)` for all stages on 1 and 2 ranks → folders by name."""
+    folders = {}
+    for ranks in (1, 2):
+        chosen = {f"{name}, {ranks} ranks": (out / f"{name}_{ranks}", f) for name, f in STAGES}
+        run_ranks([job(folder, *flags) for folder, flags in chosen.values()], ranks)
+        folders |= {name: folder for name, (folder, _) in chosen.items()}
+    return folders
+
+
+def test_sft_takes_one_path_under_every_stage(tiny, tmp_path):
+    folders = all_stages(lambda out, *flags: sft(tiny, out, *flags), tmp_path)
+    assert_same_path(folders, ["loss", "grad_norm"])
+    losses = metrics_of(tmp_path / "zero0_1", "loss")
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_reward_takes_one_path_under_every_stage(tiny, chain, tmp_path):
+    folders = all_stages(lambda out, *flags: reward(tiny, chain / "sft", out, *flags), tmp_path)
+    assert_same_path(folders, ["loss", "grad_norm"])
+
+
+def test_ppo_takes_one_path_under_every_stage(tiny, chain, tmp_path):
+    folders = all_stages(
+        lambda out, *flags: ppo(tiny, chain / "sft", chain / "reward", out, *flags), tmp_path
+    )
+    names = [
+        "score",
+        "kl",
+        "policy_loss",
+        "value_loss",
+        "actor_grad_norm",
+        "critic_grad_norm",
+        "response_length",
+    ]
+    assert_same_path(folders, names)
+    averages = {
+        name: torch.cat([t.flatten() for t in _weights(folder / "actor_ema").values()])
+        for name, folder in folders.items()
+    }
+    reference = averages["zero0, 1 ranks"]
+    start = torch.cat([t.flatten() for t in _weights(chain / "sft").values()])
+    assert (reference - start).abs().max() > 1e-4
+    for name, weights in averages.items():
+        assert (weights - reference).abs().max() < 2e-4, name
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+
+    return dict(sorted(load_file(folder / "model.safetensors").items()))
+
+
+@pytest.mark.parametrize("step", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["0", "2", "3"])
+def test_saved_models_load_anywhere_and_say_the_same(tiny, chain, tmp_path, step, stage):
+    """Plain transformers on the saved folder gives the logits that training had, and the ids."""
+    out = tmp_path / "out"
+    probe = tmp_path / "probe.pt"
+    flags = ["--zero_stage", stage]
+    job = {
+        "sft": lambda: sft(tiny, out, *flags),
+        "reward": lambda: reward(tiny, chain / "sft", out, *flags),
+        "ppo": lambda: ppo(tiny, chain / "sft", chain / "reward", out, *flags, "--max_steps", 1),
+    }[step]()
+    (program, argv) = job
+    run_ranks([("tests/probe_logits.py", [program, probe, *argv])], 1)
+    recorded = torch.load(probe, weights_only=True)
+    assert recorded
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    for folder, record in recorded.items():
+        scalar = record["kind"] == "scalar"
+        auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+        model = auto.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}],
+            return_dict=True,
+            return_tensors="pt",
+        )["input_ids"]
+        ids = ids[:, : int((ids[0] == tokenizer.eos_token_id).nonzero()[-1]) + 1]
+        assert ids.tolist() == record["ids"].tolist()
+        logits = model(input_ids=ids).logits
+        if scalar:  # plain transformers gives the score before the bias
+            logits = logits - getattr(model.config, "reward_bias", 0.0)
+        torch.testing.assert_close(logits, record["logits"], rtol=1e-5, atol=1e-5)
+        assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+        assert model.config.eos_token_id == tokenizer.eos_token_id
+        if not scalar:
+            assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+            assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_saved_config_repeats_the_run(tiny, tmp_path):
+    program, argv = sft(tiny, tmp_path / "first", "--learning_rate", "0.0021")
+    again = ["--config", tmp_path / "first/config.yaml", "--output_dir", tmp_path / "second"]
+    run_ranks([(program, argv), (program, again)], 1)
+    losses = [metrics_of(tmp_path / name, "loss") for name in ("first", "second")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_save_that_fails_leaves_the_weights_that_were_there(tiny, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from step1_sft.config import SFTConfig
+    from utils.data import chat_template
+    from utils.distributed import checkpoint
+
+    folder = tmp_path / "weights"
+    shutil.copytree(tiny / "base_model", folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = chat_template.load_tokenizer(str(folder))
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_model(folder, model, tokenizer, SFTConfig())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_results_hold_what_the_summary_needs(chain):
+    result = json.loads((chain / "reward/result.json").read_text())
+    assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
+    config = json.loads((chain / "reward/config.json").read_text())
+    assert config["reward_bias"] == pytest.approx(result["bias"])
