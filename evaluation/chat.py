@@ -30,7 +30,7 @@ class ChatConfig:
     temperature: float = setting(0.7, "sampling temperature; 0: the likeliest token always")
     top_p: float = setting(0.95, "share of the probability that is sampled from")
     seed: int = setting(42, "seed of the sampling")
-    max_new_tokens: int = setting(256, "tokens an answer at most")
+    max_new_tokens: int = setting(128, "tokens an answer at most")
     dtype: str = setting(
         "auto",
         "of the weights; auto: bf16 on GPUs that have it, else fp32",

@@ -54,7 +54,7 @@ class PromptEvalConfig:
     temperature: float = setting(1.0, "of strategy sample")
     top_p: float = setting(1.0, "of strategy sample: share of the probability that is kept")
     seed: int = setting(42, "seed of strategy sample")
-    max_new_tokens: int = setting(256, "tokens an answer at most")
+    max_new_tokens: int = setting(128, "tokens an answer at most")
     batch_size: int = setting(8, "prompts answered at once")
     reward_model: str = setting("", "folder of a reward model that scores each answer")
     output_dir: str = setting("", "write answers.jsonl and answers.md there; empty: print only")

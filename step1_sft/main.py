@@ -66,13 +66,13 @@ def load_data(config, tokenizer, report):
     train, held = splits.train_and_held_out(
         config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1
     )
-    bad.finish("sft_data")
     examples, counts = batches.encode_conversations(
-        tokenizer, train, config.max_length, config.long_answers
+        tokenizer, train, config.max_length, config.long_answers, bad
     )
     eval_examples, eval_counts = batches.encode_conversations(
-        tokenizer, held, config.max_length, config.long_answers
+        tokenizer, held, config.max_length, config.long_answers, bad
     )
+    bad.finish("sft_data")
     report.say(counts.line("training data"))
     report.say(eval_counts.line("held-out data"))
     if not examples or not eval_examples:

@@ -34,6 +34,8 @@ class RewardConfig(RunConfig):
                 re.compile(pattern)
             except re.error as error:
                 found.append(f"trainable_modules: {pattern!r} is no pattern: {error}")
+        if self.max_length < 8:
+            found.append(f"max_length={self.max_length} leaves no room; set --max_length ≥ 8")
         if self.epochs <= 0 and self.max_steps == 0:
             found.append(f"epochs={self.epochs} gives no step; set --epochs or --max_steps")
         return found

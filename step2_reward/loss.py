@@ -19,7 +19,7 @@ def ranked_pairs(labels: Sequence[Sequence[float]]) -> tuple[list[int], list[int
         pairs = [(i, j) for i, a in enumerate(group) for j, b in enumerate(group) if a > b]
         winners += [start + i for i, _ in pairs]
         losers += [start + j for _, j in pairs]
-        weights += [1.0 / len(pairs)] * len(pairs)
+        weights += [1.0 / max(len(pairs), 1)] * len(pairs)
         start += len(group)
     return winners, losers, weights
 

@@ -32,25 +32,32 @@ class Ranked:
     characters: tuple[int, ...]
 
 
-def encode(tokenizer, comparisons, max_length: int) -> tuple[list[Ranked], batches.Counts]:
-    """An answer that is too long keeps its stop token, where its score is read."""
+def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], batches.Counts]:
+    """Comparisons → (Ranked, Counts of answers). All answers of a comparison follow the same prompt
+    tokens, cut so that the longest one fits; one that is too long even so keeps its stop token,
+    where its score is read. Answers that the template cannot render go to `bad`."""
     counts, encoded = batches.Counts(), []
     for row in comparisons:
-        answers = []
-        for text in row.responses:
-            whole = chat_template.encode_conversation(
-                tokenizer, (*row.prompt, {"role": "assistant", "content": text})
-            )
-            start = whole.last_answer
-            prompt, answer = batches.shorten(
-                whole.ids[:start],
-                whole.ids[start:],
-                max_length,
-                tokenizer.eos_token_id,
-                "cut",
-                counts,
-            )
-            answers.append(prompt + answer)
+        try:
+            whole = [
+                chat_template.encode_conversation(
+                    tokenizer, (*row.prompt, {"role": "assistant", "content": text})
+                )
+                for text in row.responses
+            ]
+        except chat_template.TemplateError as error:
+            bad.add(row.where, str(error), list(row.responses))
+            continue
+        pairs = [(e.ids[: e.last_answer], e.ids[e.last_answer :]) for e in whole]
+        prompt = pairs[0][0]
+        longest = max(len(answer) for _, answer in pairs)
+        room = batches.prompt_room(len(prompt), longest, max_length)
+        counts.cut_prompts += room < len(prompt)
+        stop_id = tokenizer.eos_token_id
+        answers = [
+            sum(batches.shorten(prompt[-room:], answer, max_length, stop_id, "cut", counts), [])
+            for _, answer in pairs
+        ]
         encoded.append(Ranked(tuple(answers), row.scores, tuple(len(t) for t in row.responses)))
     return encoded, counts
 
@@ -145,9 +152,8 @@ def load_data(config, tokenizer, report):
             splits.unweighted(config),
             step=1,
         )
-        encoded, _ = batches.encode_conversations(tokenizer, shown, config.max_length, "cut")
+        encoded, _ = batches.encode_conversations(tokenizer, shown, config.max_length, "cut", bad)
         demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
-    bad.finish("preference_data")
     ties = len(train) + len(held)
     train, held = ([c for c in part if len(set(c.scores)) > 1] for part in (train, held))
     ties -= len(train) + len(held)
@@ -155,10 +161,11 @@ def load_data(config, tokenizer, report):
         f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
         "answers are all equally good"
     )
+    train, counts = encode(tokenizer, train, config.max_length, bad)
+    held, held_counts = encode(tokenizer, held, config.max_length, bad)
+    bad.finish("preference_data")
     if not train or not held:
         raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
-    train, counts = encode(tokenizer, train, config.max_length)
-    held, held_counts = encode(tokenizer, held, config.max_length)
     report.say(counts.line("answers to train on"))
     report.say(held_counts.line("held-out answers"))
     if not demonstrations:

@@ -159,11 +159,6 @@ def test_an_answer_too_long_even_so_is_dropped():
     assert fit(1, 8, 8) == (None, Counts(dropped=1))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="shorten counts a cut prompt before it drops the row: "
-    "'0 rows kept, of which 1 with the prompt cut'",
-)
 def test_a_dropped_row_counts_as_nothing_else():
     assert fit(10, 7, 8) == (None, Counts(dropped=1))
 

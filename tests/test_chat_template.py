@@ -98,11 +98,6 @@ def test_special_tokens_are_one_token_each(trained):
         assert len(trained(text, add_special_tokens=False).input_ids) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="train_tokenizer: words of the template are in the vocabulary but no merges lead to "
-    "them, so they are spelled out ('system': 5 tokens)",
-)
 def test_template_words_are_one_token_each(trained):
     lengths = [
         len(trained(w, add_special_tokens=False).input_ids) for w in from_scratch.TEMPLATE_WORDS
@@ -167,13 +162,11 @@ SPLIT_PROMPTS = (
 )
 
 
-@pytest.mark.xfail(strict=True, reason=SPLIT_PROMPTS)
 def test_earlier_answers_are_the_same_tokens_in_prompts_with_a_space_before_every_piece(tokenizer):
     set_prepend_scheme(tokenizer, "always")
     check_prompt_and_response(tokenizer, turns("a", "tree", "b"), "dog")
 
 
-@pytest.mark.xfail(strict=True, reason=SPLIT_PROMPTS)
 def test_earlier_answers_are_the_same_tokens_in_prompts_where_newlines_merge():
     tokenizer = byte_level(merges=[("Ċ", "Ċ")])
     chat_template.set_up(tokenizer)

@@ -190,6 +190,34 @@ def test_greedy_decoding_is_the_argmax_of_unpadded_prefixes():
             assert ours[row, step] == token
 
 
+def test_sampling_inverts_the_distribution_of_unpadded_prefixes():
+    """Each token: the first whose cumulative probability passes its own number of the noise."""
+    ids, mask = left_padded(LENGTHS)
+    noise = generation.uniform_noise(len(LENGTHS), NEW, seed=3, step=4)
+    ours = generation.generate(
+        tiny("Llama"),
+        ids,
+        mask,
+        max_new_tokens=NEW,
+        stop_id=-1,
+        pad_id=PAD,
+        temperature=1.7,
+        noise=noise,
+    )
+    for row, n in enumerate(LENGTHS):
+        prefix = ids[row, -n:].tolist()
+        for step in range(NEW):
+            with torch.no_grad():
+                logits = tiny("Llama")(input_ids=torch.tensor([prefix])).logits[0, -1]
+            total = 0.0
+            for token, p in enumerate((logits.double() / 1.7).softmax(-1).tolist()):  # noqa: B007
+                total += p
+                if total > noise[row, step].item():
+                    break
+            prefix.append(token)
+        assert ours[row].tolist() == prefix[n:]
+
+
 def test_decoding_ends_once_all_rows_have_stopped(monkeypatch):
     model, calls = tiny("Llama"), []
     stop = int(greedy("Llama", -1)[0, 2])

@@ -113,6 +113,8 @@ class RunConfig:
             found.append(f"eval_fraction={self.eval_fraction} must lie between 0 and 1")
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed={self.seed} must lie in [0, 2^63); set --seed")
         for name in ("learning_rate", "log_every", "max_eval_rows", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
@@ -149,54 +151,94 @@ def _convert(value, kind: type, name: str):
         return str(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
+    if kind is int:
+        try:
+            return int(value) if not isinstance(value, float) else _whole(value)
+        except ValueError:
+            pass  # perhaps 1e6
     try:
         # YAML 1.1 reads 1e-5 as text, so text that is a number counts as one.
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name}={value!r} is not a finite number")
     if kind is int:
-        if number != int(number):
-            raise wrong
-        return int(number)
+        try:
+            return _whole(number)
+        except ValueError:
+            raise wrong from None
     return number
 
 
-def _parser(config_class, prog: str | None, description: str | None):
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError(f"{number} is not whole")
+    return int(number)
+
+
+def help_text(config_class, prog: str, description: str) -> str:
+    """What --help prints: every setting with its type, choices and default."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML or JSON file with any of the settings below")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         kind, many = _kind(hints[f.name])
         default = f.default_factory() if many else f.default
         shown = "" if default in ("", []) else f" (default {default})"
-        choices = f.metadata["choices"]
-        shape = "|".join(map(str, choices)) if choices else kind.__name__
-        nargs = "*" if many else ("?" if kind is bool else None)
-        extra = {"const": "true"} if kind is bool else {}
+        shape = "|".join(map(str, f.metadata["choices"])) or kind.__name__
         parser.add_argument(
             f"--{f.name}",
-            nargs=nargs,
+            nargs="*" if many else None,
             metavar=shape,
             help=f.metadata["help"].replace("%", "%%") + shown,
-            **extra,
         )
-    return parser
+    return parser.format_help()
+
+
+def _split_flags(argv: list[str], problems: list[str]) -> dict[str, list[str]]:
+    """`--name value …` and `--name=value` → {name: values}; the last of a repeated flag counts.
+
+    Everything up to the next word that begins with `--` is a value, so -1e-5 is one too. (argparse
+    would take it for a flag, and ends the run at the first of several problems.)
+    """
+    flags: dict[str, list[str]] = {}
+    values = None
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values = flags[name] = [value] if equals else []
+        elif values is None:
+            problems.append(f"{word!r} stands before any flag")
+        else:
+            values.append(word)
+    return flags
+
+
+def _flag_value(name: str, words: list[str], kind: type, many: bool):
+    """The words after a flag as one value (or a list), ValueError where they do not fit."""
+    if many:
+        return words
+    if kind is bool and not words:
+        return True
+    if len(words) != 1:
+        what = "has no value" if not words else f"has {len(words)} values: {' '.join(words)}"
+        raise ValueError(f"--{name} {what}; it takes one")
+    return words[0]
 
 
 def _read_config_file(path: str) -> dict:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+        raise ConfigError(f"--config {path!r}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path!r}: not UTF-8 at byte {error.start}") from None
     try:
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
@@ -210,46 +252,39 @@ def _read_config_file(path: str) -> dict:
     return values
 
 
-def build(config_class, argv: list[str], world_size: int, prog=None, description=None):
+def build(config_class, argv: list[str], world_size: int):
     """The config that `argv` means; ConfigError with all its problems."""
-    parser = _parser(config_class, prog, description)
     problems: list[str] = []
-    try:
-        flags, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    problems += [f"unknown argument {word}" for word in unknown]
-    flags = vars(flags)
-    flags.pop("local_rank", None)
+    flags = _split_flags(argv, problems)
+    flags.pop("local_rank", None)  # the deepspeed launcher's
     path = flags.pop("config", None)
-    try:
-        from_file = _read_config_file(path) if path else {}
-    except ConfigError as error:
-        problems.append(str(error))
-        from_file = {}
+    from_file = {}
+    if path is not None:
+        try:
+            from_file = _read_config_file(" ".join(path))
+        except ConfigError as error:
+            problems.append(str(error))
     hints = typing.get_type_hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
-    problems += [f"unknown setting {key!r} in {path}" for key in from_file if key not in fields]
+    problems += [f"unknown flag --{name}" for name in flags if name not in fields]
+    problems += [f"unknown setting {key!r} in {path[0]}" for key in from_file if key not in fields]
     values = {}
-    for source in (from_file, flags):
-        for name, value in source.items():
+    for source, is_flag in ((from_file, False), (flags, True)):
+        for name, given in source.items():
             if name not in fields:
                 continue
             kind, many = _kind(hints[name])
             try:
-                if many and not isinstance(value, list):
-                    value = [value]
-                converted = (
-                    [_convert(v, kind, name) for v in value]
-                    if many
-                    else _convert(value, kind, name)
-                )
+                value = _flag_value(name, given, kind, many) if is_flag else given
+                if many:
+                    words = value if isinstance(value, list) else [value]
+                    values[name] = [_convert(v, kind, name) for v in words]
+                else:
+                    values[name] = _convert(value, kind, name)
                 choices = fields[name].metadata["choices"]
-                if choices and converted not in choices:
-                    raise ValueError(
-                        f"{name}={converted} is not one of {', '.join(map(str, choices))}"
-                    )
-                values[name] = converted
+                if choices and values[name] not in choices:
+                    shown = ", ".join(map(str, choices))
+                    raise ValueError(f"{name}={values.pop(name)} is not one of {shown}")
             except ValueError as error:
                 problems.append(str(error))
     config = config_class(**values)
@@ -265,8 +300,11 @@ def parse(config_class, description: str):
     Runs before anything is loaded, so that a wrong flag costs a second and not a night.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(config_class, Path(sys.argv[0]).name, description))
+        raise SystemExit(0)
     try:
-        return build(config_class, sys.argv[1:], world_size, description=description)
+        return build(config_class, sys.argv[1:], world_size)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(

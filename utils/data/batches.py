@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from utils.data import chat_template
-from utils.data.rows import DataError
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(n, generator=generator).tolist()
 
 
@@ -82,29 +81,36 @@ def shorten(
     The prompt loses its left end (down to a quarter of the room). An answer too long even then is
     dropped, or with long_answers="cut" loses its tail but keeps its stop token. All is counted.
     """
-    if len(prompt) + len(answer) > max_length:
-        room = max(max_length - len(answer), min(len(prompt), max_length // 4))
-        if room < len(prompt):
-            prompt = prompt[-room:]
-            counts.cut_prompts += 1
-        if len(prompt) + len(answer) > max_length:
-            if long_answers == "drop":
-                counts.dropped += 1
-                return None
-            answer = [*answer[: max_length - len(prompt) - 1], stop_id]
-            counts.cut_answers += 1
+    room = prompt_room(len(prompt), len(answer), max_length)
+    if room + len(answer) > max_length:
+        if long_answers == "drop":
+            counts.dropped += 1
+            return None
+        answer = [*answer[: max_length - room - 1], stop_id]
+        counts.cut_answers += 1
+    counts.cut_prompts += room < len(prompt)
     counts.kept += 1
-    return prompt, answer
+    return prompt[len(prompt) - room :], answer
 
 
-def encode_conversations(tokenizer, conversations, max_length: int, long_answers: str):
-    """Conversations → (list of Encoded that fit, Counts). The last answer is never cut silently."""
+def prompt_room(prompt: int, answer: int, max_length: int) -> int:
+    """How many of `prompt` tokens may stay before an answer of `answer` tokens: all that fit, and
+    at least a quarter of `max_length`."""
+    return min(prompt, max(max_length - answer, max_length // 4))
+
+
+def encode_conversations(tokenizer, conversations, max_length: int, long_answers: str, bad):
+    """Conversations → (list of Encoded that fit, Counts). The last answer is never cut silently.
+
+    Rows that the template cannot render go to `bad` (rows.BadRows).
+    """
     examples, counts = [], Counts()
     for row in conversations:
         try:
             encoded = chat_template.encode_conversation(tokenizer, row.messages)
         except chat_template.TemplateError as error:
-            raise DataError(f"{row.where}: {error}") from error
+            bad.add(row.where, str(error), list(row.messages))
+            continue
         start = encoded.last_answer
         fitted = shorten(
             encoded.ids[:start],

@@ -96,8 +96,19 @@ class Encoded:
 
 
 def encode_prompt(tokenizer, messages) -> list[int]:
-    """Ids of a conversation that ends with a user turn, up to where the assistant begins."""
-    return _ids(tokenizer, _render(tokenizer, messages, True))
+    """Ids of a conversation that ends with a user turn, up to where the assistant begins.
+
+    Earlier turns are the tokens they were trained as. A template that rewrites them is rendered
+    as it stands.
+    """
+    prompt = _render(tokenizer, messages, True)
+    try:
+        earlier, done = _encode_turns(tokenizer, messages)
+    except TemplateError:
+        return _ids(tokenizer, prompt)
+    if not done or not prompt.startswith(done):
+        return _ids(tokenizer, prompt)
+    return earlier.ids + _continuation_ids(tokenizer, prompt[len(done) :])
 
 
 def encode_response(tokenizer, response: str) -> list[int]:
@@ -109,8 +120,14 @@ def encode_conversation(tokenizer, messages) -> Encoded:
     """All turns; the assistant's tokens are supervised, each turn's stop token included.
 
     Text is tokenised turn by turn, so what stands before an answer is to the token what a rollout
-    is prompted with. Raises TemplateError where the template rewrites earlier turns.
+    is prompted with. Raises TemplateError where the template rewrites earlier turns, or an answer
+    holds the text of the stop token, at which a reader would take it to end.
     """
+    return _encode_turns(tokenizer, messages)[0]
+
+
+def _encode_turns(tokenizer, messages) -> tuple[Encoded, str]:
+    """The turns through the last assistant's, and their text."""
     ids: list[int] = []
     supervised: list[bool] = []
     done = ""
@@ -124,17 +141,22 @@ def encode_conversation(tokenizer, messages) -> Encoded:
                 f"the chat template renders turn {i + 1} differently once turns follow it; train "
                 "on single-turn rows, or give the tokenizer a template that only appends"
             )
-        before = prompt[len(done) :]
-        end = full.index(tokenizer.eos_token, len(prompt)) + len(tokenizer.eos_token)
-        answer = full[len(prompt) : end]
+        before, answer = prompt[len(done) :], full[len(prompt) :]
+        stops = answer.count(tokenizer.eos_token)
+        if stops != 1:
+            raise TemplateError(
+                f"turn {i + 1} holds the stop token {tokenizer.eos_token} {stops} times as "
+                "rendered, not once at its end; take it out of the answer's text"
+            )
+        answer = answer[: answer.index(tokenizer.eos_token) + len(tokenizer.eos_token)]
         piece = _ids(tokenizer, before) if not done else _continuation_ids(tokenizer, before)
         ids += piece
         supervised += [False] * len(piece)
         piece = _continuation_ids(tokenizer, answer)
         ids += piece
         supervised += [True] * len(piece)
-        done = full[:end]
-    return Encoded(ids, supervised)
+        done = full[: len(prompt) + len(answer)]
+    return Encoded(ids, supervised), done
 
 
 def _ids(tokenizer, text: str) -> list[int]:

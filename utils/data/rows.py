@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from utils.distributed import process_group
 
 TEXT_FILES = (".json", ".jsonl", ".csv")
 FILES = (*TEXT_FILES, ".parquet")
@@ -95,6 +95,8 @@ class BadRows:
                 advice="Mend them, or leave them out with --on_bad_rows skip.",
             )
         written = ""
+        if not process_group.is_main():
+            return len(rows)  # rank 0 tells and writes for all
         if self.report_path:
             os.makedirs(os.path.dirname(self.report_path) or ".", exist_ok=True)
             with open(self.report_path, "a", encoding="utf-8") as handle:

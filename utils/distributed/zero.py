@@ -26,6 +26,10 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
     """The DeepSpeed config of one training engine."""
+    if zero_stage == 0 and dtype != "fp32":
+        # bf16 and fp16 weights need an fp32 copy to step on (a step of 1e-6 is lost on a bf16
+        # weight), and DeepSpeed keeps one from ZeRO-1 on.
+        zero_stage = 1
     zero = {
         "stage": zero_stage,
         # Gradients leave in buckets while the backward pass goes on; ZeRO-2 alone may do so with

@@ -15,7 +15,7 @@ from utils.report import quiet_libraries
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 # One token each: they stand in every rendered turn, and a small vocabulary would spell them out.
-TEMPLATE_WORDS = ["\n", "system", "user", "assistant"]
+TEMPLATE_WORDS = ["system", "user", "assistant"]
 
 
 def texts_of(names: Iterable[str]) -> Iterator[str]:
@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     sentencepiece trains it; it is saved in the `tokenizers` format, which `AutoTokenizer` loads.
     """
     import sentencepiece
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import generate_merges
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
-        user_defined_symbols=[*TEMPLATE_WORDS, *SPECIAL],
+        user_defined_symbols=["\n", *TEMPLATE_WORDS, *SPECIAL],
         minloglevel=2,
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -73,6 +73,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     backend = Tokenizer(
         BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     )
+    # No merges lead to sentencepiece's user-defined symbols: here they are added tokens.
+    backend.add_tokens([AddedToken(word, normalized=False) for word in TEMPLATE_WORDS])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement="▁", prepend_scheme="never", split=False
     )

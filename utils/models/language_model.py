@@ -43,8 +43,7 @@ def from_pretrained(auto_class, config, path: str, dtype: str, zero_stage: int, 
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(
             f"cannot load a model from {path!r}: {error}\n"
-            "give a folder with config.json and *.safetensors, or a hub name, as "
-            "--model_name_or_path"
+            "give a folder with config.json and *.safetensors, or a hub name"
         ) from error
     # A new score head is meant to be missing; any other missing weight would stay random.
     missing = [k for k in info["missing_keys"] if not k.startswith("score.")]

@@ -1,0 +1,9 @@
+"""EMA, saved weights and the generator under every ZeRO stage (see distributed_checks.py)."""
+
+import pytest
+from conftest import run_ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_average_weights_and_generator_under_every_stage(tiny, ranks):
+    run_ranks([("tests/distributed_checks.py", [tiny / "base_model"])], ranks)
