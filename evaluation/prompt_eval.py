@@ -6,7 +6,6 @@ Plain transformers loads the folders and samples, so this also shows that they l
 """
 
 import json
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 import torch
 
-from evaluation import chat
+from evaluation import checkpoints, markdown
 from utils import config as run_config
 from utils import report as reporting
 from utils.config import setting
@@ -86,12 +85,14 @@ class PromptEvalConfig:
         for path in sorted({p for p in self.checkpoints if self.checkpoints.count(p) > 1}):
             found.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
         for path in dict.fromkeys(self.checkpoints):
-            found += chat.folder_problems(path, "checkpoints")
+            found += checkpoints.folder_problems(path, "checkpoints")
         if self.reward_model:
-            found += chat.folder_problems(self.reward_model, "reward_model")
+            found += checkpoints.folder_problems(self.reward_model, "reward_model")
         for name in self.prompts:
             unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
-            if chat.looks_local(unsplit) and not any(Path(n).exists() for n in (name, unsplit)):
+            if checkpoints.looks_local(unsplit) and not any(
+                Path(n).exists() for n in (name, unsplit)
+            ):
                 found.append(f"prompts: {name!r} does not exist; set --prompts to files or folders")
         for name, strategy in READ_BY.items():
             changed = getattr(self, name) != getattr(type(self), name)
@@ -201,20 +202,20 @@ def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
 @torch.no_grad()
 def answer_all(config, checkpoint: str, questions: list[Question]):
     """(answers of each question, a turn after the other; seconds spent sampling)."""
-    model, tokenizer = chat.load_checkpoint(
+    model, tokenizer = checkpoints.load_checkpoint(
         checkpoint,
         dtype=config.dtype,
         device_map=config.device_map,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
-    model.generation_config = chat.generation_config(
+    model.generation_config = checkpoints.generation_config(
         tokenizer,
         max_new_tokens=config.max_new_tokens,
         do_sample=config.strategy == "sample",
         **config.of_strategy(),
     )
-    room = chat.prompt_room(model, config.max_new_tokens)
+    room = checkpoints.prompt_room(model, config.max_new_tokens)
     torch.manual_seed(config.seed)
     answers: list[list[Answer]] = [[] for _ in questions]
     talks = [question.context for question in questions]
@@ -225,7 +226,9 @@ def answer_all(config, checkpoint: str, questions: list[Question]):
             chosen = asked[start : start + config.batch_size]
             for i in chosen:
                 talks[i] += ({"role": "user", "content": questions[i].turns[turn]},)
-            encoded = [chat.encode_prompt(tokenizer, talks[i], questions[i].where) for i in chosen]
+            encoded = [
+                checkpoints.encode_prompt(tokenizer, talks[i], questions[i].where) for i in chosen
+            ]
             cut += sum(len(e) > room for e in encoded)
             encoded = [e[-room:] for e in encoded]
             tick = time.time()
@@ -310,36 +313,21 @@ def as_text(questions, results) -> str:
     marks = {2: "\n══ ", 3: "── ", 4: "→ "}
     lines = []
     for level, heading, text in blocks(questions, results):
-        lines.append(marks[level] + chat.visible(heading))
-        lines += ["    " + line for line in chat.visible(text).split("\n")] if level > 2 else []
+        lines.append(marks[level] + checkpoints.visible(heading))
+        lines += (
+            ["    " + line for line in checkpoints.visible(text).split("\n")] if level > 2 else []
+        )
     return "\n".join(lines)
 
 
 def as_markdown(config, questions, results, summary: str) -> str:
     names = ("strategy", *config.of_strategy(), "seed", "max_new_tokens", "dtype", "reward_model")
     settings = "\n".join(f"{name}: {getattr(config, name)}" for name in names)
-    parts = ["# Answers side by side", fence(settings), fence(summary)]
+    parts = ["# Answers side by side", markdown.fence(settings), markdown.fence(summary)]
     for level, heading, text in blocks(questions, results):
-        parts.append("#" * level + " " + code_span(heading))
-        parts += [fence(text)] if level > 2 else []
+        parts.append("#" * level + " " + markdown.code_span(heading))
+        parts += [markdown.fence(text)] if level > 2 else []
     return "\n\n".join(parts) + "\n"
-
-
-def fence(text: str) -> str:
-    """A code block that nothing in `text` can close: its fence is longer than any run there."""
-    text = chat.visible(text)
-    ticks = "`" * max(3, _longest_run(text) + 1)
-    return f"{ticks}text\n{text}\n{ticks}"
-
-
-def code_span(text: str) -> str:
-    text = " ".join(chat.visible(text).split())
-    ticks = "`" * (_longest_run(text) + 1)
-    return f"{ticks} {text} {ticks}"
-
-
-def _longest_run(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def summary_table(results: dict[str, list[list[Answer]]], seconds: dict[str, float]) -> str:

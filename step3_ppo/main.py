@@ -18,7 +18,7 @@ from step3_ppo.models import build
 from step3_ppo.update import step_actor, step_critic
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, instructions, rows, splits, toy_tasks
+from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
 from utils.distributed import checkpoint, process_group, zero
 
 SHOWN = (
@@ -82,7 +82,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     started = time.time()
 
-    # Build: models, prompts.
+    # Build: prompts, models.
     report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
     report.expect(config.max_steps)
     report.say(
@@ -93,20 +93,19 @@ def main() -> None:
         + reporting.batch_arithmetic(config, world)
     )
     run_config.save(config, config.output_dir, world)
-    models = build(config, dtype, device)
-    prompts, held_encoded, held = load_prompts(config, models.tokenizer, report)
+    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    prompts, held_encoded, held = load_prompts(config, tokenizer, report)
+    models = build(config, tokenizer, dtype, device)
 
     def save() -> None:
         folder = Path(config.output_dir)
-        checkpoint.save_model(folder / "actor", models.actor.module, models.tokenizer, config)
-        checkpoint.save_model(
-            folder / "critic", models.critic.module.classifier, models.tokenizer, config
-        )
+        checkpoint.save_model(folder / "actor", models.actor.module, tokenizer, config)
+        checkpoint.save_model(folder / "critic", models.critic.module.classifier, tokenizer, config)
         if models.ema is not None:
             checkpoint.save_model(
                 folder / "actor_ema",
                 models.actor.module,
-                models.tokenizer,
+                tokenizer,
                 config,
                 state_dict=models.ema.state_dict(),
             )

@@ -22,8 +22,7 @@ class Models:
     ema: EMA | None
 
 
-def build(config, dtype: str, device) -> Models:
-    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+def build(config, tokenizer, dtype: str, device) -> Models:
     check_same_language(tokenizer, config)
     actor = _train(
         language_model.load(

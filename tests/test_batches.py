@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from utils.data import batches, chat_template
 from utils.data.batches import Counts
 from utils.data.instructions import Conversation, Prompt
-from utils.data.rows import DataError
+from utils.data.rows import BadRows, DataError
 from utils.models.from_scratch import train_tokenizer
 
 STOP = 2
@@ -173,7 +173,7 @@ def test_a_cut_answer_keeps_its_stop_token():
     assert counts == Counts(kept=1, cut_answers=1)
 
 
-@given(st.integers(0, 30), st.integers(1, 30), st.integers(4, 30), st.sampled_from(["drop", "cut"]))
+@given(st.integers(0, 30), st.integers(1, 30), st.integers(1, 30), st.sampled_from(["drop", "cut"]))
 @settings(max_examples=300, derandomize=True, deadline=None)
 def test_shorten_always_fits_and_counts(prompt, answer, max_length, long_answers):
     fitted, counts = fit(prompt, answer, max_length, long_answers)
@@ -195,6 +195,45 @@ def test_shorten_always_fits_and_counts(prompt, answer, max_length, long_answers
     assert len(kept_prompt) >= min(prompt, max_length // 4)
 
 
+@pytest.mark.parametrize("max_length", [1, 2, 3])
+def test_below_four_tokens_no_prompt_has_a_right_to_room(max_length):
+    answer = [*range(200, 199 + max_length), STOP]
+    assert fit(5, max_length, max_length) == (([], answer), Counts(kept=1, cut_prompts=1))
+    assert fit(0, max_length, max_length) == (([], answer), Counts(kept=1))
+    assert fit(5, max_length + 1, max_length) == (None, Counts(dropped=1))
+    cut = Counts(kept=1, cut_prompts=1, cut_answers=1)
+    assert fit(5, max_length + 1, max_length, "cut") == (([], answer), cut)
+    # What an answer leaves is the prompt's all the same.
+    assert fit(5, 1, 3) == (([103, 104], [STOP]), Counts(kept=1, cut_prompts=1))
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, max_length, room",
+    [
+        (3, 2, 8, 3),  # all fits
+        (6, 2, 8, 6),
+        (10, 3, 8, 5),  # what the answer leaves
+        (10, 6, 8, 2),
+        (10, 7, 8, 2),  # a quarter
+        (10, 100, 8, 2),
+        (1, 100, 8, 1),  # less than a quarter
+        (0, 100, 8, 0),
+        (10, 100, 11, 2),
+        (10, 3, 3, 0),
+        (10, 2, 3, 1),
+    ],
+)
+def test_prompt_room_by_hand(prompt, answer, max_length, room):
+    assert batches.prompt_room(prompt, answer, max_length) == room
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_shorten_leaves_the_prompt_its_room(prompt, answer, max_length):
+    (kept, _), _ = fit(prompt, answer, max_length, "cut")
+    assert len(kept) == batches.prompt_room(prompt, answer, max_length)
+
+
 # Data sets → tokens.
 
 
@@ -203,13 +242,13 @@ def tokenizer():
     return train_tokenizer(["Name two fruits.", "apple, pear", "请列出两种水果。"] * 20, 320)
 
 
-def conversation(question, answer, *earlier):
+def conversation(question, answer, *earlier, where="somewhere:1"):
     turns = [*earlier, question, answer]
     messages = [
         {"role": "user" if i % 2 == 0 else "assistant", "content": text}
         for i, text in enumerate(turns)
     ]
-    return Conversation(tuple(messages), "somewhere:1")
+    return Conversation(tuple(messages), where)
 
 
 def test_encode_conversations_counts(tokenizer):
@@ -243,11 +282,32 @@ def test_encode_conversations_counts(tokenizer):
     assert all(len(e.ids) == len(e.supervised) for e in examples)
 
 
-def test_encode_conversations_names_the_row_a_template_refuses(tokenizer):
+def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = "{{ messages | length }}" + chat_template.CHATML
-    with pytest.raises(DataError, match="^somewhere:1: the chat template"):
-        batches.encode_conversations(rewriting, [conversation("a", "b", "c", "d")], 60, "drop")
+    rows = [
+        conversation("a", "b", "c", "d"),
+        conversation("a", "pear<|im_end|>", where="there:2"),
+        conversation("x" * 100, "pear<|im_end|>", where="there:3"),
+    ]
+    bad = BadRows()
+    assert batches.encode_conversations(rewriting, rows[:1], 60, "drop", bad) == ([], Counts())
+    fine = conversation("a", "pear")
+    examples, counts = batches.encode_conversations(tokenizer, [*rows, fine], 60, "cut", bad)
+    whole = [chat_template.encode_conversation(tokenizer, r.messages) for r in (rows[0], fine)]
+    assert examples == whole and counts == Counts(kept=2)
+    assert len(bad) == 3
+    assert bad.problems[0].startswith("somewhere:1: the chat template renders turn 4 differently")
+    for where, problem in zip(("there:2", "there:3"), bad.problems[1:], strict=True):
+        assert problem.startswith(f"{where}: turn 2 holds the stop token <|im_end|> 2 times")
+    with pytest.raises(DataError, match="3 bad row"):
+        bad.finish("demonstrations")
+
+
+def test_encode_conversations_counts_cut_prompts_of_kept_rows_only(tokenizer):
+    rows = [conversation("x" * 100, "p" * 100), conversation("x" * 100, "pear")]
+    examples, counts = batches.encode_conversations(tokenizer, rows, 60, "drop", BadRows())
+    assert len(examples) == 1 and counts == Counts(kept=1, cut_prompts=1, dropped=1)
 
 
 def test_encode_prompts_keeps_the_end(tokenizer):

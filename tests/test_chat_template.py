@@ -157,11 +157,6 @@ def test_prompt_and_response_make_the_conversation(tokenizer, answer, scheme):
         check_prompt_and_response(tokenizer, turns("a", "tree", "b", "dog", "c"), answer)
 
 
-SPLIT_PROMPTS = (
-    "encode_prompt tokenises a conversation's text as one string, encode_conversation turn by turn"
-)
-
-
 def test_earlier_answers_are_the_same_tokens_in_prompts_with_a_space_before_every_piece(tokenizer):
     set_prepend_scheme(tokenizer, "always")
     check_prompt_and_response(tokenizer, turns("a", "tree", "b"), "dog")
@@ -211,6 +206,29 @@ def test_a_template_whose_generation_prompt_is_no_prefix_is_refused(tokenizer):
     assert "<think>" in tokenizer.chat_template
     with pytest.raises(TemplateError):
         chat_template.encode_conversation(tokenizer, turns("a", "b"))
+
+
+@pytest.mark.parametrize("answer", ["a<|im_end|>b", "<|im_end|>", "b<|im_end|>", "<|im_end|>\nb"])
+@pytest.mark.parametrize("turn", [2, 4])
+def test_an_answer_that_holds_the_stop_token_is_refused(tokenizer, answer, turn):
+    answers = [answer, "tree"] if turn == 2 else ["tree", answer]
+    messages = turns("a", answers[0], "b", answers[1])
+    with pytest.raises(TemplateError, match=rf"^turn {turn} holds the stop token <\|im_end\|> 2 "):
+        chat_template.encode_conversation(tokenizer, messages)
+
+
+def test_a_template_that_does_not_end_an_answer_with_the_stop_token_is_refused(tokenizer):
+    tokenizer.eos_token = "<|pad|>"
+    with pytest.raises(TemplateError, match=r"turn 2 holds the stop token <\|pad\|> 0 times"):
+        chat_template.encode_conversation(tokenizer, turns("a", "tree"))
+
+
+def test_a_prompt_whose_earlier_turns_are_refused_is_rendered_as_it_stands(tokenizer):
+    messages = turns("a", "tree<|im_end|>", "b")
+    ids = chat_template.encode_prompt(tokenizer, messages)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_set_up_leaves_a_complete_tokenizer_alone(tokenizer):

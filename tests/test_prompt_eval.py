@@ -19,7 +19,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from evaluation import chat, prompt_eval
+from evaluation import chat, checkpoints, prompt_eval
 from evaluation.prompt_eval import Answer, PromptEvalConfig, Question
 from utils import config as run_config
 from utils.data import chat_template, rows
@@ -246,7 +246,7 @@ def test_sampling_follows_the_seed(policy, prompt_file):
 def test_sampling_reaches_past_the_fifty_likeliest_tokens():
     """transformers' own default, top_k=50, would hide the tail that PPO samples from."""
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0, bos_token_id=None)
-    config = chat.generation_config(tokenizer, max_new_tokens=5, do_sample=True)
+    config = checkpoints.generation_config(tokenizer, max_new_tokens=5, do_sample=True)
     assert config.top_k == 0 and config.eos_token_id == 2 and config.pad_token_id == 0
 
 
@@ -410,7 +410,7 @@ def test_printed_text_cannot_steer_the_terminal():
     text = prompt_eval.as_text(*nasty_results())
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     assert "\\x1b[2J" in text and "    # not a heading\n" in text
-    assert chat.visible("a\tb\n中文 é🙂\x00\x9b") == "a\tb\n中文 é🙂\\x00\\x9b"
+    assert checkpoints.visible("a\tb\n中文 é🙂\x00\x9b") == "a\tb\n中文 é🙂\\x00\\x9b"
 
 
 def test_summary_is_of_all_answers():
@@ -465,7 +465,7 @@ def test_whole_script_from_another_folder(policy, reward_model, tmp_path):
     inside, _ = blocks_of(page)
     assert inside.count("请写诗。") == 1 and closing[0] in inside[1]
     for record in records:
-        assert chat.visible(record["answer"]) in inside
+        assert checkpoints.visible(record["answer"]) in inside
 
 
 @pytest.mark.skipif(not MT_BENCH.exists(), reason=f"MT-Bench is not at {MT_BENCH}")
@@ -490,7 +490,7 @@ def test_every_problem_is_in_one_message(tmp_path, policy, reward_model):
         world_size=2,
     )
     for part in (
-        "unknown argument --words",
+        "unknown flag --words",
         "device_map=moon is not one of",
         "2 ranks",
         "checkpoints: '/no/where' does not exist; set --checkpoints",
@@ -517,9 +517,9 @@ def test_every_problem_is_in_one_message(tmp_path, policy, reward_model):
 
 def test_a_path_below_a_folder_that_exists_is_no_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert not chat.looks_local("output/step1_sft")
+    assert not checkpoints.looks_local("output/step1_sft")
     (tmp_path / "output").mkdir()
-    assert chat.looks_local("output/step1_sft")
+    assert checkpoints.looks_local("output/step1_sft")
     assert "'output/step1_sft' does not exist" in problems_of("--checkpoints", "output/step1_sft")
 
 
@@ -532,10 +532,10 @@ def test_a_checkpoint_that_lacks_weights_is_refused(policy, tmp_path):
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"lacks weights of LlamaForCausalLM.*model\.norm\.weight"):
-        chat.load_checkpoint(str(tmp_path), dtype="fp32", trust_remote_code=False)
+        checkpoints.load_checkpoint(str(tmp_path), dtype="fp32", trust_remote_code=False)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(SystemExit, match="cannot load a language model from"):
-        chat.load_checkpoint(str(tmp_path), dtype="fp32", trust_remote_code=False)
+        checkpoints.load_checkpoint(str(tmp_path), dtype="fp32", trust_remote_code=False)
 
 
 def test_bad_prompts_end_the_run_before_a_model_is_loaded(tmp_path, monkeypatch):
@@ -560,7 +560,7 @@ def test_chat_through_a_pipe(policy, tmp_path):
     assert third == first + "\n"
     assert before_clear != first and cleared == ""
     expected = answers_of_one(policy, "Hi dog!", 8)
-    assert first == chat.visible(expected) + "\n"
+    assert first == checkpoints.visible(expected) + "\n"
 
 
 def answers_of_one(policy, prompt: str, max_new_tokens: int) -> str:
@@ -584,7 +584,7 @@ def test_chat_tells_the_model_the_system_turn_and_all_before(monkeypatch, capsys
             raise EOFError from None
 
     monkeypatch.setattr(chat, "answer", canned)
-    monkeypatch.setattr(chat, "prompt_room", lambda model, length: 99)
+    monkeypatch.setattr(checkpoints, "prompt_room", lambda model, length: 99)
     monkeypatch.setattr("builtins.input", typed)
     chat.talk(chat.ChatConfig(checkpoint="x", system="Be kind."), None, None)
     assert heard == [

@@ -283,7 +283,7 @@ def build(config_class, argv: list[str], world_size: int):
                     values[name] = _convert(value, kind, name)
                 choices = fields[name].metadata["choices"]
                 if choices and values[name] not in choices:
-                    shown = ", ".join(map(str, choices))
+                    shown = ", ".join(str(c) or "(nothing)" for c in choices)
                     raise ValueError(f"{name}={values.pop(name)} is not one of {shown}")
             except ValueError as error:
                 problems.append(str(error))

@@ -57,7 +57,7 @@ class Report:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
-        line = "  ".join(f"{k.split('/')[-1]} {brief(metrics[k])}" for k in show if k in metrics)
+        line = "  ".join(f"{k} {brief(metrics[k])}" for k in show if k in metrics)
         if self._bar is not None:
             self._bar.update(max(0, step - self._bar.n))
             self._bar.set_postfix_str(line)

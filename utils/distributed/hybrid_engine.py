@@ -23,38 +23,53 @@ class HybridEngine:
 
     def __init__(self, train_engine: zero.TrainEngine):
         self.train_engine = train_engine
+        self._plain: nn.Module | None = (
+            None  # under ZeRO-3: built once, weightless between rollouts
+        )
 
     @contextlib.contextmanager
     def generating(self):
         """A plain module with the weights of now, in eval mode, caching and not checkpointing."""
         module = self.train_engine.module
+        if self.train_engine.zero_stage == 3:
+            if self._plain is None:
+                self._plain = _plain_twin(module)
+            _copy_weights(module, self._plain)
+            try:
+                yield self._plain
+            finally:
+                for p in self._plain.parameters():
+                    p.data = torch.empty(0, dtype=p.dtype, device=p.device)
+            return
         was_training = module.training
-        with torch.no_grad():
-            model = _plain_copy(module) if self.train_engine.zero_stage == 3 else module
-        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
         if checkpointing:
-            model.gradient_checkpointing_disable()
-        model.eval()
+            module.gradient_checkpointing_disable()
+        module.eval()
         try:
-            yield model
+            yield module
         finally:
-            if checkpointing and model is module:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if checkpointing:
+                module.gradient_checkpointing_enable({"use_reentrant": False})
             module.train(was_training)
 
 
-def _plain_copy(module: nn.Module) -> nn.Module:
-    """A module without ZeRO hooks, holding whole weights; one gather a weight."""
-    device = next(module.parameters()).device
-    dtype = next(module.parameters()).dtype
-    with torch.device(device):
-        # Built for real and not on the meta device: rotary tables are computed here.
-        plain = type(module)._from_config(copy.deepcopy(module.config), dtype=dtype)
-    plain.to(device)
+def _plain_twin(module: nn.Module) -> nn.Module:
+    """A module of the same shape without ZeRO's hooks. Its weights are random: fill them."""
+    reference = next(module.parameters())
+    # Built for real and not on the meta device: rotary tables are computed here.
+    with torch.device(reference.device):
+        plain = type(module)._from_config(copy.deepcopy(module.config), dtype=reference.dtype)
+    plain.to(reference.device)
+    for target, source in zip(plain.buffers(), module.buffers(), strict=True):
+        target.copy_(source)
+    return plain.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _copy_weights(module: nn.Module, plain: nn.Module) -> None:
+    """Whole weights of a ZeRO-3 `module` into `plain`: one gather a weight, on every rank."""
     targets = dict(plain.named_parameters())
     for name, source in module.named_parameters():
         with zero.gathered([source]):
-            targets[name].copy_(source)
-    for (_, target), (_, source) in zip(plain.named_buffers(), module.named_buffers(), strict=True):
-        target.copy_(source)
-    return plain.requires_grad_(False)
+            targets[name].data = source.detach().clone()
