@@ -28,7 +28,6 @@ def main() -> None:
             super().__init__(*args, **kwargs)
             engines.append(self)
 
-    zero.TrainEngine = Recording
     recorded = {}
     plain_save = checkpoint.save_model
 
@@ -52,9 +51,13 @@ def main() -> None:
             recorded[str(folder)] = record
         plain_save(folder, model, tokenizer, config, state_dict)
 
+    plain_engine, zero.TrainEngine = zero.TrainEngine, Recording
     checkpoint.save_model = save_model
     sys.argv = [program, *argv]
-    step.main()
+    try:
+        step.main()
+    finally:
+        checkpoint.save_model, zero.TrainEngine = plain_save, plain_engine
     if process_group.is_main():
         torch.save(recorded, target)
 

@@ -259,27 +259,28 @@ def test_encode_conversations_counts(tokenizer):
         conversation("a", "pear", "b" * 100, "apple"),
     ]
     whole = [chat_template.encode_conversation(tokenizer, r.messages) for r in rows]
-    assert len(whole[0].ids) <= 60 < min(len(e.ids) for e in whole[1:])
+    assert len(whole[0].ids) <= 32 < min(len(e.ids) for e in whole[1:])
 
-    examples, counts = batches.encode_conversations(tokenizer, rows, 60, "drop")
-    assert (counts.kept, counts.cut_answers, counts.dropped) == (3, 0, 1)
+    bad = BadRows()
+    examples, counts = batches.encode_conversations(tokenizer, rows, 32, "drop", bad)
+    assert counts == Counts(kept=3, cut_prompts=2, dropped=1)
     assert counts.line("training data").startswith("training data: 3 rows kept")
     assert examples[0] == whole[0]
     for example, source in zip(examples[1:], (whole[1], whole[3]), strict=True):
-        assert example.ids == source.ids[-60:] and example.supervised == source.supervised[-60:]
+        assert example.ids == source.ids[-32:] and example.supervised == source.supervised[-32:]
     for example in examples:
         answer = example.ids[example.last_answer :]
         assert tokenizer.decode(answer) == "pear" + tokenizer.eos_token
 
-    examples, counts = batches.encode_conversations(tokenizer, rows, 60, "cut")
-    assert (counts.kept, counts.cut_answers, counts.dropped) == (4, 1, 0)
-    assert len(examples[2].ids) == 60 and examples[2].ids[-1] == tokenizer.eos_token_id
+    examples, counts = batches.encode_conversations(tokenizer, rows, 32, "cut", bad)
+    assert counts == Counts(kept=4, cut_prompts=3, cut_answers=1)
+    assert len(examples[2].ids) == 32 and examples[2].ids[-1] == tokenizer.eos_token_id
     start = whole[2].last_answer
-    assert examples[2].ids[:15] == whole[2].ids[start - 15 : start]  # a quarter of the room
-    assert examples[2].ids[15:-1] == whole[2].ids[start:][:44]
-    assert examples[2].supervised == [False] * 15 + [True] * 45
-    assert counts.cut_prompts == 3
+    assert examples[2].ids[:8] == whole[2].ids[start - 8 : start]  # a quarter of the room
+    assert examples[2].ids[8:-1] == whole[2].ids[start:][:23]
+    assert examples[2].supervised == [False] * 8 + [True] * 24
     assert all(len(e.ids) == len(e.supervised) for e in examples)
+    assert len(bad) == 0
 
 
 def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
@@ -297,7 +298,7 @@ def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
     whole = [chat_template.encode_conversation(tokenizer, r.messages) for r in (rows[0], fine)]
     assert examples == whole and counts == Counts(kept=2)
     assert len(bad) == 3
-    assert bad.problems[0].startswith("somewhere:1: the chat template renders turn 4 differently")
+    assert bad.problems[0].startswith("somewhere:1: the chat template renders turn 2 differently")
     for where, problem in zip(("there:2", "there:3"), bad.problems[1:], strict=True):
         assert problem.startswith(f"{where}: turn 2 holds the stop token <|im_end|> 2 times")
     with pytest.raises(DataError, match="3 bad row"):
@@ -306,7 +307,7 @@ def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
 
 def test_encode_conversations_counts_cut_prompts_of_kept_rows_only(tokenizer):
     rows = [conversation("x" * 100, "p" * 100), conversation("x" * 100, "pear")]
-    examples, counts = batches.encode_conversations(tokenizer, rows, 60, "drop", BadRows())
+    examples, counts = batches.encode_conversations(tokenizer, rows, 32, "drop", BadRows())
     assert len(examples) == 1 and counts == Counts(kept=1, cut_prompts=1, dropped=1)
 
 

@@ -175,6 +175,35 @@ def test_sft_takes_one_path_under_every_stage(tiny, tmp_path):
     assert losses[-1] < losses[0] - 0.2
 
 
+def test_micro_batches_do_not_change_the_path(tiny, chain, tmp_path):
+    """The same optimizer step in one piece or in many: losses are normalised by its tokens."""
+    sizes = (1, 2, 8)
+    run_ranks(
+        [sft(tiny, tmp_path / f"sft{n}", "--micro_batch_size", n) for n in sizes]
+        + [reward(tiny, chain / "sft", tmp_path / f"rm{n}", "--micro_batch_size", n) for n in sizes]
+        + [
+            ppo(
+                tiny,
+                chain / "sft",
+                chain / "reward",
+                tmp_path / f"ppo{n}",
+                "--micro_batch_size",
+                n,
+                "--generation_batch_size",
+                n,
+            )
+            for n in sizes
+        ],
+        1,
+    )
+    for kind, names in (
+        ("sft", ["loss", "grad_norm"]),
+        ("rm", ["loss", "grad_norm"]),
+        ("ppo", ["policy_loss", "value_loss", "actor_grad_norm", "critic_grad_norm"]),
+    ):
+        assert_same_path({f"micro {n}": tmp_path / f"{kind}{n}" for n in sizes}, names)
+
+
 def test_reward_takes_one_path_under_every_stage(tiny, chain, tmp_path):
     folders = all_stages(lambda out, *flags: reward(tiny, chain / "sft", out, *flags), tmp_path)
     assert_same_path(folders, ["loss", "grad_norm"])
@@ -212,21 +241,24 @@ def _weights(folder):
 
 
 @pytest.mark.parametrize("step", ["sft", "reward", "ppo"])
-@pytest.mark.parametrize("stage", ["0", "2", "3"])
-def test_saved_models_load_anywhere_and_say_the_same(tiny, chain, tmp_path, step, stage):
+def test_saved_models_load_anywhere_and_say_the_same(tiny, chain, tmp_path, step):
     """Plain transformers on the saved folder gives the logits that training had, and the ids."""
-    out = tmp_path / "out"
-    probe = tmp_path / "probe.pt"
-    flags = ["--zero_stage", stage]
-    job = {
-        "sft": lambda: sft(tiny, out, *flags),
-        "reward": lambda: reward(tiny, chain / "sft", out, *flags),
-        "ppo": lambda: ppo(tiny, chain / "sft", chain / "reward", out, *flags, "--max_steps", 1),
-    }[step]()
-    (program, argv) = job
-    run_ranks([("tests/probe_logits.py", [program, probe, *argv])], 1)
-    recorded = torch.load(probe, weights_only=True)
-    assert recorded
+    jobs, probes = [], []
+    for stage in (0, 2, 3):
+        out, flags = tmp_path / f"out{stage}", ("--zero_stage", stage, "--max_steps", 2)
+        program, argv = {
+            "sft": lambda: sft(tiny, out, *flags),  # noqa: B023
+            "reward": lambda: reward(tiny, chain / "sft", out, *flags),  # noqa: B023
+            "ppo": lambda: ppo(tiny, chain / "sft", chain / "reward", out, *flags),  # noqa: B023
+        }[step]()
+        probes.append(tmp_path / f"probe{stage}.pt")
+        jobs.append(("tests/probe_logits.py", [program, probes[-1], *argv]))
+    run_ranks(jobs, 1)
+    recorded = {}
+    for probe in probes:
+        found = torch.load(probe, weights_only=True)
+        assert len(found) == (2 if step == "ppo" else 1)
+        recorded |= found
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
