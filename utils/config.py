@@ -97,7 +97,7 @@ class RunConfig:
                 f"{self.micro_batch_size} must be at least 1"
             )
         elif self.global_batch_size % ranks_micro:
-            nearest = max(1, round(self.global_batch_size / ranks_micro)) * ranks_micro
+            nearest = -(-self.global_batch_size // ranks_micro) * ranks_micro
             found.append(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size "
                 f"× ranks = {self.micro_batch_size} × {world_size} = {ranks_micro}; set "
@@ -138,7 +138,8 @@ def _kind(annotation) -> tuple[type, bool]:
 
 def _convert(value, kind: type, name: str):
     """`value` (a flag's text or a YAML value) as `kind`, or ValueError saying what it was."""
-    wrong = ValueError(f"{name}={value!r} is not {kind.__name__}")
+    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    wrong = ValueError(f"{name}={shown} is not {kind.__name__}")
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -151,11 +152,15 @@ def _convert(value, kind: type, name: str):
         return str(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
-    if kind is int:
+    if kind is int and not isinstance(value, float):
         try:
-            return int(value) if not isinstance(value, float) else _whole(value)
+            whole = int(value)
         except ValueError:
             pass  # perhaps 1e6
+        else:
+            if abs(whole) >= 2**64:
+                raise wrong
+            return whole
     try:
         # YAML 1.1 reads 1e-5 as text, so text that is a number counts as one.
         number = float(value)
@@ -241,7 +246,7 @@ def _read_config_file(path: str) -> dict:
         raise ConfigError(f"--config {path!r}: not UTF-8 at byte {error.start}") from None
     try:
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
     if values is None:
         return {}
@@ -261,8 +266,8 @@ def build(config_class, argv: list[str], world_size: int):
     from_file = {}
     if path is not None:
         try:
-            from_file = _read_config_file(" ".join(path))
-        except ConfigError as error:
+            from_file = _read_config_file(_flag_value("config", path, str, many=False))
+        except (ConfigError, ValueError) as error:
             problems.append(str(error))
     hints = typing.get_type_hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
