@@ -5,6 +5,6 @@ SFT_FLAGS=(--learning_rate 2e-3 --global_batch_size 32 --micro_batch_size 8 --ep
     --max_length 512 --log_every 50)
 REWARD_FLAGS=(--learning_rate 5e-4 --global_batch_size 32 --micro_batch_size 8 --epochs 2
     --max_length 768 --log_every 20)
-PPO_FLAGS=(--learning_rate 1e-4 --prompts_per_rollout 64 --global_batch_size 32
-    --micro_batch_size 16 --ppo_epochs 2 --max_steps 40 --kl_coef 0.05 --max_prompt_length 192
-    --max_response_length 96 --eval_every 10 --log_every 5 --max_eval_rows 128)
+PPO_FLAGS=(--learning_rate 4e-5 --prompts_per_rollout 64 --global_batch_size 32
+    --micro_batch_size 16 --max_steps 24 --kl_coef 0.2 --max_prompt_length 192
+    --max_response_length 96 --eval_every 6 --log_every 2 --max_eval_rows 128)
