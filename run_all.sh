@@ -20,7 +20,7 @@ set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;; esac
 . "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
 
-RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL=""
+RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL="" MAX_RANKS=0
 SFT_DATA=() PREFERENCE_DATA=() PROMPT_DATA=()
 COMMON_FLAGS=() SCRATCH_FLAGS=() SFT_FLAGS=() COLLECT_FLAGS=() REWARD_FLAGS=() PPO_FLAGS=()
 my_model="" my_sft=() my_preference=() my_prompts=()
@@ -32,6 +32,7 @@ while [ $# -gt 0 ]; do
     shift
     [ "${flag#--}" != "$flag" ] || { echo "run_all.sh: $flag is no flag; see --help" >&2; exit 2; }
     while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do values+=("$1"); shift; done
+    case $flag in *=*) values=("${flag#*=}" "${values[@]}") flag=${flag%%=*} ;; esac
     case $flag in
         --output_dir) OUTPUT=${values[*]} ;;
         --rounds) ROUNDS=${values[*]} ;;
@@ -61,8 +62,12 @@ MODEL=${my_model:-$MODEL}
 [ ${#my_preference[@]} -eq 0 ] || PREFERENCE_DATA=("${my_preference[@]}")
 PROMPT_DATA=("${my_prompts[@]}")
 OUTPUT=${OUTPUT:-output/$RECIPE}
-COMMON_FLAGS+=("${my_common[@]}") SFT_FLAGS+=("${my_sft_flags[@]}") COLLECT_FLAGS+=("${my_collect[@]}")
-REWARD_FLAGS+=("${my_reward[@]}") PPO_FLAGS+=("${my_ppo[@]}")
+# Of a flag given twice the last counts: the recipe's for all steps, the recipe's for this step, the
+# user's for all, the user's for this step.
+SFT_FLAGS=("${COMMON_FLAGS[@]}" "${SFT_FLAGS[@]}" "${my_common[@]}" "${my_sft_flags[@]}")
+COLLECT_FLAGS=("${COMMON_FLAGS[@]}" "${COLLECT_FLAGS[@]}" "${my_common[@]}" "${my_collect[@]}")
+REWARD_FLAGS=("${COMMON_FLAGS[@]}" "${REWARD_FLAGS[@]}" "${my_common[@]}" "${my_reward[@]}")
+PPO_FLAGS=("${COMMON_FLAGS[@]}" "${PPO_FLAGS[@]}" "${my_common[@]}" "${my_ppo[@]}")
 if [ "$EMBEDDED" = 0 ]; then
     [ ${#SFT_DATA[@]} -gt 0 ] && [ ${#PREFERENCE_DATA[@]} -gt 0 ] || {
         echo "run_all.sh: recipe $RECIPE needs --sft_data and --preference_data" >&2
@@ -85,7 +90,7 @@ stage() { # stage NAME command …: stops the run at the first failure, with its
     fi
     echo "=== $name took $((SECONDS - began)) s"
 }
-in_root() { PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python "$@"; }
+in_root() { PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 
 echo "recipe $RECIPE → $OUTPUT; launcher: $(launch_flags)"
 mkdir -p "$OUTPUT"
@@ -99,7 +104,7 @@ if [ -z "$MODEL" ]; then
     MODEL="$OUTPUT/base_model"
 fi
 stage "step 1: SFT" launch step1_sft/main.py --model_name_or_path "$MODEL" \
-    --sft_data "${SFT_DATA[@]}" --output_dir "$OUTPUT/step1_sft" "${COMMON_FLAGS[@]}" "${SFT_FLAGS[@]}"
+    --sft_data "${SFT_DATA[@]}" --output_dir "$OUTPUT/step1_sft" "${SFT_FLAGS[@]}"
 
 policy="$OUTPUT/step1_sft"
 for round in $(seq 1 "$ROUNDS"); do
@@ -108,15 +113,15 @@ for round in $(seq 1 "$ROUNDS"); do
     if [ "$EMBEDDED" = 1 ]; then
         stage "round $round: comparisons" launch step2_reward/collect.py --policy "$policy" \
             --prompt_data "${PROMPT_DATA[@]}" --output_file "$OUTPUT/data/comparisons_$round.jsonl" \
-            "${COMMON_FLAGS[@]}" "${COLLECT_FLAGS[@]}"
+            "${COLLECT_FLAGS[@]}"
         PREFERENCE_DATA+=("$OUTPUT/data/comparisons_$round.jsonl")
     fi
     stage "step 2: reward model" launch step2_reward/main.py --model_name_or_path "$OUTPUT/step1_sft" \
         --preference_data "${PREFERENCE_DATA[@]}" --sft_data "${SFT_DATA[@]}" \
-        --output_dir "$folder/step2_reward" "${COMMON_FLAGS[@]}" "${REWARD_FLAGS[@]}"
+        --output_dir "$folder/step2_reward" "${REWARD_FLAGS[@]}"
     stage "step 3: PPO" launch step3_ppo/main.py --model_name_or_path "$policy" \
         --reward_model "$folder/step2_reward" --prompt_data "${PROMPT_DATA[@]}" \
-        --output_dir "$folder/step3_ppo" "${COMMON_FLAGS[@]}" "${PPO_FLAGS[@]}"
+        --reference_model "$OUTPUT/step1_sft" --output_dir "$folder/step3_ppo" "${PPO_FLAGS[@]}"
     policy="$folder/step3_ppo/actor"
 done
 extra=()

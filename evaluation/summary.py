@@ -107,7 +107,7 @@ def closing_table(summary: dict) -> str:
         ),
         (
             "PPO held-out score",
-            f"{ppo['score_before']:.3f} (std {ppo['score_std_before']:.3f})",
+            f"{ppo['score_before']:.3f} (std {ppo['score_std_before'] or 0:.3f})",
             f"{ppo['score_after']:.3f}",
         ),
         ("PPO KL to the reference, nats a response", "0", f"{ppo['kl']:.3f}"),

@@ -1,10 +1,11 @@
-# A 70B model on many nodes: ZeRO-3 with optimizer states and weights in CPU memory. Start it with
+# A 70B model on many nodes: ZeRO-3 with optimizer states and weights in CPU memory. Its weights do
+# not fit one GPU, so rollouts gather layer by layer for each token: slow (not measured). Start with
 #   LAUNCH="--hostfile hosts" bash run_all.sh 70b-offload
 MODEL=Qwen/Qwen2.5-72B
 SFT_DATA=(tatsu-lab/alpaca)
 PREFERENCE_DATA=(HuggingFaceH4/ultrafeedback_binarized)
 COMMON_FLAGS=(--dtype bf16 --zero_stage 3 --offload all --gradient_checkpointing
-    --timeout_minutes 120)
+    --timeout_minutes 120 --rollout_gather layer)
 SFT_FLAGS=(--learning_rate 5e-6 --global_batch_size 128 --micro_batch_size 1 --epochs 2
     --max_length 2048)
 REWARD_FLAGS=(--learning_rate 5e-6 --global_batch_size 64 --micro_batch_size 1 --epochs 1

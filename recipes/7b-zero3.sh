@@ -1,4 +1,4 @@
-# A 7B model on one node of 8 GPUs with 80 GB each, ZeRO-3.
+# A 7B model on one node of 8 GPUs with 80 GB each, ZeRO-3 (reckoned, not measured).
 MODEL=Qwen/Qwen2.5-7B
 SFT_DATA=(tatsu-lab/alpaca)
 PREFERENCE_DATA=(HuggingFaceH4/ultrafeedback_binarized)

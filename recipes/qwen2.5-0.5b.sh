@@ -1,4 +1,4 @@
-# Qwen2.5-0.5B on one GPU of 24 GB or more; chosen when --model_name_or_path is given alone.
+# Qwen2.5-0.5B on one GPU of 40 GB or more (reckoned, not measured); chosen when --model_name_or_path is given alone.
 MODEL=Qwen/Qwen2.5-0.5B
 SFT_DATA=(tatsu-lab/alpaca)
 PREFERENCE_DATA=(HuggingFaceH4/ultrafeedback_binarized)

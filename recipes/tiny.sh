@@ -1,6 +1,7 @@
 # The embedded task: a model of a million random weights, data made on the spot, no downloads.
 # Two CPU cores, under ten minutes.
 EMBEDDED=1
+MAX_RANKS=2 # more would only wait for each other on a model this small
 SCRATCH_FLAGS=(--vocab_size 768 --max_positions 256)
 SFT_FLAGS=(--learning_rate 3e-3 --global_batch_size 32 --micro_batch_size 16 --epochs 9
     --max_length 96 --log_every 200)

@@ -83,19 +83,22 @@ def load_data(config, tokenizer, report):
     return examples, eval_examples, held
 
 
-def sample_answers(model, tokenizer, conversations, config, device) -> str:
+def sample_answers(model, tokenizer, conversations, config, device, all_finished) -> str:
     """Greedy answers to the first held-out prompts, as text for people."""
     lines = []
+    length = min(64, config.max_length // 2)
     for row in conversations[: config.sample_answers]:
-        ids = chat_template.encode_prompt(tokenizer, row.messages[:-1])[-config.max_length :]
+        ids = chat_template.encode_prompt(tokenizer, row.messages[:-1])
+        ids = ids[-(config.max_length - length) :]
         prompt = torch.tensor([ids], device=device)
         answer = generation.generate(
             model,
             prompt,
             torch.ones_like(prompt, dtype=torch.bool),
-            max_new_tokens=64,
+            max_new_tokens=length,
             stop_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
+            all_finished=all_finished,
         )
         lines.append(
             f"  {row.messages[-2]['content'][:120]!r}\n"
@@ -114,6 +117,12 @@ def main() -> None:
     started = time.time()
 
     # Build: data, model, engine.
+    language_model.check_positions(
+        config.model_name_or_path,
+        config.max_length,
+        "--max_length",
+        config.trust_remote_code,
+    )
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
     examples, eval_examples, held = load_data(config, tokenizer, report)
@@ -126,7 +135,8 @@ def main() -> None:
         f"step 1, SFT: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
         + reporting.batch_arithmetic(config, world)
     )
-    run_config.save(config, config.output_dir, world)
+    if process_group.is_main():
+        run_config.save(config, config.output_dir, world)
     model = language_model.load(
         config,
         config.model_name_or_path,
@@ -142,11 +152,15 @@ def main() -> None:
         learning_rate=config.learning_rate,
         total_steps=steps,
     )
-    hybrid = HybridEngine(engine)
+    hybrid = HybridEngine(engine, config.rollout_gather)
 
     def show_answers(when: str) -> None:
+        if config.sample_answers == 0:
+            return
         with hybrid.generating() as generator:
-            answers = sample_answers(generator, tokenizer, held, config, device)
+            answers = sample_answers(
+                generator, tokenizer, held, config, device, hybrid.all_finished
+            )
         report.say(f"answers {when}:\n{answers}")
 
     def save() -> None:
@@ -202,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    process_group.run(main)
+    reporting.run(main)

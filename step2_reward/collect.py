@@ -69,15 +69,12 @@ class CollectConfig(RunConfig):
         return found
 
 
-def sample_answers(config, prompts, tokenizer, model, device) -> list[list[str]]:
-    """K answers a prompt, on every rank, in the order of `prompts`."""
+def sample_answers(config, encoded, tokenizer, model, device) -> list[list[str]]:
+    """K answers to each prompt of `encoded` (id lists), on every rank, in that order."""
     rank, world = process_group.rank(), process_group.world_size()
-    encoded, counts = batches.encode_prompts(tokenizer, prompts, config.max_prompt_length)
-    if process_group.is_main():
-        print(counts.line("prompts"), flush=True)
     k, length = config.answers_per_prompt, config.max_response_length
-    noise = generation.uniform_noise(len(prompts) * k, length, config.seed, 0)
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    noise = generation.uniform_noise(len(encoded) * k, length, config.seed, 0)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     mine = order[rank::world]
     found = {}
     for start in range(0, len(mine), config.micro_batch_size):
@@ -98,7 +95,7 @@ def sample_answers(config, prompts, tokenizer, model, device) -> list[list[str]]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         found |= {i: texts[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
     everything = {i: t for part in process_group.gather_objects(found) for i, t in part.items()}
-    return [everything[i] for i in range(len(prompts))]
+    return [everything[i] for i in range(len(encoded))]
 
 
 def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> list[list[float]]:
@@ -171,6 +168,8 @@ def label_with_reward_model(config, prompts, answers, dtype, device) -> list[lis
     model.to(device).eval()
     texts = [(p.messages, a) for p, group in zip(prompts, answers, strict=True) for a in group]
     limit = config.max_prompt_length + config.max_response_length
+    rank, world = process_group.rank(), process_group.world_size()
+    everyones, texts = texts, texts[rank::world]
     scores = []
     for start in range(0, len(texts), config.micro_batch_size):
         encoded = [
@@ -182,7 +181,8 @@ def label_with_reward_model(config, prompts, answers, dtype, device) -> list[lis
         ids = batches.pad(encoded, tokenizer.pad_token_id).to(device)
         mask = batches.pad([[True] * len(e) for e in encoded], False).to(device)
         scores += scalar_model.sequence_scores(model, ids, mask).tolist()
-    rest = iter(scores)
+    parts = process_group.gather_objects(scores)
+    rest = iter([parts[i % world][i // world] for i in range(len(everyones))])
     return [[next(rest) for _ in group] for group in answers]
 
 
@@ -245,24 +245,33 @@ def main() -> None:
         process_group.shut_down()
         return
     bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    prompts = instructions.load_prompts(
-        config.prompt_data, split_role="train", schema=config.data_schema, bad=bad
+
+    def load(names, role):
+        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
+
+    # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
+    splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
+    prompts, _ = splits.train_and_held_out(
+        config.prompt_data, load, splits_of_prompts, config, step=2
     )
-    bad.finish("prompt_data")
-    prompts = splits.split_for_step(prompts, config.data_split, step=2)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]
     tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
-    model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
-    answers = sample_answers(config, prompts, tokenizer, model.to(device).eval(), device)
-    tokens = math.fsum(len(a) for group in answers for a in group)
+    limit = config.max_prompt_length
+    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, bad)
+    bad.finish("prompt_data")
     if process_group.is_main():
-        if config.labeller == "verifier":
-            labels = label_with_verifier(config, prompts, answers)
-        elif config.labeller == "reward_model":
-            labels = label_with_reward_model(config, prompts, answers, dtype, device)
-        else:
-            labels = [[0.0] * len(group) for group in answers]
+        print(counts.line("prompts"), flush=True)
+    model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
+    answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
+    tokens = math.fsum(len(a) for group in answers for a in group)
+    if config.labeller == "reward_model":
+        labels = label_with_reward_model(config, prompts, answers, dtype, device)
+    elif config.labeller == "verifier":
+        labels = label_with_verifier(config, prompts, answers)
+    else:
+        labels = [[0.0] * len(group) for group in answers]
+    if process_group.is_main():
         write(config, prompts, answers, labels)
         print(
             f"{len(prompts)} × {config.answers_per_prompt} answers, {tokens:.0f} characters in "
@@ -273,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    process_group.run(main)
+    reporting.run(main)

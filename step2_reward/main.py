@@ -20,7 +20,7 @@ from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
 from utils.distributed import checkpoint, process_group, zero
-from utils.models import scalar_model
+from utils.models import language_model, scalar_model
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,12 @@ def main() -> None:
     started = time.time()
 
     # Build: data, model, engine.
+    language_model.check_positions(
+        config.model_name_or_path,
+        config.max_length,
+        "--max_length",
+        config.trust_remote_code,
+    )
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     pad_id = tokenizer.pad_token_id
     report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
@@ -215,7 +221,8 @@ def main() -> None:
         f"step 2, reward model: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
         + reporting.batch_arithmetic(config, world)
     )
-    run_config.save(config, config.output_dir, world)
+    if process_group.is_main():
+        run_config.save(config, config.output_dir, world)
     model = scalar_model.load(
         config,
         config.model_name_or_path,
@@ -290,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    process_group.run(main)
+    reporting.run(main)

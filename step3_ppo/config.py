@@ -14,6 +14,7 @@ class PPOConfig(RunConfig):
     """
 
     reward_model: str = setting("", "folder written by step2_reward/main.py")
+    reference_model: str = setting("", "whom the KL is measured to (default: the SFT model)")
     critic_model: str = setting("", "where the critic starts (default: the reward model)")
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     max_prompt_length: int = setting(256, "tokens; prompts are cut from the left")

@@ -20,6 +20,7 @@ from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
 from utils.distributed import checkpoint, process_group, zero
+from utils.models import language_model
 
 SHOWN = (
     "score",
@@ -45,9 +46,10 @@ def load_prompts(config, tokenizer, report):
     train, held = splits.train_and_held_out(
         config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3
     )
+    limit = config.max_prompt_length
+    _, encoded, counts = batches.encode_prompts(tokenizer, train, limit, bad)
+    held, held_encoded, held_counts = batches.encode_prompts(tokenizer, held, limit, bad)
     bad.finish("prompt_data")
-    encoded, counts = batches.encode_prompts(tokenizer, train, config.max_prompt_length)
-    held_encoded, held_counts = batches.encode_prompts(tokenizer, held, config.max_prompt_length)
     report.say(counts.line("prompts"))
     report.say(held_counts.line("held-out prompts"))
     return encoded, held_encoded, held
@@ -92,7 +94,14 @@ def main() -> None:
         f"ZeRO-{config.zero_stage} (critic {config.stage_of_critic()}), "
         + reporting.batch_arithmetic(config, world)
     )
-    run_config.save(config, config.output_dir, world)
+    if process_group.is_main():
+        run_config.save(config, config.output_dir, world)
+    language_model.check_positions(
+        config.model_name_or_path,
+        config.max_prompt_length + config.max_response_length,
+        "--max_prompt_length, --max_response_length",
+        config.trust_remote_code,
+    )
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     prompts, held_encoded, held = load_prompts(config, tokenizer, report)
     models = build(config, tokenizer, dtype, device)
@@ -169,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    process_group.run(main)
+    reporting.run(main)

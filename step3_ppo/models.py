@@ -56,7 +56,11 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     frozen = dict(config=config, dtype=dtype, zero_stage=stage, device=device)
     reference = zero.frozen(
         language_model.load(
-            config, config.model_name_or_path, dtype=dtype, zero_stage=stage, tokenizer=tokenizer
+            config,
+            config.reference_model or config.model_name_or_path,
+            dtype=dtype,
+            zero_stage=stage,
+            tokenizer=tokenizer,
         ),
         **frozen,
     )
@@ -64,7 +68,9 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         scalar_model.load(config, config.reward_model, dtype=dtype, zero_stage=stage), **frozen
     )
     ema = EMA(actor.module, config.ema_decay) if config.ema_decay > 0 else None
-    return Models(tokenizer, actor, HybridEngine(actor), critic, reference, reward, ema)
+    return Models(
+        tokenizer, actor, HybridEngine(actor, config.rollout_gather), critic, reference, reward, ema
+    )
 
 
 def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
@@ -80,7 +86,7 @@ def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
 
 def check_same_language(tokenizer, config) -> None:
     """The actor's ids go straight into reward model and critic: they must mean the same there."""
-    for flag in ("reward_model", "critic_model"):
+    for flag in ("reward_model", "critic_model", "reference_model"):
         path = getattr(config, flag)
         if not path:
             continue

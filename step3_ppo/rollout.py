@@ -6,6 +6,7 @@ same on any number of ranks.
 """
 
 import dataclasses
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ def collect(models, encoded: list[list[int]], config, device, noise_step: int):
     )
     # Like lengths together, and the same number of rows and so of forward passes on every rank.
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    filled = order + order[: -len(order) % world]
+    per_rank = -(-len(order) // world)
+    filled = list(itertools.islice(itertools.cycle(order), per_rank * world))
     mine = filled[rank::world]
     prompt_ids, prompt_mask = (
         t.to(device) for t in batches.prompt_batch([encoded[i] for i in mine], pad_id)
@@ -100,6 +102,7 @@ def collect(models, encoded: list[list[int]], config, device, noise_step: int):
                     pad_id=pad_id,
                     temperature=config.temperature,
                     noise=noise[mine[i : i + step]],
+                    all_finished=models.hybrid.all_finished,
                 )
                 for i in range(0, len(mine), step)
             ]

@@ -39,14 +39,18 @@ def tiny(tmp_path_factory) -> Path:
     return build_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def run_ranks(jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 300) -> str:
     """Run each (program, arguments) in turn in one process group of `ranks` CPU ranks.
 
     Returns what all ranks printed; fails the test if a rank exits with another code than 0.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     spec = json.dumps([[program, list(map(str, argv))] for program, argv in jobs])
     processes = []
     for rank in range(ranks):

@@ -49,6 +49,7 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
         lr_schedule="constant",
     )
     tokenizer = chat_template.load_tokenizer(folder)
+    tokenizer.add_tokens([f"<new {i}>" for i in range(530 - len(tokenizer))])  # 512 rows before
     model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
     engine = zero.TrainEngine(
         model, config, dtype=dtype, zero_stage=stage, learning_rate=1e-2, total_steps=9
@@ -69,6 +70,7 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
     averaged = ema.state_dict(torch.float32)
     if process_group.is_main():
         assert averaged.keys() == history[0].keys()
+        assert averaged["model.embed_tokens.weight"].shape[0] == 576
         for key, value in averaged.items():
             expected = DECAY**4 * history[0][key].double()
             for i in range(1, 5):
@@ -94,6 +96,24 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
         generation.generate(plain, ids, mask, max_new_tokens=stop, stop_id=-1, pad_id=0)
         with torch.no_grad():
             expected = plain(**language_model.forward_inputs(plain, ids, mask)).logits
+    # Layer by layer: the same tokens, with ranks that stop at different lengths going in step.
+    hybrid, greedy = HybridEngine(engine, "layer"), []
+    for one in (HybridEngine(engine), hybrid):
+        with one.generating() as model:
+            first = generation.generate(model, ids, mask, max_new_tokens=1, stop_id=-1, pad_id=0)
+            stop = first[0, 0].item() if process_group.rank() == 0 else -1
+            greedy.append(
+                generation.generate(
+                    model,
+                    ids[:1],
+                    mask[:1],
+                    max_new_tokens=9,
+                    stop_id=stop,
+                    pad_id=0,
+                    all_finished=one.all_finished,
+                )
+            )
+    assert torch.equal(*greedy), name
     engine.module.eval()
     with torch.no_grad():
         got = engine(**language_model.forward_inputs(engine.module, ids, mask)).logits

@@ -7,6 +7,6 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 set_up_environment
 cd "$ROOT" || exit
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-python -m ruff check . && python -m ruff format --check . || exit
+"$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . || exit
 # Half the tests start processes of their own, so as many workers as cores and not more.
-python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"
+"$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"

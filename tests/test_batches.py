@@ -317,6 +317,7 @@ def test_encode_prompts_keeps_the_end(tokenizer):
         for text in ("a", "z" * 90)
     ]
     whole = [chat_template.encode_prompt(tokenizer, r.messages) for r in rows]
-    encoded, counts = batches.encode_prompts(tokenizer, rows, 40)
+    kept, encoded, counts = batches.encode_prompts(tokenizer, rows, 40, BadRows())
+    assert kept == rows
     assert encoded == [whole[0], whole[1][-40:]] and len(whole[1]) > 40 > len(whole[0])
     assert counts == Counts(kept=2, cut_prompts=1)

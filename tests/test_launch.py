@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from test_steps import sft
 
 from step1_sft.config import SFTConfig
@@ -20,8 +20,8 @@ from step3_ppo.config import PPOConfig
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2"],
-    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2"],
+    "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
+    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
     "python": [sys.executable],
 }
 
@@ -67,7 +67,7 @@ def test_a_launch_script_keeps_output_and_exit_code(tiny, tmp_path):
         "96",
     ]
     environment = {
-        "LAUNCH": "--num_accelerators 2",
+        "LAUNCH": f"--num_accelerators 2 --master_port {free_port()}",
         "MODEL": str(tiny / "base_model"),
         "DATA": str(tiny / "data/sft.jsonl"),
         "OUTPUT": str(tmp_path / "out"),

@@ -218,7 +218,7 @@ def test_folders_splits_and_pins(tmp_path):
         assert message.startswith(f"{folder}: has the splits ")
         assert "train_x" in message and "test_x" in message and "not train or other" in message
         assert has_split(folder, ("test", "test_x")) and not has_split(folder, ("test",))
-        assert has_split(f"{folder}:test_x", ("test_x",))
+        assert not has_split(f"{folder}:test_x", ("test_x",))
         assert not has_split(f"{folder}:train_x", ("test_x",))
     rows, _ = problems_of(str(parquet / "train_x-00000-of-00001.parquet"))
     assert rows[1].where.endswith(".parquet row 2") and rows[1].data == {"a": 2}

@@ -52,7 +52,7 @@ class RunConfig:
 
     max_steps: int = setting(0, "passes of the main loop; 0: as many as the epochs give")
     global_batch_size: int = setting(64, "sequences an optimizer step, over all ranks")
-    micro_batch_size: int = setting(16, "sequences a forward pass, one rank")
+    micro_batch_size: int = setting(8, "sequences a forward pass, one rank")
     learning_rate: float = setting(1e-5, "peak learning rate")
     lr_schedule: str = setting(
         "cosine", "shape after warmup", choices=("cosine", "linear", "constant")
@@ -73,6 +73,13 @@ class RunConfig:
         "none",
         "to CPU memory: optimizer states, or also weights (ZeRO-3)",
         choices=("none", "optimizer", "all"),
+    )
+
+    rollout_gather: str = setting(
+        "rollout",
+        "ZeRO-3 weights while sampling: whole for the rollout, or layer by layer (slow, for models "
+        "that do not fit one GPU)",
+        choices=("rollout", "layer"),
     )
 
     log_every: int = setting(10, "steps between console lines")
@@ -111,6 +118,8 @@ class RunConfig:
             found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
         if not 0 < self.eval_fraction < 1:
             found.append(f"eval_fraction={self.eval_fraction} must lie between 0 and 1")
+        if not 0 <= self.adam_beta2 < 1:
+            found.append(f"adam_beta2={self.adam_beta2} must lie in [0, 1); set --adam_beta2")
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
         if not 0 <= self.seed < 2**63:

@@ -1,5 +1,5 @@
 # Sourced by run_all.sh and tests/run.sh: finds or makes a Python environment that has what
-# requirements.txt names, and puts it first on the PATH. Says what it does; exits where it cannot.
+# requirements.txt names; $PYTHON is its interpreter. Says what it does; exits where it cannot.
 
 environment_fail() {
     echo "set-up: $1" >&2
@@ -37,11 +37,11 @@ set_up_environment() {
     local python lacking free_kb
     python=$(environment_python) || exit 3
     if [ -z "$(environment_lacks "$python")" ]; then
-        export PATH="$(dirname "$python"):$PATH"
+        export PYTHON="$python"
         return
     fi
     if [ -x "$ROOT/.venv/bin/python" ] && [ -z "$(environment_lacks "$ROOT/.venv/bin/python")" ]; then
-        export PATH="$ROOT/.venv/bin:$PATH" VIRTUAL_ENV="$ROOT/.venv"
+        environment_use_venv
         return
     fi
     lacking=$(environment_lacks "$python" | tr '\n' ' ')
@@ -56,6 +56,10 @@ set_up_environment() {
         "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
             -r "$ROOT/requirements.txt" ||
         environment_fail "pip could not install requirements.txt (its message is above)"
-    export PATH="$ROOT/.venv/bin:$PATH" VIRTUAL_ENV="$ROOT/.venv"
+    environment_use_venv
     echo "set-up: done"
+}
+
+environment_use_venv() {
+    export PYTHON="$ROOT/.venv/bin/python" PATH="$ROOT/.venv/bin:$PATH" VIRTUAL_ENV="$ROOT/.venv"
 }

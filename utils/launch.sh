@@ -5,7 +5,7 @@
 # runs a program with DeepSpeed's launcher: its output is shown and kept in FOLDER/log.txt, its exit
 # code returned. $LAUNCH holds flags of the launcher itself, e.g. LAUNCH="--num_gpus 4",
 # LAUNCH="--hostfile hosts"; by default it takes every GPU of this machine, or two processes on a
-# CPU with two cores or more.
+# CPU.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/utils/environment.sh"
@@ -14,13 +14,21 @@ set_up_environment
 launch_flags() {
     if [ -n "${LAUNCH:-}" ]; then
         echo "$LAUNCH"
-    elif [ "${DS_ACCELERATOR:-}" = cpu ] || ! python -c 'import torch; exit(not torch.cuda.is_available())'; then
-        # Two processes use two cores better than one process with two threads.
-        local cores ranks
-        cores=$(nproc)
-        ranks=$((cores > 1 ? 2 : 1))
-        echo "--num_accelerators $ranks"
+        return
     fi
+    # All GPUs, or two processes on a CPU: they use two cores better than two threads do. MAX_RANKS
+    # (a recipe's) limits both. The port is a free one, so that two runs can share a machine.
+    "$PYTHON" - "${MAX_RANKS:-0}" <<'PY'
+import os, socket, sys
+import torch
+limit = int(sys.argv[1])
+gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+ranks = gpus or min(2, os.cpu_count() or 1)
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+print(f"--num_accelerators {min(ranks, limit or ranks)} --master_port {port}")
+PY
 }
 
 # The value of --output_dir among the arguments (of --output_file its folder).
@@ -29,6 +37,7 @@ output_of() {
     for word in "$@"; do
         [ "$previous" = --output_dir ] && echo "$word" && return
         [ "$previous" = --output_file ] && dirname "$word" && return
+        case $word in --output_dir=*) echo "${word#*=}" && return ;; esac
         previous=$word
     done
     echo .
@@ -40,6 +49,6 @@ launch() {
     folder=$(output_of "$@")
     mkdir -p "$folder"
     # shellcheck disable=SC2046  # flags of the launcher are words
-    python -m deepspeed.launcher.runner $(launch_flags) "$program" "$@" 2>&1 | tee -a "$folder/log.txt"
+    "$PYTHON" -m deepspeed.launcher.runner $(launch_flags) "$program" "$@" 2>&1 | tee -a "$folder/log.txt"
     return "${PIPESTATUS[0]}"
 }

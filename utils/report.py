@@ -4,8 +4,10 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
+from utils.data.rows import DataError
 from utils.distributed import process_group
 
 
@@ -68,6 +70,30 @@ class Report:
         for thing in (self._bar, self._board, self._file):
             if thing is not None:
                 thing.close()
+
+
+def run(main) -> None:
+    """Call a step's `main`; what a user can mend ends as a message, not as a traceback a rank.
+
+    DataError and SystemExit("…") are such. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except (DataError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise
+        if not process_group.is_main():
+            # Rank 0 mostly fails the same way and speaks for all: the launcher ends this rank
+            # when rank 0 exits. A failure of this rank alone is told a little later.
+            time.sleep(3.0)
+        print(
+            f"error: {error}"
+            if process_group.is_main()
+            else f"error on rank {process_group.rank()}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # peers may wait in a collective for ever; the launcher ends them
 
 
 def save_result(output_dir: str, result: dict) -> None:

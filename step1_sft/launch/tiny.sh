@@ -3,8 +3,8 @@
 . "$(dirname "$0")/../../utils/launch.sh"
 . "$ROOT/recipes/tiny.sh"
 OUTPUT=$(realpath -m "${OUTPUT:-output/tiny}")
-(cd "$ROOT" && python -m utils.data.toy_tasks --output_dir "$OUTPUT/data" &&
-    python -m utils.models.from_scratch --output_dir "$OUTPUT/base_model" \
+(cd "$ROOT" && "$PYTHON" -m utils.data.toy_tasks --output_dir "$OUTPUT/data" &&
+    "$PYTHON" -m utils.models.from_scratch --output_dir "$OUTPUT/base_model" \
         --data "$OUTPUT/data/sft.jsonl" "${SCRATCH_FLAGS[@]}") || exit
 launch step1_sft/main.py --model_name_or_path "$OUTPUT/base_model" \
     --sft_data "$OUTPUT/data/sft.jsonl" --output_dir "$OUTPUT/step1_sft" "${SFT_FLAGS[@]}" "$@"

@@ -135,15 +135,23 @@ def supervised_batch(examples: Sequence[chat_template.Encoded], pad_id: int):
     return ids, mask, pad([e.supervised for e in examples], False)
 
 
-def encode_prompts(tokenizer, prompts, max_prompt_length: int):
-    """Prompts → (list of id lists cut from the left to fit, Counts)."""
-    counts, encoded = Counts(), []
+def encode_prompts(tokenizer, prompts, max_prompt_length: int, bad):
+    """Prompts → (those that render, their ids cut from the left to fit, Counts).
+
+    Prompts that the template cannot render go to `bad` (rows.BadRows).
+    """
+    counts, kept, encoded = Counts(), [], []
     for prompt in prompts:
-        ids = chat_template.encode_prompt(tokenizer, prompt.messages)
+        try:
+            ids = chat_template.encode_prompt(tokenizer, prompt.messages)
+        except chat_template.TemplateError as error:
+            bad.add(prompt.where, str(error), list(prompt.messages))
+            continue
         counts.cut_prompts += len(ids) > max_prompt_length
         counts.kept += 1
+        kept.append(prompt)
         encoded.append(ids[-max_prompt_length:])
-    return encoded, counts
+    return kept, encoded, counts
 
 
 def prompt_batch(encoded: Sequence[Sequence[int]], pad_id: int):

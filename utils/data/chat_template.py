@@ -74,9 +74,15 @@ def _turn_end(tokenizer) -> str:
 
 
 def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    """Text of the turns; TemplateError where the template refuses them (system turns, often)."""
+    from jinja2.exceptions import TemplateError as JinjaError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except JinjaError as error:
+        raise TemplateError(f"the chat template refuses this conversation: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -150,16 +150,15 @@ def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[
 
 
 def has_split(name: str, split_candidates: Sequence[str]) -> bool:
-    """Whether `name` has one of the splits; False for a plain file, which has none.
+    """Whether `name` has one of the splits, to evaluate on while another is trained on.
 
-    For NAME:SPLIT it is whether the pinned split is one of the candidates. Raises DataError for
-    a name that cannot be found.
+    False for a plain file, which has none, and for NAME:SPLIT, which means that split for both.
+    Raises DataError for a name that cannot be found.
     """
     kind, path, pinned = _locate(name)
-    if kind == "file" or (pinned and pinned not in split_candidates):
+    if kind == "file" or pinned:
         return False
-    wanted = (pinned,) if pinned else split_candidates
-    return not _split_readers(name, kind, path).keys().isdisjoint(wanted)
+    return not _split_readers(name, kind, path).keys().isdisjoint(split_candidates)
 
 
 def _locate(name: str) -> tuple[str, str, str | None]:

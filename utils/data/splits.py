@@ -1,6 +1,7 @@
 """Training rows and held-out rows of a list of data sets, the same way in every step."""
 
 import dataclasses
+import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -59,12 +60,26 @@ def apply_weight(items: Sequence[T], weight: float, seed: int) -> list[T]:
     return list(items) * whole + [items[index] for index in chosen]
 
 
-def split_for_step(items: Sequence[T], data_split: str, step: int, seed: int = 1234) -> list[T]:
+def prompt_of(item) -> str:
+    """What the answer of a Conversation, Prompt or Comparison answers, as one text."""
+    turns = getattr(item, "prompt", None) or item.messages
+    if turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return "\x1e".join(f"{turn['role']}\x1f{turn['content']}" for turn in turns)
+
+
+def _place(item, salt: str) -> float:
+    """Where the item's prompt falls in [0, 1): the same in every step, file, order and run."""
+    digest = hashlib.sha256(f"{salt}\0{prompt_of(item)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_for_step(items: Sequence[T], data_split: str, step: int) -> list[T]:
     """The part of the items that step 1, 2 or 3 may see, as DeepSpeed-Chat's --data_split.
 
-    Arguments: data_split (three shares such as "2,4,4"; "" gives every step everything), step,
-    seed (the same in all steps, else their parts overlap). Raises DataError for other shares and
-    for a step left without an item.
+    data_split: three shares such as "2,4,4"; "" gives every step everything. The prompt's text
+    decides, so no prompt comes to two steps, though files, schemas or skipped rows differ. Raises
+    DataError for other shares and for a step left without an item.
     """
     if step not in (1, 2, 3):
         raise DataError(f"step={step}: must be 1, 2 or 3")
@@ -76,32 +91,35 @@ def split_for_step(items: Sequence[T], data_split: str, step: int, seed: int = 1
         shares = []
     if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
         raise DataError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
-    bounds = [round(sum(shares[:end]) / sum(shares) * len(items)) for end in range(4)]
-    if bounds[step - 1] == bounds[step]:
+    low, high = (sum(shares[:end]) / sum(shares) for end in (step - 1, step))
+    part = [item for item in items if low <= _place(item, "data_split") < high]
+    if not part:
         raise DataError(
             f"data_split={data_split!r} leaves step {step} none of {len(items)} row(s);"
             f" set --data_split so that number {step} has a larger share"
         )
-    order = list(range(len(items)))
-    random.Random(seed).shuffle(order)
-    return [items[index] for index in order[bounds[step - 1] : bounds[step]]]
+    return part
 
 
 def hold_out(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(training, held out): a seeded choice, both in the order they came, neither empty.
+    """(training, held out), neither empty, both in the order they came.
 
-    Raises DataError for fewer than two items or a fraction outside 0 to 1.
+    The prompt's text and the seed decide: all rows of a prompt go the same way, and a prompt that
+    one step or file holds out is held out by every other. Raises DataError for fewer than two
+    different prompts or a fraction outside 0 to 1.
     """
     if not 0 < fraction < 1:
         raise DataError(f"eval_fraction={fraction}: set --eval_fraction between 0 and 1")
-    if len(items) < 2:
+    places = [_place(item, f"hold_out {seed}") for item in items]
+    if len(set(places)) < 2:
         raise DataError(
-            f"cannot hold out evaluation rows from {len(items)} row(s); name evaluation"
-            " data, or give at least 2 rows"
+            f"cannot hold out evaluation rows from {len(items)} row(s) with"
+            f" {len(set(places))} different prompt(s); name evaluation data, or give 2 or more"
         )
-    count = min(max(round(len(items) * fraction), 1), len(items) - 1)
-    held = set(random.Random(seed).sample(range(len(items)), count))
+    # At least the first prompt is held out, and the last one is not.
+    limit = min(max(fraction, min(places)), max(places))
+    held = [place <= limit and place < max(places) for place in places]
     return (
-        [item for index, item in enumerate(items) if index not in held],
-        [items[index] for index in sorted(held)],
+        [item for item, out in zip(items, held, strict=True) if not out],
+        [item for item, out in zip(items, held, strict=True) if out],
     )

@@ -58,6 +58,10 @@ def replace_files(new: Path, folder: Path) -> None:
     A step's output folder holds its metrics too, so it cannot be swapped whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(new.iterdir()):
-        os.replace(file, folder / file.name)
+    written = {file.name for file in new.iterdir()}
+    for name in sorted(written):
+        os.replace(new / name, folder / name)
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in written:
+            stale.unlink()  # of another sharding: transformers would read it first
     new.rmdir()

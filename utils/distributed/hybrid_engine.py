@@ -5,6 +5,10 @@ ZeRO-3 its weights are gathered once into a plain copy that lives for one rollou
 runs inside the decode loop, so ranks may stop at different lengths, and DeepSpeed's hooks, which
 would release a gathered weight after its layer, are not in the way.
 
+A model too large to stand whole on one device (`--rollout_gather layer`) generates as it trains,
+each layer gathered for each token. That is slow, and ranks must go in step: `all_finished` lets the
+decode loop end only when every rank's rows have stopped.
+
 DeepSpeed's own hybrid engine is not used: with transformers 5 it crashes at initialize (GPT-2,
 Bloom), finds no container (OPT, Qwen, Mistral, Gemma) or corrupts grouped-query weights (Llama).
 """
@@ -13,16 +17,23 @@ import contextlib
 import copy
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from utils.distributed import zero
 
 
 class HybridEngine:
-    """Wraps a `zero.TrainEngine` around a transformers causal LM."""
+    """Wraps a `zero.TrainEngine` around a transformers causal LM.
 
-    def __init__(self, train_engine: zero.TrainEngine):
+    gather: under ZeRO-3, "rollout" (once for all of it) or "layer" (each layer for each token).
+    """
+
+    def __init__(self, train_engine: zero.TrainEngine, gather: str = "rollout"):
         self.train_engine = train_engine
+        self._copies = train_engine.zero_stage == 3 and gather == "rollout"
+        in_step = train_engine.zero_stage == 3 and gather == "layer"
+        self.all_finished = _finished_on_all_ranks if in_step else bool
         self._plain: nn.Module | None = (
             None  # under ZeRO-3: built once, weightless between rollouts
         )
@@ -31,7 +42,7 @@ class HybridEngine:
     def generating(self):
         """A plain module with the weights of now, in eval mode, caching and not checkpointing."""
         module = self.train_engine.module
-        if self.train_engine.zero_stage == 3:
+        if self._copies:
             if self._plain is None:
                 self._plain = _plain_twin(module)
             _copy_weights(module, self._plain)
@@ -52,6 +63,14 @@ class HybridEngine:
             if checkpointing:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
             module.train(was_training)
+
+
+def _finished_on_all_ranks(finished: torch.Tensor) -> bool:
+    """Scalar bool tensor of this rank → whether it is True on every rank."""
+    value = finished.float()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return bool(value)
 
 
 def _plain_twin(module: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ Works under `deepspeed`, `torchrun` and plain `python` (one process), on NCCL an
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -114,30 +113,6 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def run(main) -> None:
-    """Call a step's `main`; what a user can mend ends as a message, not as a traceback a rank.
-
-    DataError and SystemExit("…") are such. Any other exception is a bug and keeps its traceback.
-    """
-    from utils.data.rows import DataError
-
-    try:
-        main()
-    except (DataError, SystemExit) as error:
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
-            raise
-        if not is_main():
-            # Rank 0 mostly fails the same way and speaks for all: the launcher ends this rank
-            # when rank 0 exits. A failure of this rank alone is told a little later.
-            time.sleep(3.0)
-        print(
-            f"error: {error}" if is_main() else f"error on rank {rank()}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # peers may wait in a collective for ever; the launcher ends them
 
 
 def shut_down() -> None:

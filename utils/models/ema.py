@@ -29,11 +29,15 @@ class EMA:
 
         Every rank must call it; rank 0 gets the weights, others an empty dict.
         """
+        from deepspeed.accelerator import get_accelerator
+
         keep = not dist.is_initialized() or dist.get_rank() == 0
         state = {}
         for name, p in self.module.named_parameters():
             whole = self.shadow[name]
             if hasattr(p, "ds_id"):
+                # With weights offloaded the shard lies on the CPU, where NCCL cannot gather.
+                whole = whole.to(get_accelerator().current_device_name())
                 parts = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
                 dist.all_gather(parts, whole)
                 whole = torch.cat([part.flatten() for part in parts])

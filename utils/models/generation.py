@@ -4,6 +4,8 @@ The noise comes in as a tensor instead of being drawn inside. A caller that draw
 global batch from (seed, step) gets the same samples on 1 or 8 ranks, and after a resume.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -39,11 +41,13 @@ def generate(
     pad_id: int,
     temperature: float = 1.0,
     noise: torch.Tensor | None = None,
+    all_finished: Callable[[torch.Tensor], bool] = bool,
 ) -> torch.Tensor:
     """(B,P) left-padded prompts → (B,R) int64 responses, `pad_id` after the stop token.
 
     noise: (B,R) uniform numbers, or None for greedy decoding. R is `max_new_tokens` always; the
-    loop ends early once every row has stopped.
+    loop ends early once every row has stopped, by the word of `all_finished` (scalar bool tensor →
+    bool), which a model whose forward pass needs all ranks makes a collective.
     """
     from transformers import DynamicCache
 
@@ -76,7 +80,7 @@ def generate(
         token = torch.where(finished, pad_id, token)
         responses[:, step] = token
         finished |= token == stop_id
-        if bool(finished.all()):
+        if all_finished(finished.all()):
             break
         ids = token[:, None]
         position = position[:, -1:] + 1

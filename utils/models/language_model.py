@@ -21,14 +21,14 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> n
     """
     from transformers import AutoModelForCausalLM
 
-    model = from_pretrained(AutoModelForCausalLM, config, path, dtype, zero_stage)
-    if tokenizer is not None:
-        fit_to_tokenizer(model, tokenizer)
+    model = from_pretrained(AutoModelForCausalLM, config, path, dtype, zero_stage, tokenizer)
     prepare_training(model, config)
     return model
 
 
-def from_pretrained(auto_class, config, path: str, dtype: str, zero_stage: int, **kwargs):
+def from_pretrained(
+    auto_class, config, path: str, dtype: str, zero_stage: int, tokenizer=None, **kwargs
+):
     """`auto_class.from_pretrained`, refusing what would leave weights at random."""
     try:
         with zero.sharded_loading(config, dtype, zero_stage):
@@ -40,6 +40,9 @@ def from_pretrained(auto_class, config, path: str, dtype: str, zero_stage: int, 
                 output_loading_info=True,
                 **kwargs,
             )
+            if tokenizer is not None:
+                # In here, where transformers knows that the embeddings may be shards.
+                fit_to_tokenizer(model, tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(
             f"cannot load a model from {path!r}: {error}\n"
@@ -54,6 +57,22 @@ def from_pretrained(auto_class, config, path: str, dtype: str, zero_stage: int, 
         )
     model.head_was_missing = any(k.startswith("score.") for k in info["missing_keys"])
     return model
+
+
+def check_positions(path: str, length: int, flags: str, trust_remote_code: bool) -> None:
+    """Refuse rows longer than the model of `path` has positions for, before it is loaded."""
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"cannot read the model's config from {path!r}: {error}") from error
+    have = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if have is not None and length > have:
+        raise SystemExit(
+            f"rows of up to {length} tokens ({flags}) do not fit into the {have} positions of "
+            f"{path!r}; lower {flags}"
+        )
 
 
 def fit_to_tokenizer(model: nn.Module, tokenizer) -> None:
@@ -80,7 +99,6 @@ def prepare_training(model: nn.Module, config) -> None:
                 setattr(module, name, 0.0)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.config.use_cache = False
 
 
 @functools.cache

@@ -13,11 +13,24 @@ from torch import nn
 from utils.models import language_model
 
 
+class Fp32Head(nn.Linear):
+    """A linear layer that computes in fp32 whatever its weight's dtype.
+
+    bf16 has three digits: scores of 4.01 and 4.02 would tie, and values would move in steps of
+    0.03 where PPO clips at 0.2.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.float(), self.weight.float())
+
+
 class ScalarModel(nn.Module):
     """`forward(ids (B,T), mask (B,T) bool) → (B,T)` fp32: value of each prefix, bias taken off."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
+        # The class is swapped in place: the parameter, its name and ZeRO's hooks stay.
+        classifier.score.__class__ = Fp32Head
         self.classifier = classifier
         self.bias = float(getattr(classifier.config, "reward_bias", 0.0))
 
@@ -29,7 +42,7 @@ class ScalarModel(nn.Module):
         backbone = self.classifier.base_model
         inputs = language_model.forward_inputs(backbone, input_ids, mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        return self.classifier.score(hidden).squeeze(-1).float() - self.bias
+        return self.classifier.score(hidden).squeeze(-1) - self.bias
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
@@ -41,10 +54,14 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
     from transformers import AutoModelForSequenceClassification
 
     classifier = language_model.from_pretrained(
-        AutoModelForSequenceClassification, config, path, dtype, zero_stage, num_labels=1
+        AutoModelForSequenceClassification,
+        config,
+        path,
+        dtype,
+        zero_stage,
+        tokenizer,
+        num_labels=1,
     )
-    if tokenizer is not None:
-        language_model.fit_to_tokenizer(classifier, tokenizer)
     language_model.prepare_training(classifier, config)
     if classifier.head_was_missing:
         if head == "saved":
