@@ -15,9 +15,13 @@
 #   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG value   for one step
 #   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …)
 #
+# Flags are checked before anything runs. Files of an earlier run in the same folder are written over.
+#
 # LAUNCH holds flags of the deepspeed launcher, e.g. LAUNCH="--hostfile hosts".
 set -uo pipefail
-case "${1:-}" in -h | --help) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;; esac
+for word in "$@"; do
+    case $word in -h | --help) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;; esac
+done
 . "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
 
 RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL="" MAX_RANKS=0
@@ -34,6 +38,11 @@ while [ $# -gt 0 ]; do
     while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do values+=("$1"); shift; done
     case $flag in *=*) values=("${flag#*=}" "${values[@]}") flag=${flag%%=*} ;; esac
     case $flag in
+        --output_dir | --rounds | --model_name_or_path | --seed)
+            [ ${#values[@]} -eq 1 ] && [ -n "${values[0]}" ] || {
+                echo "run_all.sh: $flag takes one value, not ${#values[@]}" >&2
+                exit 2
+            } ;;&
         --output_dir) OUTPUT=${values[*]} ;;
         --rounds) ROUNDS=${values[*]} ;;
         --model_name_or_path) my_model=${values[*]} ;;
@@ -44,7 +53,8 @@ while [ $# -gt 0 ]; do
         --collect.*) my_collect+=("--${flag#--collect.}" "${values[@]}") ;;
         --reward.*) my_reward+=("--${flag#--reward.}" "${values[@]}") ;;
         --ppo.*) my_ppo+=("--${flag#--ppo.}" "${values[@]}") ;;
-        *) my_common+=("$flag" "${values[@]}"); [ "$flag" = --seed ] && seed=${values[*]} ;;
+        --seed) seed=${values[*]} my_common+=("$flag" "$seed") ;;
+        *) my_common+=("$flag" "${values[@]}") ;;
     esac
 done
 if [ -z "$RECIPE" ]; then
@@ -92,7 +102,19 @@ stage() { # stage NAME command …: stops the run at the first failure, with its
 }
 in_root() { PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 
-echo "recipe $RECIPE → $OUTPUT; launcher: $(launch_flags)"
+launcher=$(launch_flags)
+echo "recipe $RECIPE → $OUTPUT; launcher: $launcher"
+# A flag that step 3 does not know should not cost the hours of steps 1 and 2.
+ranks=$(echo "$launcher" | grep -oE -- '--num_(accelerators|gpus) [0-9]+' | grep -oE '[0-9]+$')
+check() { WORLD_SIZE=${ranks:-1} "$PYTHON" "$ROOT/$1" --check_config "${@:2}" || exit 2; }
+[[ $ROUNDS =~ ^[1-9][0-9]*$ && $seed =~ ^[0-9]+$ ]] || {
+    echo "run_all.sh: --rounds $ROUNDS and --seed $seed must be whole numbers" >&2
+    exit 2
+}
+check step1_sft/main.py --model_name_or_path m --sft_data d --output_dir o "${SFT_FLAGS[@]}"
+check step2_reward/main.py --model_name_or_path m --preference_data d --output_dir o "${REWARD_FLAGS[@]}"
+check step3_ppo/main.py --model_name_or_path m --reward_model r --prompt_data d --output_dir o "${PPO_FLAGS[@]}"
+[ "$EMBEDDED" = 0 ] || check step2_reward/collect.py --policy m --prompt_data d --output_file o/c.jsonl "${COLLECT_FLAGS[@]}"
 mkdir -p "$OUTPUT"
 if [ "$EMBEDDED" = 1 ]; then
     stage "data" in_root -m utils.data.toy_tasks --output_dir "$OUTPUT/data" --seed "$seed"

@@ -88,7 +88,7 @@ def talk(config: ChatConfig, model, tokenizer) -> None:
             line = input(ask).strip()
         except EOFError:
             return
-        if line == "/exit":
+        if line in ("/exit", "/quit"):
             return
         if line == "/clear":
             messages = list(opening)

@@ -33,6 +33,8 @@ def folder_problems(path: str, setting_name: str) -> list[str]:
         if looks_local(path):
             return [f"{setting_name}: {path!r} does not exist; set --{setting_name} to a folder"]
         return []  # a hub name
+    if (folder / "adapter_config.json").exists():
+        return []  # a LoRA adapter, which names its base model itself
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

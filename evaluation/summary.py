@@ -64,6 +64,7 @@ def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> di
                 "accuracy",
                 "accuracy_low",
                 "accuracy_high",
+                "accuracy_before",
                 "accuracy_longer_answer",
                 "pairs",
             )
@@ -100,11 +101,12 @@ def closing_table(summary: dict) -> str:
     rows = [
         ("SFT held-out loss", f"{sft['eval_loss_before']:.3f}", f"{sft['eval_loss_after']:.3f}"),
         (
-            "reward accuracy (longer answer → model)",
-            f"{reward['accuracy_longer_answer']:.3f}",
+            "reward accuracy on held-out pairs",
+            f"{reward['accuracy_before']:.3f}",
             f"{reward['accuracy']:.3f} ({reward['accuracy_low']:.3f} to "
             f"{reward['accuracy_high']:.3f})",
         ),
+        ("  of always choosing the longer answer", f"{reward['accuracy_longer_answer']:.3f}", ""),
         (
             "PPO held-out score",
             f"{ppo['score_before']:.3f} (std {ppo['score_std_before'] or 0:.3f})",
@@ -141,11 +143,15 @@ def plot(output: Path) -> None:
     axes[0][1].set(title="step 2: ranking loss", xlabel="optimizer step", ylabel="nats a pair")
     draw(axes[1][0], ppo, "score", "rollout score", alpha=0.4)
     draw(axes[1][0], ppo, "eval/score", "held-out score", marker="o")
-    draw(axes[1][0], ppo, "eval/verifier", "held-out verifier", marker="s")
     axes[1][0].set(title="step 3: score", xlabel="rollout", ylabel="reward model's score")
-    axes[1][0].legend()
-    draw(axes[1][1], ppo, "kl", "k1", alpha=0.6)
-    draw(axes[1][1], ppo, "kl_k3", "k3")
+    axes[1][0].legend(loc="lower right")
+    if any(m.get("eval/verifier") is not None for m in ppo):
+        right = axes[1][0].twinx()
+        draw(right, ppo, "eval/verifier", "held-out verifier", marker="s", color="tab:green")
+        right.set(ylabel="verifier", ylim=(0, 1))
+        right.legend(loc="upper left")
+    draw(axes[1][1], ppo, "kl", "k1", marker=".", alpha=0.6)
+    draw(axes[1][1], ppo, "kl_k3", "k3", marker=".")
     axes[1][1].set(title="step 3: KL to the reference", xlabel="rollout", ylabel="nats a response")
     axes[1][1].legend()
     for axis in axes.flat:

@@ -64,7 +64,7 @@ def load_data(config, tokenizer, report):
         )
 
     train, held = splits.train_and_held_out(
-        config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1
+        config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1, bad=bad
     )
     examples, counts = batches.encode_conversations(
         tokenizer, train, config.max_length, config.long_answers, bad
@@ -102,7 +102,7 @@ def sample_answers(model, tokenizer, conversations, config, device, all_finished
         )
         lines.append(
             f"  {row.messages[-2]['content'][:120]!r}\n"
-            f"    → {tokenizer.decode(answer[0], skip_special_tokens=True)!r}"
+            f"    → {tokenizer.decode(answer[0], skip_special_tokens=True)[:120]!r}"
         )
     return "\n".join(lines)
 

@@ -252,7 +252,7 @@ def main() -> None:
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
     splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
     prompts, _ = splits.train_and_held_out(
-        config.prompt_data, load, splits_of_prompts, config, step=2
+        config.prompt_data, load, splits_of_prompts, config, step=2, bad=bad
     )
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]

@@ -141,7 +141,7 @@ def load_data(config, tokenizer, report):
         return instructions.load_conversations(names, split_role=role, bad=bad)
 
     train, held = splits.train_and_held_out(
-        config.preference_data, load, preferences.PREFERENCE_SPLITS["eval"], config, step=2
+        config.preference_data, load, preferences.PREFERENCE_SPLITS["eval"], config, step=2, bad=bad
     )
     demonstrations = []
     if config.sft_data:
@@ -151,6 +151,7 @@ def load_data(config, tokenizer, report):
             instructions.SFT_SPLITS["eval"],
             splits.unweighted(config),
             step=1,
+            bad=bad,
         )
         encoded, _ = batches.encode_conversations(tokenizer, shown, config.max_length, "cut", bad)
         demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]

@@ -44,7 +44,7 @@ def load_prompts(config, tokenizer, report):
         return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
 
     train, held = splits.train_and_held_out(
-        config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3
+        config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad
     )
     limit = config.max_prompt_length
     _, encoded, counts = batches.encode_prompts(tokenizer, train, limit, bad)
@@ -67,7 +67,7 @@ def evaluate(models, encoded, prompts, config, device) -> tuple[dict[str, float]
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
     shown = "\n".join(
-        f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:200]!r}  (score {score:.2f})"
+        f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:120]!r}  (score {score:.2f})"
         for p, text, score in zip(
             prompts[: config.sample_answers], texts, rollout.scores, strict=False
         )
@@ -120,7 +120,8 @@ def main() -> None:
             )
 
     before, shown = evaluate(models, held_encoded, held, config, device)
-    report.say(f"answers before:\n{shown}")
+    if shown:
+        report.say(f"answers before:\n{shown}")
     report.log(0, before, show=SHOWN)
 
     # Loop: rollout, advantages, updates.
@@ -158,7 +159,8 @@ def main() -> None:
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
             after, shown = evaluate(models, held_encoded, held, config, device)
             metrics |= after
-            report.say(f"answers after {step + 1} rollouts:\n{shown}")
+            if shown:
+                report.say(f"answers after {step + 1} rollouts:\n{shown}")
         report.log(step + 1, metrics, show=SHOWN)
         if config.save_every and (step + 1) % config.save_every == 0 and not last:
             save()

@@ -45,8 +45,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 300) -> str:
-    """Run each (program, arguments) in turn in one process group of `ranks` CPU ranks.
+def run_ranks(
+    jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 300, accelerator: str = "cpu"
+) -> str:
+    """Run each (program, arguments) in turn in one process group of `ranks` ranks.
 
     Returns what all ranks printed; fails the test if a rank exits with another code than 0.
     """
@@ -61,7 +63,7 @@ def run_ranks(jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 300)
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": accelerator,
         }
         processes.append(
             subprocess.Popen(

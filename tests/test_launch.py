@@ -179,6 +179,15 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     code, output = run(command, tmp_path)
     assert code == 1 and f"{bad}:1: " in output and "failed with exit code 1" in output
     assert "step 1" not in output
+    for words, message in (
+        (["--ppo.bogus", "1"], "unknown flag --bogus"),
+        (["--output_dir"], "--output_dir takes one value, not 0"),
+        (["--rounds", "x"], "--rounds x"),
+        (["--micro_batch_size=5"], "not divisible by micro_batch_size"),
+    ):
+        code, output = run(["bash", ROOT / "run_all.sh", *words], tmp_path)
+        assert code == 2 and message in output and "===" not in output, output
+    assert not (tmp_path / "output").exists()
     code, output = run(["bash", ROOT / "run_all.sh", "nope"], tmp_path)
     assert code == 2 and "no recipe nope" in output and "tiny" in output
 
@@ -187,6 +196,7 @@ def test_readme_names_real_flags_and_files():
     known = {f.name for c in (SFTConfig, RewardConfig, PPOConfig, CollectConfig) for f in fields(c)}
     known |= {"help", "config", "num_accelerators", "rounds", "hostfile", "wat"}
     known |= {"checkpoints", "checkpoint", "prompts", "tokenizer", "data", "row"}
+    assert "@@" not in README, "a figure is still to be filled in"
     flags = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
     assert flags - known - {"sft", "reward", "ppo", "collect"} == set()
     tree = README[README.index("## The house") :].split("```")[1]

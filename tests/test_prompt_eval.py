@@ -614,3 +614,27 @@ def test_chat_lists_its_problems():
     for part in ("'/no/where' does not exist", "temperature=-1.0", "top_p=0.0", "max_new_tokens=0"):
         assert part in message
     assert "checkpoint is empty" in problems_of(of=chat.ChatConfig)
+
+
+def test_a_lora_adapter_is_a_checkpoint_too(policy, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(policy)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=64))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer = chat_template.load_tokenizer(policy)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert checkpoints.folder_problems(str(tmp_path / "adapter"), "checkpoints") == []
+    model, loaded = checkpoints.load_checkpoint(
+        str(tmp_path / "adapter"), dtype="fp32", trust_remote_code=False
+    )
+    ids = torch.tensor([loaded("Hi! Why?", add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        expected, got = adapted.eval()(input_ids=ids).logits, model(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(policy).eval()(input_ids=ids).logits
+    torch.testing.assert_close(got, expected)
+    assert (got - plain).abs().max() > 0.01

@@ -108,7 +108,7 @@ def _load(names, role):
 def test_weights_apply_to_training_rows_only(tmp_path):
     names = _files(tmp_path, 200, 400)
     config = RunConfig(data_weights=[2, 0.5], eval_fraction=0.1)
-    train, held = train_and_held_out(names, _load, ("test",), config, step=1)
+    train, held = train_and_held_out(names, _load, ("test",), config, 1, BadRows())
     counts = Counter(row.where for row in train)
     out = [sum(row.where.startswith(name) for row in held) for name in names]
     assert 5 < out[0] < 35 and 20 < out[1] < 60
@@ -116,13 +116,13 @@ def test_weights_apply_to_training_rows_only(tmp_path):
     kept = Counter(counts.values())
     assert kept[2] == 200 - out[0] and kept[1] == round(0.5 * (400 - out[1]))
     with pytest.raises(DataError, match="2 data sets; give --data_weights"):
-        train_and_held_out(names, _load, ("test",), RunConfig(data_weights=[1]), step=1)
+        train_and_held_out(names, _load, ("test",), RunConfig(data_weights=[1]), 1, BadRows())
 
 
 def test_a_data_split_shares_training_rows_and_not_held_out_ones(tmp_path):
     (name,) = _files(tmp_path, 400)
     parts = [
-        train_and_held_out([name], _load, (), RunConfig(data_split="1,1,2"), step)
+        train_and_held_out([name], _load, (), RunConfig(data_split="1,1,2"), step, BadRows())
         for step in (1, 2, 3)
     ]
     assert all(held == parts[0][1] for _, held in parts)
@@ -139,8 +139,8 @@ def test_a_pinned_split_is_trained_on_without_the_rows_it_is_measured_on(tmp_pat
     DatasetDict(train=rows("a", 30), test=rows("b", 60)).save_to_disk(str(tmp_path / "set"))
     name = str(tmp_path / "set")
     config = RunConfig(eval_fraction=0.2)
-    train, held = train_and_held_out([name], _load, ("test",), config, step=1)
+    train, held = train_and_held_out([name], _load, ("test",), config, 1, BadRows())
     assert (len(train), len(held)) == (30, 60)
-    train, held = train_and_held_out([f"{name}:test"], _load, ("test",), config, step=1)
+    train, held = train_and_held_out([f"{name}:test"], _load, ("test",), config, 1, BadRows())
     assert len(train) + len(held) == 60 and 4 < len(held) < 24
     assert {prompt_of(i) for i in train}.isdisjoint(prompt_of(i) for i in held)

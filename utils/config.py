@@ -200,6 +200,9 @@ def help_text(config_class, prog: str, description: str) -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML or JSON file with any of the settings below")
+    parser.add_argument(
+        "--check_config", help="stop once the settings are checked", action="store_true"
+    )
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         kind, many = _kind(hints[f.name])
@@ -317,14 +320,18 @@ def parse(config_class, description: str):
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(config_class, Path(sys.argv[0]).name, description))
         raise SystemExit(0)
+    argv = [word for word in sys.argv[1:] if word != "--check_config"]
     try:
-        return build(config_class, sys.argv[1:], world_size)
+        config = build(config_class, argv, world_size)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(
                 f"{Path(sys.argv[0]).name}: these settings cannot work:\n{error}", file=sys.stderr
             )
         raise SystemExit(2) from None
+    if len(argv) < len(sys.argv) - 1:
+        raise SystemExit(0)  # --check_config: the settings can work, and that was the question
+    return config
 
 
 def save(config, folder: str | Path, world_size: int) -> None:

@@ -48,7 +48,10 @@ launch() {
     shift
     folder=$(output_of "$@")
     mkdir -p "$folder"
+    # Without a GPU DeepSpeed would warn in every process that it takes the CPU.
+    [ -n "${DS_ACCELERATOR:-}" ] || "$PYTHON" -c 'import torch; exit(not torch.cuda.is_available())' ||
+        export DS_ACCELERATOR=cpu
     # shellcheck disable=SC2046  # flags of the launcher are words
-    "$PYTHON" -m deepspeed.launcher.runner $(launch_flags) "$program" "$@" 2>&1 | tee -a "$folder/log.txt"
+    "$PYTHON" -m deepspeed.launcher.runner --log_level warning $(launch_flags) "$program" "$@" 2>&1 | tee -a "$folder/log.txt"
     return "${PIPESTATUS[0]}"
 }

@@ -105,7 +105,9 @@ def save_result(output_dir: str, result: dict) -> None:
 
 def brief(value: float) -> str:
     """A number for people: four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _plain(value):

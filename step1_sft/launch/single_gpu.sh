@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One GPU.
-# MODEL, DATA and OUTPUT from the environment; further flags go to main.py.
+# MODEL, DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
 LAUNCH="${LAUNCH:---num_gpus 1}"
 launch step1_sft/main.py --model_name_or_path "${MODEL:-Qwen/Qwen2.5-0.5B}" --sft_data ${DATA:-tatsu-lab/alpaca} \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All GPUs of this node, ZeRO-3: weights sharded too; step 3 gathers them once a rollout.
-# MODEL, DATA and OUTPUT from the environment; further flags go to main.py.
+# MODEL, DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
 launch step1_sft/main.py --model_name_or_path "${MODEL:-Qwen/Qwen2.5-7B}" --sft_data ${DATA:-tatsu-lab/alpaca} \
     --output_dir "${OUTPUT:-output/step1_sft}" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One GPU.
-# MODEL (step 1's output), DATA and OUTPUT from the environment; further flags go to main.py.
+# MODEL (step 1's output), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
 LAUNCH="${LAUNCH:---num_gpus 1}"
 launch step2_reward/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \

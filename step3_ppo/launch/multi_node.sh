@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Many nodes, ZeRO-3. HOSTS is DeepSpeed's hostfile: lines of `host slots=8`.
-# MODEL (step 1's output), REWARD (step 2's), DATA and OUTPUT from the environment; further flags go to main.py.
+# MODEL (step 1's output), REWARD (step 2's), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
+[ -n "${LAUNCH:-}" ] || [ -f "${HOSTS:-hosts}" ] || { echo "no hostfile ${HOSTS:-hosts}; set HOSTS" >&2; exit 2; }
 LAUNCH="${LAUNCH:---hostfile ${HOSTS:-hosts}}"
 launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
     --reward_model "${REWARD:-output/step2_reward}" \

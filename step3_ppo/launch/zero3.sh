@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All GPUs of this node, ZeRO-3: weights sharded too; step 3 gathers them once a rollout.
-# MODEL (step 1's output), REWARD (step 2's), DATA and OUTPUT from the environment; further flags go to main.py.
+# MODEL (step 1's output), REWARD (step 2's), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
 launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
     --reward_model "${REWARD:-output/step2_reward}" \

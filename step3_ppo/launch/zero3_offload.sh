@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ZeRO-3 with optimizer states and weights in CPU memory: slow, for models that do not fit.
-# MODEL (step 1's output), REWARD (step 2's), DATA and OUTPUT from the environment; further flags go to main.py.
+# MODEL (step 1's output), REWARD (step 2's), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
 launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
     --reward_model "${REWARD:-output/step2_reward}" \

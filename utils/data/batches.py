@@ -62,10 +62,14 @@ class Counts:
     dropped: int = 0
 
     def line(self, name: str) -> str:
-        return (
-            f"{name}: {self.kept} rows kept, of which {self.cut_prompts} with the prompt and "
-            f"{self.cut_answers} with the answer cut; {self.dropped} dropped as too long"
-        )
+        parts = [f"{self.kept} rows kept"]
+        if self.cut_prompts:
+            parts.append(f"{self.cut_prompts} of them with the prompt cut")
+        if self.cut_answers:
+            parts.append(f"{self.cut_answers} of them with the answer cut")
+        if self.dropped:
+            parts.append(f"{self.dropped} dropped as too long")
+        return f"{name}: {', '.join(parts)}"
 
 
 def shorten(

@@ -6,6 +6,7 @@ shows a data row with its supervised tokens in green.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 CHATML = (
     "{% for message in messages %}"
@@ -28,11 +29,20 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(
-            f"cannot load a tokenizer from {path!r}: {error}\n"
-            "the model's folder must hold tokenizer.json or tokenizer.model"
+            f"cannot load a tokenizer from {path!r}: {error}\n{advice(path)}"
         ) from error
     set_up(tokenizer)
     return tokenizer
+
+
+def advice(path: str) -> str:
+    """What to do about a model that does not load from `path`."""
+    if Path(path).is_dir():
+        return "the folder must hold config.json, *.safetensors, and tokenizer.json"
+    return (
+        f"there is no folder {path!r}; a hub name needs the network once: download it first "
+        "(hf download NAME) and give its folder"
+    )
 
 
 def set_up(tokenizer) -> None:
@@ -199,6 +209,8 @@ def main() -> None:
     bad = rows.BadRows("error")
     conversations = instructions.load_conversations([arguments.data], bad=bad)
     bad.finish(arguments.data)
+    if not 0 <= arguments.row < len(conversations):
+        raise SystemExit(f"--row {arguments.row}: there are rows 0 to {len(conversations) - 1}")
     row = conversations[arguments.row]
     print(row.where)
     print(show(tokenizer, encode_conversation(tokenizer, row.messages)))

@@ -12,13 +12,14 @@ from utils.data.rows import DataError, has_split
 T = TypeVar("T")
 
 
-def train_and_held_out(names: list[str], load: Callable, eval_splits, config, step: int):
+def train_and_held_out(names: list[str], load: Callable, eval_splits, config, step: int, bad):
     """(training items, held-out items) of data sets `names`.
 
-    load(names, split_role) → items. A data set with a test split (one of `eval_splits`) gives its
-    own held-out items; of others `config.eval_fraction` of the rows are held out. Then
-    `--data_split` gives step `step` its share of the training items and `--data_weights` says how
-    often they come. At most `config.max_eval_rows` are held out, a seeded choice.
+    load(names, split_role) → items; what it refuses goes to `bad` (rows.BadRows). A data set with
+    a test split (one of `eval_splits`) gives its own held-out items; of others
+    `config.eval_fraction` of the rows are held out. Then `--data_split` gives step `step` its share
+    of the training items and `--data_weights` says how often they come. At most
+    `config.max_eval_rows` are held out, a seeded choice.
     """
     train, held = [], []
     weights = config.data_weights or [1.0] * len(names)
@@ -32,6 +33,8 @@ def train_and_held_out(names: list[str], load: Callable, eval_splits, config, st
         if has_split(name, eval_splits):
             held += load([name], "eval")
         else:
+            if len(bad) and len(items) < 2:
+                bad.finish(name)  # too few rows are left because of these
             items, kept_out = hold_out(items, config.eval_fraction, config.seed)
             held += kept_out
         items = split_for_step(items, config.data_split, step)

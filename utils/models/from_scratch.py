@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.data import chat_template, instructions, preferences, rows
-from utils.report import quiet_libraries
+from utils.report import quiet_libraries, run
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 # One token each: they stand in every rendered turn, and a small vocabulary would spell them out.
@@ -152,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils.data.chat_template import advice
 from utils.distributed import zero
 
 
@@ -44,10 +45,12 @@ def from_pretrained(
                 # In here, where transformers knows that the embeddings may be shards.
                 fit_to_tokenizer(model, tokenizer)
     except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"cannot load a model from {path!r}: {error}\n{advice(path)}") from error
+    if any(k.startswith("score.") for k in info["unexpected_keys"]):
         raise SystemExit(
-            f"cannot load a model from {path!r}: {error}\n"
-            "give a folder with config.json and *.safetensors, or a hub name"
-        ) from error
+            f"{path!r} is a reward model or critic and writes no text; give a language model's "
+            "folder, such as step 1's output"
+        )
     # A new score head is meant to be missing; any other missing weight would stay random.
     missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
     if missing:
@@ -66,7 +69,9 @@ def check_positions(path: str, length: int, flags: str, trust_remote_code: bool)
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"cannot read the model's config from {path!r}: {error}") from error
+        raise SystemExit(
+            f"cannot read the model's config from {path!r}: {error}\n{advice(path)}"
+        ) from error
     have = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if have is not None and length > have:
         raise SystemExit(
