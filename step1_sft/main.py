@@ -107,42 +107,24 @@ def sample_answers(model, tokenizer, conversations, config, device, all_finished
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = run_config.parse(SFTConfig, __doc__)
-    reporting.quiet_libraries()
-    device = process_group.init(config.timeout_minutes)
-    world, rank = process_group.world_size(), process_group.rank()
+def build(config, device, report):
+    """(tokenizer, training examples, held-out examples, held-out conversations, engine, steps)."""
     dtype = zero.resolve_dtype(config.dtype, device)
-    torch.manual_seed(config.seed)
-    started = time.time()
-
-    # Build: data, model, engine.
+    name = config.model_name_or_path
     language_model.check_positions(
-        config.model_name_or_path,
-        config.max_length,
-        "--max_length",
-        config.trust_remote_code,
+        name, config.max_length, "--max_length", config.trust_remote_code
     )
-    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code)
     examples, eval_examples, held = load_data(config, tokenizer, report)
-    lengths = [len(e.ids) for e in examples]
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(examples)
     )
-    report.expect(steps)
     report.say(
         f"step 1, SFT: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
-        + reporting.batch_arithmetic(config, world)
+        + reporting.batch_arithmetic(config, process_group.world_size())
     )
-    if process_group.is_main():
-        run_config.save(config, config.output_dir, world)
     model = language_model.load(
-        config,
-        config.model_name_or_path,
-        dtype=dtype,
-        zero_stage=config.zero_stage,
-        tokenizer=tokenizer,
+        config, name, dtype=dtype, zero_stage=config.zero_stage, tokenizer=tokenizer
     )
     engine = zero.TrainEngine(
         model,
@@ -152,6 +134,23 @@ def main() -> None:
         learning_rate=config.learning_rate,
         total_steps=steps,
     )
+    return tokenizer, examples, eval_examples, held, engine, steps
+
+
+def main() -> None:
+    config = run_config.parse(SFTConfig, __doc__)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    world, rank = process_group.world_size(), process_group.rank()
+    torch.manual_seed(config.seed)
+    started = time.time()
+
+    # Build: data, model, engine.
+    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    tokenizer, examples, eval_examples, held, engine, steps = build(config, device, report)
+    lengths = [len(e.ids) for e in examples]
+    report.expect(steps)
+    run_config.save(config, config.output_dir, world, process_group.is_main())
     hybrid = HybridEngine(engine, config.rollout_gather)
 
     def show_answers(when: str) -> None:

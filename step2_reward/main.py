@@ -193,40 +193,25 @@ def freeze(model, patterns: list[str]) -> str:
     return f"{len(free)} of {sum(1 for _ in model.parameters())} weights are trained"
 
 
-def main() -> None:
-    config = run_config.parse(RewardConfig, __doc__)
-    reporting.quiet_libraries()
-    device = process_group.init(config.timeout_minutes)
-    world, rank = process_group.world_size(), process_group.rank()
+def build(config, device, report):
+    """(tokenizer, training, held-out and demonstration Ranked, engine, steps)."""
     dtype = zero.resolve_dtype(config.dtype, device)
-    torch.manual_seed(config.seed)
-    started = time.time()
-
-    # Build: data, model, engine.
+    name = config.model_name_or_path
     language_model.check_positions(
-        config.model_name_or_path,
-        config.max_length,
-        "--max_length",
-        config.trust_remote_code,
+        name, config.max_length, "--max_length", config.trust_remote_code
     )
-    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    pad_id = tokenizer.pad_token_id
-    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code)
     train, held, demonstrations = load_data(config, tokenizer, report)
-    lengths = [max(map(len, r.answers)) for r in train]
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(train)
     )
-    report.expect(steps)
     report.say(
         f"step 2, reward model: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
-        + reporting.batch_arithmetic(config, world)
+        + reporting.batch_arithmetic(config, process_group.world_size())
     )
-    if process_group.is_main():
-        run_config.save(config, config.output_dir, world)
     model = scalar_model.load(
         config,
-        config.model_name_or_path,
+        name,
         dtype=dtype,
         zero_stage=config.zero_stage,
         tokenizer=tokenizer,
@@ -241,6 +226,24 @@ def main() -> None:
         learning_rate=config.learning_rate,
         total_steps=steps,
     )
+    return tokenizer, train, held, demonstrations, engine, steps
+
+
+def main() -> None:
+    config = run_config.parse(RewardConfig, __doc__)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    world, rank = process_group.world_size(), process_group.rank()
+    torch.manual_seed(config.seed)
+    started = time.time()
+
+    # Build: data, model, engine.
+    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    tokenizer, train, held, demonstrations, engine, steps = build(config, device, report)
+    pad_id = tokenizer.pad_token_id
+    lengths = [max(map(len, r.answers)) for r in train]
+    report.expect(steps)
+    run_config.save(config, config.output_dir, world, process_group.is_main())
 
     def save() -> None:
         checkpoint.save_model(config.output_dir, engine.module.classifier, tokenizer, config)

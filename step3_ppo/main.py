@@ -14,12 +14,12 @@ import torch
 
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
-from step3_ppo.models import build
-from step3_ppo.update import step_actor, step_critic
+from step3_ppo.models import build, save
+from step3_ppo.update import train_on
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
-from utils.distributed import checkpoint, process_group, zero
+from utils.distributed import process_group, zero
 from utils.models import language_model
 
 SHOWN = (
@@ -94,8 +94,7 @@ def main() -> None:
         f"ZeRO-{config.zero_stage} (critic {config.stage_of_critic()}), "
         + reporting.batch_arithmetic(config, world)
     )
-    if process_group.is_main():
-        run_config.save(config, config.output_dir, world)
+    run_config.save(config, config.output_dir, world, process_group.is_main())
     language_model.check_positions(
         config.model_name_or_path,
         config.max_prompt_length + config.max_response_length,
@@ -105,19 +104,6 @@ def main() -> None:
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     prompts, held_encoded, held = load_prompts(config, tokenizer, report)
     models = build(config, tokenizer, dtype, device)
-
-    def save() -> None:
-        folder = Path(config.output_dir)
-        checkpoint.save_model(folder / "actor", models.actor.module, tokenizer, config)
-        checkpoint.save_model(folder / "critic", models.critic.module.classifier, tokenizer, config)
-        if models.ema is not None:
-            checkpoint.save_model(
-                folder / "actor_ema",
-                models.actor.module,
-                tokenizer,
-                config,
-                state_dict=models.ema.state_dict(),
-            )
 
     before, shown = evaluate(models, held_encoded, held, config, device)
     if shown:
@@ -134,21 +120,7 @@ def main() -> None:
         experience, metrics = rollouts.make_experience(rollout, config)
 
         trained = time.time()
-        updates = []
-        for epoch in range(config.ppo_epochs):
-            for minibatch in range(config.minibatches()):
-                picked = batches.rows_of_step(
-                    minibatch,
-                    config.global_batch_size,
-                    len(sampled),
-                    seed=config.seed + 1 + step * config.ppo_epochs + epoch,
-                )
-                update = step_actor(models.actor, experience, picked, config, device)
-                if models.ema is not None:
-                    models.ema.update()
-                update |= step_critic(models.critic, experience, picked, config, device)
-                updates.append(update)
-        metrics |= {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+        metrics |= train_on(models, experience, config, device, step)
 
         now = time.time()
         tokens = int(rollout.response_mask.sum())
@@ -163,10 +135,10 @@ def main() -> None:
                 report.say(f"answers after {step + 1} rollouts:\n{shown}")
         report.log(step + 1, metrics, show=SHOWN)
         if config.save_every and (step + 1) % config.save_every == 0 and not last:
-            save()
+            save(models, config)
 
     # Save.
-    save()
+    save(models, config)
     result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
     result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()}
     reporting.save_result(config.output_dir, result | {"seconds": time.time() - started})

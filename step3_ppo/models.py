@@ -1,9 +1,10 @@
 """Actor, critic, reference, reward model and EMA, each built once."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.data import chat_template
-from utils.distributed import zero
+from utils.distributed import checkpoint, zero
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
@@ -82,6 +83,17 @@ def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
         learning_rate=learning_rate,
         total_steps=config.optimizer_steps(),
     )
+
+
+def save(models: Models, config) -> None:
+    """Write actor/, critic/ and actor_ema/ under the output folder. Every rank must call it."""
+    folder, tokenizer = Path(config.output_dir), models.tokenizer
+    actor, critic = models.actor.module, models.critic.module.classifier
+    checkpoint.save_model(folder / "actor", actor, tokenizer, config)
+    checkpoint.save_model(folder / "critic", critic, tokenizer, config)
+    if models.ema is not None:
+        average = models.ema.state_dict()
+        checkpoint.save_model(folder / "actor_ema", actor, tokenizer, config, state_dict=average)
 
 
 def check_same_language(tokenizer, config) -> None:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from step3_ppo import algorithm
 from utils.data import batches
@@ -52,19 +53,41 @@ class Rollout:
 def _gather(parts: list[Rollout], order: list[int]) -> Rollout:
     """Parts of all ranks → one Rollout; row k of the parts laid end to end becomes row order[k]."""
     parts = [p for p in parts if len(p.scores)]
-    width = {"prompt_": max(p.prompt_ids.shape[1] for p in parts)}
+    prompt = max(p.prompt_ids.shape[1] for p in parts)
+    response = max(p.response_ids.shape[1] for p in parts)
     back = torch.tensor(order).argsort()
     fields = {}
     for f in dataclasses.fields(Rollout):
         tensors = [getattr(p, f.name) for p in parts]
-        if tensors[0].dim() == 2 and f.name.startswith("prompt_"):
-            tensors = [_pad_left(t, width["prompt_"]) for t in tensors]
+        if f.name.startswith("prompt_"):
+            tensors = [pad(t, (prompt - t.shape[1], 0)) for t in tensors]
+        elif tensors[0].dim() == 2:
+            tensors = [pad(t, (0, response - t.shape[1])) for t in tensors]
         fields[f.name] = torch.cat(tensors)[back]
     return Rollout(**fields)
 
 
-def _pad_left(x: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (width - x.shape[1], 0))
+def sample(models, generator, prompt_ids, prompt_mask, noise, config) -> torch.Tensor:
+    """(B,P) prompts, (B,·) noise → (B,R) responses, R the length of the longest."""
+    stop_id = models.tokenizer.eos_token_id
+    step = config.generation_batch_size or len(prompt_ids)
+    parts = [
+        generation.generate(
+            generator,
+            prompt_ids[i : i + step],
+            prompt_mask[i : i + step],
+            max_new_tokens=config.max_response_length,
+            stop_id=stop_id,
+            pad_id=models.tokenizer.pad_token_id,
+            temperature=config.temperature,
+            noise=noise[i : i + step],
+            all_finished=models.hybrid.all_finished,
+        )
+        for i in range(0, len(prompt_ids), step)
+    ]
+    responses = torch.cat(parts)
+    longest = int(generation.mask_through_stop(responses, stop_id).sum(1).max())
+    return responses[:, :longest]
 
 
 @torch.no_grad()
@@ -89,24 +112,8 @@ def collect(models, encoded: list[list[int]], config, device, noise_step: int):
     )
 
     started = time.time()
-    step = config.generation_batch_size or len(mine)
     with models.hybrid.generating() as generator:
-        responses = torch.cat(
-            [
-                generation.generate(
-                    generator,
-                    prompt_ids[i : i + step],
-                    prompt_mask[i : i + step],
-                    max_new_tokens=config.max_response_length,
-                    stop_id=stop_id,
-                    pad_id=pad_id,
-                    temperature=config.temperature,
-                    noise=noise[mine[i : i + step]],
-                    all_finished=models.hybrid.all_finished,
-                )
-                for i in range(0, len(mine), step)
-            ]
-        )
+        responses = sample(models, generator, prompt_ids, prompt_mask, noise[mine], config)
         generated = time.time()
         response_mask = generation.mask_through_stop(responses, stop_id)
         input_ids = torch.cat([prompt_ids, responses], 1)

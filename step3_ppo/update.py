@@ -1,18 +1,36 @@
-"""One optimizer step of the actor and of the critic on a minibatch."""
+"""The updates on one rollout: optimizer steps of actor and critic on its minibatches."""
 
 import torch
 
 from step3_ppo import algorithm
 from step3_ppo.rollout import Experience
+from utils.data import batches
 from utils.distributed import process_group
 from utils.models import language_model
+
+
+def train_on(models, experience: Experience, config, device, step: int) -> dict[str, float]:
+    """Every epoch and minibatch of rollout number `step`; returns the mean of their metrics."""
+    updates = []
+    for epoch in range(config.ppo_epochs):
+        for minibatch in range(config.minibatches()):
+            rows = batches.rows_of_step(
+                minibatch,
+                config.global_batch_size,
+                config.rollout_size(),
+                seed=config.seed + 1 + step * config.ppo_epochs + epoch,
+            )
+            metrics = step_actor(models.actor, experience, rows, config, device)
+            if models.ema is not None:
+                models.ema.update()
+            metrics |= step_critic(models.critic, experience, rows, config, device)
+            updates.append(metrics)
+    return {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
 
 
 def micro_batches(experience: Experience, rows: list[int], config, device):
     """This rank's share of minibatch `rows`, `micro_batch_size` rows at a time, like lengths
     together. Yields (part of the rollout, input_ids, mask, advantages, returns) on the device."""
-    from utils.data import batches
-
     lengths = experience.rollout.lengths()
     rank, world = process_group.rank(), process_group.world_size()
     for micro in batches.deal(rows, lengths, rank, world, config.micro_batch_size):

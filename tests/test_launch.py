@@ -195,7 +195,17 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
 def test_readme_names_real_flags_and_files():
     known = {f.name for c in (SFTConfig, RewardConfig, PPOConfig, CollectConfig) for f in fields(c)}
     known |= {"help", "config", "num_accelerators", "rounds", "hostfile", "wat"}
-    known |= {"checkpoints", "checkpoint", "prompts", "tokenizer", "data", "row"}
+    known |= {
+        "check_config",
+        "strategy",
+        "master_port",
+        "checkpoints",
+        "checkpoint",
+        "prompts",
+        "tokenizer",
+        "data",
+        "row",
+    }
     assert "@@" not in README, "a figure is still to be filled in"
     flags = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
     assert flags - known - {"sft", "reward", "ppo", "collect"} == set()

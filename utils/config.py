@@ -334,8 +334,10 @@ def parse(config_class, description: str):
     return config
 
 
-def save(config, folder: str | Path, world_size: int) -> None:
-    """Write `config.yaml` into `folder`; `--config` of that file repeats the run."""
+def save(config, folder: str | Path, world_size: int, main: bool = True) -> None:
+    """Write `config.yaml` into `folder` (on the main rank); `--config` of it repeats the run."""
+    if not main:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
