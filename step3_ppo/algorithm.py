@@ -27,6 +27,16 @@ def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor):
     return k1, k1.square() / 2, torch.exp(-k1) - 1 + k1
 
 
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, sequences: int, horizon: float):
+    """The KL coefficient after a rollout of `sequences` whose mean KL was `kl` nats a response.
+
+    β ← β (1 + clip(KL/target − 1, ±0.2) · n/horizon): up where the policy strays further than
+    `target`, down where it stays nearer (Ziegler et al. 2019, horizon 10,000 sequences).
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * sequences / horizon)
+
+
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float):
     """(B,) scores → rewards (B,R) and kl (B,R), k1 a token.
 

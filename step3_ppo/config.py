@@ -40,6 +40,8 @@ class PPOConfig(RunConfig):
         choices=(-1, 0, 3),
     )
     kl_coef: float = setting(0.05, "cost of one nat of KL to the reference, on every token")
+    kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
+    kl_horizon: float = setting(10_000, "sequences over which kl_coef adapts")
     gamma: float = setting(1.0, "discount")
     lam: float = setting(0.95, "λ of generalised advantage estimation")
     clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move")
@@ -78,6 +80,7 @@ class PPOConfig(RunConfig):
                 found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
         for name in (
             "kl_coef",
+            "kl_target",
             "score_clip",
             "missing_eos_penalty",
             "critic_learning_rate",
@@ -85,6 +88,11 @@ class PPOConfig(RunConfig):
         ):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)} must not be negative; set --{name}")
+        if self.kl_target > 0 and self.kl_horizon <= self.rollout_size() * 0.2:
+            found.append(
+                f"kl_horizon={self.kl_horizon} is too short for rollouts of {self.rollout_size()} "
+                "sequences: kl_coef would jump; set --kl_horizon well above the rollout"
+            )
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}={getattr(self, name)} must lie in [0, 1]; set --{name}")

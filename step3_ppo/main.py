@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 import torch
 
+from step3_ppo import algorithm
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build, save
@@ -111,13 +112,17 @@ def main() -> None:
     report.log(0, before, show=SHOWN)
 
     # Loop: rollout, advantages, updates.
-    after = before
+    after, kl_coef = before, config.kl_coef
     for step in range(config.max_steps):
         tick = time.time()
         chosen = batches.rows_of_step(step, config.prompts_per_rollout, len(prompts), config.seed)
         sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
         rollout, seconds = rollouts.collect(models, sampled, config, device, noise_step=step)
-        experience, metrics = rollouts.make_experience(rollout, config)
+        experience, metrics = rollouts.make_experience(rollout, config, kl_coef)
+        if config.kl_target > 0:
+            kl_coef = algorithm.adapted_kl_coef(
+                kl_coef, metrics["kl"], config.kl_target, len(sampled), config.kl_horizon
+            )
 
         trained = time.time()
         metrics |= train_on(models, experience, config, device, step)

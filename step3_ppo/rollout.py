@@ -178,7 +178,9 @@ class Experience:
     returns: torch.Tensor
 
 
-def make_experience(rollout: Rollout, config) -> tuple[Experience, dict[str, float]]:
+def make_experience(
+    rollout: Rollout, config, kl_coef: float
+) -> tuple[Experience, dict[str, float]]:
     """Scores → token rewards → advantages; and the rollout's metrics."""
     mask = rollout.response_mask
     scores = rollout.scores
@@ -187,10 +189,11 @@ def make_experience(rollout: Rollout, config) -> tuple[Experience, dict[str, flo
     if config.score_clip > 0:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     rewards, kl = algorithm.token_rewards(
-        scores, rollout.logprobs, rollout.ref_logprobs, mask, config.kl_coef
+        scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef
     )
     advantages, returns = algorithm.gae(rewards, rollout.values, mask, config.gamma, config.lam)
     metrics = measure(rollout) | {
+        "kl_coef": kl_coef,
         "reward": rewards.sum(1).mean().item(),
         "advantage_std": advantages[mask].std().item(),
         "return": algorithm.masked_mean(returns, mask).item(),

@@ -367,3 +367,16 @@ def test_values_off_the_mask_change_nothing(garbage):
 
     for i, (a, b) in enumerate(zip(everything(clean), everything(dirty), strict=True)):
         assert torch.equal(a, b), f"result {i}: {a} is not {b}"
+
+
+def test_the_kl_coefficient_holds_the_kl_at_its_target():
+    """Ziegler et al. 2019, by hand, and in closed loop on a policy whose KL falls as it rises."""
+    adapt = algorithm.adapted_kl_coef
+    assert adapt(0.1, 6.0, 6.0, 512, 10_000) == 0.1
+    assert adapt(0.1, 6.6, 6.0, 500, 10_000) == pytest.approx(0.1 * (1 + 0.1 * 0.05))
+    assert adapt(0.1, 60.0, 6.0, 500, 10_000) == pytest.approx(0.1 * (1 + 0.2 * 0.05))
+    assert adapt(0.1, 0.0, 6.0, 500, 10_000) == pytest.approx(0.1 * (1 - 0.2 * 0.05))
+    coef = 0.01
+    for _ in range(2000):
+        coef = adapt(coef, 1.0 / coef, 6.0, 256, 10_000)
+    assert 1.0 / coef == pytest.approx(6.0, rel=1e-3)

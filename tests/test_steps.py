@@ -244,7 +244,7 @@ def _weights(folder):
 def test_saved_models_load_anywhere_and_say_the_same(tiny, chain, tmp_path, step):
     """Plain transformers on the saved folder gives the logits that training had, and the ids."""
     jobs, probes = [], []
-    for stage in (0, 2, 3):
+    for stage in (0, 1, 2, 3):
         out, flags = tmp_path / f"out{stage}", ("--zero_stage", stage, "--max_steps", 2)
         program, argv = {
             "sft": lambda: sft(tiny, out, *flags),  # noqa: B023
@@ -253,7 +253,7 @@ def test_saved_models_load_anywhere_and_say_the_same(tiny, chain, tmp_path, step
         }[step]()
         probes.append(tmp_path / f"probe{stage}.pt")
         jobs.append(("tests/probe_logits.py", [program, probes[-1], *argv]))
-    run_ranks(jobs, 1)
+    run_ranks(jobs, 2)
     recorded = {}
     for probe in probes:
         found = torch.load(probe, weights_only=True)
@@ -323,3 +323,24 @@ def test_results_hold_what_the_summary_needs(chain):
     assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
     config = json.loads((chain / "reward/config.json").read_text())
     assert config["reward_bias"] == pytest.approx(result["bias"])
+
+
+def test_ppo_settings_reach_the_rewards(tiny, chain, tmp_path):
+    flags = ["--kl_target", 1e-4, "--kl_horizon", 100, "--kl_coef", 0.5, "--score_clip", 0.01]
+    shared = ["--samples_per_prompt", 2, "--prompts_per_rollout", 8]
+    jobs = [
+        ppo(tiny, chain / "sft", chain / "reward", tmp_path / "plain", *shared),
+        ppo(tiny, chain / "sft", chain / "reward", tmp_path / "set", *shared, *flags),
+    ]
+    run_ranks(jobs, 1)
+    coefficients = metrics_of(tmp_path / "set", "kl_coef")
+    kls = metrics_of(tmp_path / "set", "kl")
+    assert coefficients[0] == 0.5 and kls[0] == 0.0
+    for before, after, kl in zip(coefficients, coefficients[1:], kls, strict=False):
+        error = min(max(kl / 1e-4 - 1, -0.2), 0.2)
+        assert after == pytest.approx(before * (1 + error * 16 / 100))
+    assert set(metrics_of(tmp_path / "plain", "kl_coef")) == {0.05}
+    # The first rollout's KL is 0, so its reward is the clipped score: within ± 0.01.
+    assert abs(metrics_of(tmp_path / "set", "reward")[0]) <= 0.01
+    assert abs(metrics_of(tmp_path / "plain", "reward")[0]) > 0.02
+    assert metrics_of(tmp_path / "set", "score")[0] == metrics_of(tmp_path / "plain", "score")[0]
