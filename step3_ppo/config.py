@@ -41,7 +41,7 @@ class PPOConfig(RunConfig):
     )
     kl_coef: float = setting(0.05, "cost of one nat of KL to the reference, on every token")
     kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
-    kl_horizon: float = setting(10_000, "sequences over which kl_coef adapts")
+    kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts")
     gamma: float = setting(1.0, "discount")
     lam: float = setting(0.95, "λ of generalised advantage estimation")
     clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move")
