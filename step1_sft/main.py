@@ -29,7 +29,7 @@ def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
     inner = getattr(model, "module", model)
     logits = model(**language_model.forward_inputs(inner, ids, mask), use_cache=False).logits
     wanted = supervised[:, 1:]
-    logprobs = language_model.hidden_to_logprobs(logits[:, :-1][wanted], ids[:, 1:][wanted])
+    logprobs = language_model.token_logprobs(logits[:, :-1][wanted], ids[:, 1:][wanted])
     return -logprobs.sum(), int(wanted.sum())
 
 

@@ -52,9 +52,7 @@ def step_actor(engine, experience: Experience, rows: list[int], config, device) 
     for part, ids, mask, advantages, _ in micro_batches(experience, rows, config, device):
         length = part.response_ids.shape[1]
         logits = language_model.response_logits(engine, ids, mask, length)
-        new_logprobs = language_model.hidden_to_logprobs(
-            logits, ids[:, -length:], config.temperature
-        )
+        new_logprobs = language_model.token_logprobs(logits, ids[:, -length:], config.temperature)
         loss, stats = algorithm.policy_loss(
             new_logprobs,
             part.logprobs.to(device),

@@ -32,7 +32,7 @@ def train_one_step(engine, ids, step):
     mask = torch.ones_like(ids, dtype=torch.bool)
     rows = ids[process_group.rank() :: process_group.world_size()].roll(step, 1)
     logits = engine(**language_model.forward_inputs(engine.module, rows, mask[: len(rows)])).logits
-    loss = -language_model.hidden_to_logprobs(logits[:, :-1], rows[:, 1:]).sum()
+    loss = -language_model.token_logprobs(logits[:, :-1], rows[:, 1:]).sum()
     engine.backward(loss, normaliser=ids.numel())
     return engine.step()
 
@@ -136,6 +136,7 @@ def main() -> None:
         (3, "bf16", "none"),
     ):
         check(folder, stage, dtype, offload)
+        print(f"held: stage {stage}, {dtype}, offload {offload}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,13 @@ HARD = [
 ]
 
 
+def sampled(tokenizer, answer):
+    """Ids of an answer and its stop token as a policy would sample them after a prompt."""
+    return tokenizer(tokenizer.eos_token + answer, add_special_tokens=False).input_ids[1:] + [
+        tokenizer.eos_token_id
+    ]
+
+
 @pytest.fixture(scope="module")
 def trained():
     return from_scratch.train_tokenizer(TEXTS, 400)
@@ -136,7 +143,7 @@ def test_supervised_tokens_of_several_turns(tokenizer, system):
 
 def check_prompt_and_response(tokenizer, messages, answer):
     ids = chat_template.encode_prompt(tokenizer, messages)
-    ids += chat_template.encode_response(tokenizer, answer)
+    ids += sampled(tokenizer, answer)
     whole = [*messages, {"role": "assistant", "content": answer}]
     assert ids == chat_template.encode_conversation(tokenizer, whole).ids
 
@@ -178,7 +185,7 @@ def test_answers_get_no_space_in_front(tokenizer):
     assert encoded == plain
     for run in supervised_runs(encoded):
         assert not tokenizer.convert_ids_to_tokens(run)[0].startswith("▁")
-    response = chat_template.encode_response(tokenizer, "tree")
+    response = sampled(tokenizer, "tree")
     assert response == supervised_runs(plain)[0]
 
 

@@ -6,4 +6,5 @@ from conftest import run_ranks
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_average_weights_and_generator_under_every_stage(tiny, ranks):
-    run_ranks([("tests/distributed_checks.py", [tiny / "base_model"])], ranks)
+    output = run_ranks([("tests/distributed_checks.py", [tiny / "base_model"])], ranks)
+    assert output.count("held: stage") == 8 * ranks, output

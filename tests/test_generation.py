@@ -322,7 +322,7 @@ def test_logprobs_of_a_sampled_response_are_those_it_was_drawn_with():
         model, full, full_mask, NEW, temperature=1.0, micro_batch_size=2
     )
     logits = language_model.response_logits(model, full, full_mask, NEW)
-    again = language_model.hidden_to_logprobs(logits, response)
+    again = language_model.token_logprobs(logits, response)
     assert logits.shape == (len(LENGTHS), NEW, VOCAB) and logits.requires_grad
     assert torch.equal(logits.argmax(-1), response)
     torch.testing.assert_close(again.detach(), logprobs, rtol=0, atol=2e-5)

@@ -127,11 +127,6 @@ def encode_prompt(tokenizer, messages) -> list[int]:
     return earlier.ids + _continuation_ids(tokenizer, prompt[len(done) :])
 
 
-def encode_response(tokenizer, response: str) -> list[int]:
-    """Ids of an answer and its stop token, as they follow a prompt's ids."""
-    return _continuation_ids(tokenizer, response) + [tokenizer.eos_token_id]
-
-
 def encode_conversation(tokenizer, messages) -> Encoded:
     """All turns; the assistant's tokens are supervised, each turn's stop token included.
 

@@ -40,7 +40,6 @@ _KNOWN = {
     "preference": Schema((("chosen",), ("rejected",)), prompt_column, None),
     "kwise": Schema((("prompt",), ("responses",), ("scores", "ranks")), prompt_column, None),
 }
-PREFERENCE_SCHEMAS = tuple(_KNOWN)
 
 
 def load_comparisons(
@@ -53,7 +52,7 @@ def load_comparisons(
     """Preference pairs and K-wise rankings -> comparisons.
 
     Arguments: names (files, folders, hub ids, NAME:SPLIT), split_role ("train" or "eval"), schema
-    (one of PREFERENCE_SCHEMAS, or "auto"), bad (takes the bad rows; call its finish afterwards).
+    ("preference", "kwise" or "auto"), bad (takes the bad rows; call its finish afterwards).
     Raises DataError for all that is wrong with whole files.
     """
 

@@ -106,15 +106,6 @@ def gather_objects(value) -> list:
     return gathered
 
 
-def broadcast_object(value):
-    """Rank 0's `value`, on every rank."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def shut_down() -> None:
     """Leave the group. Without it a rank may abort (exit code -6) after it has finished."""
     if dist.is_initialized():

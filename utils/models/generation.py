@@ -56,8 +56,8 @@ def generate(
     responses = torch.full((batch, max_new_tokens), pad_id, dtype=torch.int64, device=device)
     mask = torch.ones(batch, prompt_length + max_new_tokens, dtype=torch.int64, device=device)
     mask[:, :prompt_length] = prompt_mask
-    takes_positions = language_model._accepts(type(model), "position_ids")
-    keep = {"logits_to_keep": 1} if language_model._accepts(type(model), "logits_to_keep") else {}
+    takes_positions = language_model.accepts(type(model), "position_ids")
+    keep = {"logits_to_keep": 1} if language_model.accepts(type(model), "logits_to_keep") else {}
     position = language_model.positions(prompt_mask)
     noise = None if noise is None else noise.to(device)
     cache = DynamicCache(config=model.config)

@@ -107,7 +107,8 @@ def prepare_training(model: nn.Module, config) -> None:
 
 
 @functools.cache
-def _accepts(model_class: type, name: str) -> bool:
+def accepts(model_class: type, name: str) -> bool:
+    """Does the model's forward take an argument of that name?"""
     return name in inspect.signature(model_class.forward).parameters
 
 
@@ -123,12 +124,12 @@ def forward_inputs(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor
     text would score differently in another batch. (Bloom and OPT derive them from the mask.)
     """
     inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
-    if _accepts(type(model), "position_ids"):
+    if accepts(type(model), "position_ids"):
         inputs["position_ids"] = positions(mask)
     return inputs
 
 
-def hidden_to_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
     """(…,V) logits, (…) int64 targets → (…) fp32 log-probabilities at `temperature`."""
     flat = logits.reshape(-1, logits.shape[-1]).float() / temperature
     return -F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
@@ -142,7 +143,7 @@ def response_logits(forward, input_ids: torch.Tensor, mask: torch.Tensor, respon
     """
     model = getattr(forward, "module", forward)
     inputs = forward_inputs(model, input_ids, mask)
-    if _accepts(type(model), "logits_to_keep"):
+    if accepts(type(model), "logits_to_keep"):
         inputs["logits_to_keep"] = response_length + 1
     logits = forward(**inputs, use_cache=False).logits
     return logits[:, -response_length - 1 : -1]
