@@ -6,19 +6,18 @@ is saved as `config.yaml`; `--config config.yaml` repeats the run.
 
 import argparse
 import dataclasses
-import json
+import math
 import os
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-
-class ConfigError(Exception):
-    """Every problem of a command line, one a line."""
+from utils import config_file, config_values, whole_files
+from utils.config_file import ConfigError
+from utils.hidden_secrets import hidden
 
 
 def setting(default, help: str, choices: tuple = ()):
@@ -36,8 +35,11 @@ class RunConfig:
     output_dir: str = setting("", "folder for weights, metrics.jsonl and config.yaml")
     model_name_or_path: str = setting("", "local folder or hub name of the model to start from")
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
-    attn_implementation: str = setting("sdpa", "transformers' attention: sdpa, eager, …")
+    attn_implementation: str = setting("auto", "sdpa, eager, …; auto: transformers' choice")
     seed: int = setting(42, "seed of everything random")
+    deterministic: bool = setting(
+        False, "GPU kernels that give the same bits each time (slower; a CPU does so anyway)"
+    )
 
     data_schema: str = setting("auto", "force the row schema instead of reading the columns")
     data_weights: list[float] = setting([], "how often each data set's rows come in one epoch")
@@ -53,6 +55,17 @@ class RunConfig:
     max_steps: int = setting(0, "passes of the main loop; 0: as many as the epochs give")
     global_batch_size: int = setting(64, "sequences an optimizer step, over all ranks")
     micro_batch_size: int = setting(8, "sequences a forward pass, one rank")
+    micro_batch_tokens: int = setting(
+        0,
+        "tokens a forward pass, one rank, padding included: in place of micro_batch_size, so that "
+        "short rows go many at a time and long ones few (a longer row goes alone); 0: off",
+    )
+    packing: str = setting(
+        "auto",
+        "rows of a micro-batch end to end, without padding and without attention across rows; "
+        "auto: where device and model can",
+        choices=("auto", "on", "off"),
+    )
     learning_rate: float = setting(1e-5, "peak learning rate")
     lr_schedule: str = setting(
         "cosine", "shape after warmup", choices=("cosine", "linear", "constant")
@@ -65,7 +78,8 @@ class RunConfig:
 
     dtype: str = setting(
         "auto",
-        "weights and matmuls; auto: bf16 on GPUs that have it, else fp32",
+        "weights and matmuls (steps are made on fp32 weights, log-softmax is fp32); auto: bf16 "
+        "where the GPU or CPU computes it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     zero_stage: int = setting(0, "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
@@ -76,32 +90,58 @@ class RunConfig:
     )
 
     rollout_gather: str = setting(
-        "rollout",
-        "ZeRO-3 weights while sampling: whole for the rollout, or layer by layer (slow, for models "
-        "that do not fit one GPU)",
-        choices=("rollout", "layer"),
+        "auto",
+        "ZeRO-3 weights while sampling: whole for the rollout, layer by layer (slow, for models "
+        "that do not fit one GPU), or by what memory is free",
+        choices=("auto", "rollout", "layer"),
     )
 
     log_every: int = setting(10, "steps between console lines")
     eval_every: int = setting(0, "steps between evaluations; 0: only before and after")
-    save_every: int = setting(0, "steps between saves of the weights; 0: only at the end")
+    save_every: int = setting(0, "steps between checkpoints; 0: none by steps")
+    save_every_minutes: float = setting(30.0, "minutes between checkpoints; 0: none by the clock")
+    keep_last: int = setting(2, "checkpoints that stay, the newest ones; 0: all")
+    keep_best: str = setting(
+        "", "METRIC:min or METRIC:max: a checkpoint whenever it is better than ever, which stays"
+    )
+    resume: str = setting(
+        "no", "auto: go on from OUTPUT's newest whole checkpoint; or the folder of one"
+    )
+    resume_anyway: bool = setting(False, "go on with settings that change what is learned")
+    overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
     tensorboard: bool = setting(True, "write TensorBoard files under OUTPUT/tensorboard")
+    max_bad_steps: int = setting(
+        5,
+        "optimizer steps in a row skipped for loss or gradients not finite; one more ends the run",
+    )
     timeout_minutes: float = setting(30.0, "a collective that waits longer ends the run")
+
+    # The setting whose data sets data_weights counts.
+    weighted: typing.ClassVar[str] = ""
 
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, one sentence each, with the flag that mends it."""
         found = []
-        if not self.output_dir:
+        if not self.output_dir.strip():
             found.append("output_dir is empty; say where to write with --output_dir FOLDER")
-        if not self.model_name_or_path:
+        elif problem := folder_problem(self.output_dir):
+            found.append(f"output_dir={self.output_dir!r}: {problem}; set --output_dir")
+        if not self.model_name_or_path.strip():
             found.append(
                 "model_name_or_path is empty; set --model_name_or_path to a folder or hub name"
             )
-        ranks_micro = self.micro_batch_size * world_size
+        # With a budget of tokens a rank's rows need not divide into micro-batches.
+        by_tokens = self.micro_batch_tokens > 0
+        ranks_micro = (1 if by_tokens else self.micro_batch_size) * world_size
         if self.micro_batch_size < 1 or self.global_batch_size < 1:
             found.append(
                 f"global_batch_size={self.global_batch_size} and micro_batch_size="
                 f"{self.micro_batch_size} must be at least 1"
+            )
+        elif by_tokens and self.global_batch_size % world_size:
+            found.append(
+                f"global_batch_size={self.global_batch_size} is not divisible by ranks="
+                f"{world_size}; set --global_batch_size to a multiple"
             )
         elif self.global_batch_size % ranks_micro:
             nearest = -(-self.global_batch_size // ranks_micro) * ranks_micro
@@ -122,73 +162,91 @@ class RunConfig:
             found.append(f"adam_beta2={self.adam_beta2} must lie in [0, 1); set --adam_beta2")
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
-        if not 0 <= self.seed < 2**63:
-            found.append(f"seed={self.seed} must lie in [0, 2^63); set --seed")
+        found += seed_problems(self.seed) + self._problems_of_shares()
         for name in ("learning_rate", "log_every", "max_eval_rows", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
-        for name in ("max_steps", "eval_every", "save_every", "gradient_clipping", "weight_decay"):
+        # Adam moves every weight by about the learning rate; a million minutes are two years.
+        for name, most in (("learning_rate", 1.0), ("timeout_minutes", 1e6)):
+            if getattr(self, name) > most:
+                found.append(f"{name}={getattr(self, name)} is above {most}; set --{name} to less")
+        for name in (
+            "max_steps",
+            "eval_every",
+            "save_every",
+            "micro_batch_tokens",
+            "save_every_minutes",
+            "keep_last",
+            "gradient_clipping",
+            "weight_decay",
+            "max_bad_steps",
+        ):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)} must not be negative; set --{name}")
+        return found + self._problems_of_resuming()
+
+    def _problems_of_resuming(self) -> list[str]:
+        found = []
+        name, _, direction = self.keep_best.rpartition(":")
+        if self.keep_best and (not name or direction not in ("min", "max")):
+            found.append(
+                f"keep_best={self.keep_best!r} is not METRIC:min or METRIC:max, e.g. "
+                "--keep_best eval/loss:min"
+            )
+        if self.resume not in ("no", "auto") and not Path(self.resume).is_dir():
+            found.append(f"resume={self.resume!r} is no folder; --resume auto, no or a checkpoint")
+        if self.overwrite and self.resume == "auto":
+            found.append("overwrite begins anew and resume=auto goes on; give one of them")
+        if self.resume_anyway and self.resume == "no":
+            found.append("resume_anyway says how to go on; it needs --resume auto or a checkpoint")
+        return found
+
+    def _problems_of_shares(self) -> list[str]:
+        found, names = [], getattr(self, self.weighted, [])
+        if not all(0 < weight <= 1e4 for weight in self.data_weights):
+            found.append(f"data_weights={self.data_weights} must lie in (0, 10000]")
+        if self.data_weights and names and len(self.data_weights) != len(names):
+            found.append(
+                f"data_weights={self.data_weights} has {len(self.data_weights)} numbers for "
+                f"{len(names)} data sets of --{self.weighted}; give --data_weights one a set"
+            )
+        try:
+            shares_of(self.data_split)
+        except ValueError as error:
+            found.append(str(error))
         return found
 
     def accumulation(self, world_size: int) -> int:
         return self.global_batch_size // (self.micro_batch_size * world_size)
 
 
-def _kind(annotation) -> tuple[type, bool]:
-    """(element type, is it a list) of a field's annotation."""
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType):
-        raise TypeError(f"settings have one type, not {annotation}")
-    return annotation, False
+def seed_problems(seed: int) -> list[str]:
+    return [] if 0 <= seed < 2**63 else [f"seed={seed} must lie in [0, 2^63); set --seed"]
 
 
-def _convert(value, kind: type, name: str):
-    """`value` (a flag's text or a YAML value) as `kind`, or ValueError saying what it was."""
-    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
-    wrong = ValueError(f"{name}={shown} is not {kind.__name__}")
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return value.lower() in ("true", "1", "yes")
-        raise wrong
-    if kind is str:
-        if isinstance(value, (dict, list)) or value is None:
-            raise wrong
-        return str(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise wrong
-    if kind is int and not isinstance(value, float):
-        try:
-            whole = int(value)
-        except ValueError:
-            pass  # perhaps 1e6
-        else:
-            if abs(whole) >= 2**64:
-                raise wrong
-            return whole
+def shares_of(data_split: str) -> list[float]:
+    """The three shares of --data_split; empty where it shares nothing. ValueError for others."""
+    if not data_split.strip():
+        return []
     try:
-        # YAML 1.1 reads 1e-5 as text, so text that is a number counts as one.
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise wrong from None
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{name}={value!r} is not a finite number")
-    if kind is int:
-        try:
-            return _whole(number)
-        except ValueError:
-            raise wrong from None
-    return number
+        shares = [float(share) for share in data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
+        raise ValueError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
+    return shares
 
 
-def _whole(number: float) -> int:
-    if not number.is_integer():
-        raise ValueError(f"{number} is not whole")
-    return int(number)
+def folder_problem(path: str) -> str | None:
+    """Why nothing can be written into a folder at `path`, be it there yet or not; else None."""
+    there = next(
+        p for p in (Path(path).absolute(), *Path(path).absolute().parents) if os.path.exists(p)
+    )
+    if not there.is_dir():
+        return f"{there} is no folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written to"
+    return None
 
 
 def help_text(config_class, prog: str, description: str) -> str:
@@ -205,7 +263,7 @@ def help_text(config_class, prog: str, description: str) -> str:
     )
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
-        kind, many = _kind(hints[f.name])
+        kind, many = config_values.kind(hints[f.name])
         default = f.default_factory() if many else f.default
         shown = "" if default in ("", []) else f" (default {default})"
         shape = "|".join(map(str, f.metadata["choices"])) or kind.__name__
@@ -218,67 +276,16 @@ def help_text(config_class, prog: str, description: str) -> str:
     return parser.format_help()
 
 
-def _split_flags(argv: list[str], problems: list[str]) -> dict[str, list[str]]:
-    """`--name value …` and `--name=value` → {name: values}; the last of a repeated flag counts.
-
-    Everything up to the next word that begins with `--` is a value, so -1e-5 is one too. (argparse
-    would take it for a flag, and ends the run at the first of several problems.)
-    """
-    flags: dict[str, list[str]] = {}
-    values = None
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            values = flags[name] = [value] if equals else []
-        elif values is None:
-            problems.append(f"{word!r} stands before any flag")
-        else:
-            values.append(word)
-    return flags
-
-
-def _flag_value(name: str, words: list[str], kind: type, many: bool):
-    """The words after a flag as one value (or a list), ValueError where they do not fit."""
-    if many:
-        return words
-    if kind is bool and not words:
-        return True
-    if len(words) != 1:
-        what = "has no value" if not words else f"has {len(words)} values: {' '.join(words)}"
-        raise ValueError(f"--{name} {what}; it takes one")
-    return words[0]
-
-
-def _read_config_file(path: str) -> dict:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--config {path!r}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path!r}: not UTF-8 at byte {error.start}") from None
-    try:
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"--config {path}: expected `setting: value` lines, found a {type(values).__name__}"
-        )
-    return values
-
-
 def build(config_class, argv: list[str], world_size: int):
     """The config that `argv` means; ConfigError with all its problems."""
     problems: list[str] = []
-    flags = _split_flags(argv, problems)
+    flags = config_values.split_flags(argv, problems)
     flags.pop("local_rank", None)  # the deepspeed launcher's
     path = flags.pop("config", None)
     from_file = {}
     if path is not None:
         try:
-            from_file = _read_config_file(_flag_value("config", path, str, many=False))
+            from_file = config_file.read(config_values.flag_value("config", path, str, many=False))
         except (ConfigError, ValueError) as error:
             problems.append(str(error))
     hints = typing.get_type_hints(config_class)
@@ -290,14 +297,16 @@ def build(config_class, argv: list[str], world_size: int):
         for name, given in source.items():
             if name not in fields:
                 continue
-            kind, many = _kind(hints[name])
+            kind, many = config_values.kind(hints[name])
             try:
-                value = _flag_value(name, given, kind, many) if is_flag else given
+                value = config_values.flag_value(name, given, kind, many) if is_flag else given
                 if many:
                     words = value if isinstance(value, list) else [value]
-                    values[name] = [_convert(v, kind, name) for v in words]
+                    values[name] = [config_values.convert(v, kind, name) for v in words]
+                    if kind is str and any(not v.strip() for v in values[name]):
+                        raise ValueError(f"{name}={values.pop(name)} holds an empty name")
                 else:
-                    values[name] = _convert(value, kind, name)
+                    values[name] = config_values.convert(value, kind, name)
                 choices = fields[name].metadata["choices"]
                 if choices and values[name] not in choices:
                     shown = ", ".join(str(c) or "(nothing)" for c in choices)
@@ -307,7 +316,7 @@ def build(config_class, argv: list[str], world_size: int):
     config = config_class(**values)
     problems += config.problems(world_size)
     if problems:
-        raise ConfigError("\n".join(f"  - {p}" for p in problems))
+        raise ConfigError(hidden("\n".join(f"  - {p}" for p in problems)))
     return config
 
 
@@ -316,7 +325,10 @@ def parse(config_class, description: str):
 
     Runs before anything is loaded, so that a wrong flag costs a second and not a night.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not (ranks.isdecimal() and int(ranks)):
+        raise SystemExit(f"WORLD_SIZE={ranks!r} of the environment is no number of ranks")
+    world_size = int(ranks)
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(config_class, Path(sys.argv[0]).name, description))
         raise SystemExit(0)
@@ -331,15 +343,22 @@ def parse(config_class, description: str):
         raise SystemExit(2) from None
     if len(argv) < len(sys.argv) - 1:
         raise SystemExit(0)  # --check_config: the settings can work, and that was the question
+    if getattr(config, "trust_remote_code", False) and os.environ.get("RANK", "0") == "0":
+        print(
+            "warning: trust_remote_code runs the Python files that come with a model, and they may "
+            "do all that you may; read them first",
+            file=sys.stderr,
+            flush=True,
+        )
     return config
 
 
-def save(config, folder: str | Path, world_size: int, main: bool = True) -> None:
+def save(
+    config, folder: str | Path, world_size: int, main: bool = True, name: str = "config.yaml"
+) -> None:
     """Write `config.yaml` into `folder` (on the main rank); `--config` of it repeats the run."""
     if not main:
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
     header = f"# {type(config).__name__}, run on {world_size} rank{'s' if world_size > 1 else ''}\n"
-    (folder / "config.yaml").write_text(header + text, encoding="utf-8")
+    whole_files.write_text(Path(folder) / name, header + text)

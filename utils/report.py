@@ -5,20 +5,25 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from utils import whole_files
 from utils.data.rows import DataError
-from utils.distributed import process_group
+from utils.distributed import peers, preemption, process_group
 
 
 class Report:
     """Rank 0 writes; on other ranks every method does nothing.
 
     `OUTPUT/metrics.jsonl` gets one line a step, written at once, so that a killed run keeps all
-    it measured. On a terminal a progress bar shows the step, elsewhere plain lines.
+    it measured. On a terminal a progress bar shows the step, elsewhere plain lines. A run that goes
+    on after step `resumed_at` keeps what was written up to there and writes the rest again.
     """
 
-    def __init__(self, output_dir: str, log_every: int, tensorboard: bool):
+    def __init__(
+        self, output_dir: str, log_every: int, tensorboard: bool, resumed_at: int | None = None
+    ):
         self.main = process_group.is_main()
         self.total_steps = 0
         self.log_every = log_every
@@ -26,12 +31,19 @@ class Report:
         if not self.main:
             return
         folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        self._metrics, self._events = folder / "metrics.jsonl", folder / "tensorboard"
+        with whole_files.naming(self._metrics):
+            folder.mkdir(parents=True, exist_ok=True)
+            if resumed_at is not None:
+                keep_lines_through(self._metrics, resumed_at)
+            mode = "wb" if resumed_at is None else "ab"
+            self._file = open(self._metrics, mode, buffering=0)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            purge = None if resumed_at is None else resumed_at + 1
+            with whole_files.naming(self._events):
+                self._board = SummaryWriter(str(self._events), purge_step=purge)
 
     def expect(self, total_steps: int) -> None:
         """The run will have so many steps (known once the data is read)."""
@@ -54,11 +66,12 @@ class Report:
         if not self.main:
             return
         record = {"step": step} | {k: _plain(v) for k, v in metrics.items()}
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with whole_files.naming(self._metrics):
+            whole_files.append(self._file, json.dumps(record, ensure_ascii=False) + "\n")
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            with whole_files.naming(self._events):
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
         line = "  ".join(f"{k} {brief(metrics[k])}" for k in show if k in metrics)
         if self._bar is not None:
             self._bar.update(max(0, step - self._bar.n))
@@ -69,18 +82,95 @@ class Report:
     def close(self) -> None:
         for thing in (self._bar, self._board, self._file):
             if thing is not None:
-                thing.close()
+                with whole_files.naming(self._events):
+                    thing.close()
+
+
+def keep_lines_through(path: Path, step: int) -> None:
+    """Drop the lines of later steps from a metrics file, and one that a kill left unfinished."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            done = json.loads(line)["step"] <= step
+        except ValueError:
+            break
+        if done:
+            kept.append(line + "\n")
+    whole_files.write_text(path, "".join(kept))
+
+
+class StopRun(SystemExit):
+    """The run ends here, with a diagnosis, on every rank at the same place."""
+
+
+class BadSteps:
+    """Counts skipped optimizer steps, and saves and ends a run that does nothing else.
+
+    Every rank must note the same steps: `save` is a collective.
+    """
+
+    def __init__(self, limit: int, say: Callable[[str], None], save: Callable[[], None]):
+        self.limit, self.say, self.save = limit, say, save
+        self.total = self.in_a_row = 0
+
+    def carry(self) -> dict:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def take_up(self, saved: dict) -> None:
+        self.total, self.in_a_row = saved["total"], saved["in_a_row"]
+
+    def note(self, skipped: bool, what: str = "a loss or gradient that is not finite") -> None:
+        """Raises StopRun once more than `limit` steps in a row were skipped."""
+        if not skipped:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        self.say(
+            f"skipped on all ranks, for {what} ({self.in_a_row} in a row, {self.total} in all)"
+        )
+        if self.in_a_row > self.limit:
+            self.save()
+            raise StopRun(
+                f"{self.in_a_row} optimizer steps in a row were skipped (--max_bad_steps "
+                f"{self.limit}), the last for {what}; the weights as last stepped are saved. "
+                "Likely causes: --learning_rate too high (try a tenth), fp16 or bf16 where the "
+                "model's activations overflow it (try fp32), a damaged checkpoint, or data of one "
+                "kind that breaks the model"
+            )
 
 
 def run(main) -> None:
     """Call a step's `main`; what a user can mend ends as a message, not as a traceback a rank.
 
-    DataError and SystemExit("…") are such. Any other exception is a bug and keeps its traceback.
+    DataError, SystemExit("…") and files that cannot be written or read are such. Any other
+    exception is a bug and keeps its traceback.
     """
+    preemption.watch()
     try:
         main()
-    except (DataError, SystemExit) as error:
+    except KeyboardInterrupt:
+        peers.stop()
+        if process_group.is_main():
+            print("interrupted; --resume auto goes on from the newest checkpoint", flush=True)
+        os._exit(130)
+    except RuntimeError as error:
+        peers.wait_for_news()  # a collective fails where a peer has died
+        if not process_group.timed_out(error):
+            raise
+        print(
+            f"error on rank {process_group.rank()}: another rank did not come to a collective "
+            "within --timeout_minutes: it hangs, or its work takes longer than that; the run ends, "
+            f"--resume auto goes on from the newest checkpoint ({error})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+    except (DataError, OSError, SystemExit) as error:
+        peers.stop()
+        preemption.stop()
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            process_group.end_process(error.code or 0)
             raise
         if not process_group.is_main():
             # Rank 0 mostly fails the same way and speaks for all: the launcher ends this rank
@@ -94,13 +184,14 @@ def run(main) -> None:
             flush=True,
         )
         os._exit(1)  # peers may wait in a collective for ever; the launcher ends them
+    process_group.end_process()
 
 
 def save_result(output_dir: str, result: dict) -> None:
     """Write `result.json`: what a step ended with, for the closing table. Rank 0 only."""
     if process_group.is_main():
         text = json.dumps({k: _plain(v) for k, v in result.items()}, indent=2, ensure_ascii=False)
-        Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
+        whole_files.write_text(Path(output_dir, "result.json"), text + "\n")
 
 
 def brief(value: float) -> str:
@@ -127,6 +218,11 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 def batch_arithmetic(config, world_size: int) -> str:
     """The sum every batch setting takes part in, as it works out in this run."""
+    if config.micro_batch_tokens:
+        return (
+            f"global batch {config.global_batch_size} over {world_size} ranks, micro-batches of up "
+            f"to {config.micro_batch_tokens} tokens"
+        )
     accumulation = config.accumulation(world_size)
     return (
         f"global batch {config.global_batch_size} = micro batch {config.micro_batch_size} × "
