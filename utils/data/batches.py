@@ -4,13 +4,16 @@ The order is a function of (seed, epoch) alone: the same rows make up step 17's 
 rank or 8, today or after a resume, and no loader state needs saving.
 """
 
+import array
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from utils.data import chat_template
+from utils.distributed import process_group
 
 
 @functools.lru_cache(maxsize=4)
@@ -26,21 +29,75 @@ def rows_of_step(step: int, batch_size: int, n: int, seed: int) -> list[int]:
     return [_permutation(n, seed, i // n)[i % n] for i in wanted]
 
 
+def fingerprint(rows: Iterable[Sequence[float]]) -> str:
+    """How many rows of numbers, and their SHA-256: a resumed run must read what it read before."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(array.array("d", [len(row), *row]).tobytes())
+        count += 1
+    return f"{count} rows ({digest.hexdigest()[:16]})"
+
+
 def steps_of(epochs: float, batch_size: int, n: int) -> int:
     """Optimizer steps that `epochs` passes over n rows take, at least 1."""
     return max(1, round(epochs * n / batch_size))
 
 
-def deal(indices: Sequence[int], lengths: Sequence[int], rank: int, world: int, micro: int):
+def deal(
+    indices: Sequence[int],
+    lengths: Sequence[int] | Mapping[int, int],
+    rank: int,
+    world: int,
+    micro: int,
+    tokens: int = 0,
+    counts: Mapping[int, int] | None = None,
+) -> list[list[int]]:
     """This rank's micro-batches of one global batch, rows of like length together.
+
+    micro: rows each; or where `tokens` is not 0, so many rows that padded to the longest they are
+    no more than `tokens` (a longer row goes alone). counts: sequences that row i stands for, 1
+    where not given; lengths[i] is then that of the longest.
 
     Which rows share the optimizer step does not change, so nor does the gradient (losses are
     normalised by the tokens of the whole step); only padding shrinks. Every rank gets the same
-    number of micro-batches.
+    number of micro-batches. Where the rows do not divide among the ranks, the last micro-batch of
+    some has a row less, or none.
     """
     ordered = sorted(indices, key=lambda i: (lengths[i], i))
+    # Neighbours go to different ranks, so that all have like lengths at the same time.
+    groups = [ordered[i : i + world] for i in range(0, len(ordered), world)]
+    longest = [lengths[group[-1]] for group in groups]
+    sequences = [max(counts[i] for i in g) for g in groups] if counts else [1] * len(groups)
     mine = ordered[rank::world]
-    return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+    return [mine[a:b] for a, b in _spans(longest, sequences, micro, tokens)]
+
+
+def shares(config) -> tuple[int, int, int, int]:
+    """(rank, ranks, rows, tokens): what `deal` divides by in this run."""
+    ranks = process_group.rank(), process_group.world_size()
+    return *ranks, config.micro_batch_size, config.micro_batch_tokens
+
+
+def in_step(lengths: Sequence[int], micro: int, tokens: int = 0) -> list[list[int]]:
+    """Rows that every rank has as many of → micro-batches as `deal` makes them, as many on every
+    rank. lengths: of this rank's rows. A collective."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    everywhere = process_group.gather_objects([lengths[i] for i in order])
+    longest = [max(group) for group in zip(*everywhere, strict=True)]
+    return [order[a:b] for a, b in _spans(longest, [1] * len(order), micro, tokens)]
+
+
+def _spans(lengths: Sequence[int], counts: Sequence[int], micro: int, tokens: int):
+    """(start, end) of each micro-batch of rows whose lengths ascend."""
+    if not tokens:
+        return [(i, min(i + micro, len(lengths))) for i in range(0, len(lengths), micro)]
+    starts, sequences = [], 0
+    for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        sequences += count
+        if i == 0 or sequences * length > tokens:
+            starts.append(i)
+            sequences = count
+    return list(zip(starts, [*starts[1:], len(lengths)], strict=True))
 
 
 def pad(rows: Sequence[Sequence], value, side: str = "right", to: int = 0) -> torch.Tensor:

@@ -6,7 +6,9 @@ shows a data row with its supervised tokens in green.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from utils.model_files import refused
+from utils.terminal import visible
 
 CHATML = (
     "{% for message in messages %}"
@@ -25,24 +27,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub name, with a template, a stop token and a pad of its own."""
     from transformers import AutoTokenizer
 
-    try:
+    with refused(path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"cannot load a tokenizer from {path!r}: {error}\n{advice(path)}"
-        ) from error
-    set_up(tokenizer)
+    try:
+        set_up(tokenizer)
+    except TemplateError as error:
+        raise SystemExit(f"the chat template of {path!r} cannot be used: {error}") from error
     return tokenizer
-
-
-def advice(path: str) -> str:
-    """What to do about a model that does not load from `path`."""
-    if Path(path).is_dir():
-        return "the folder must hold config.json, *.safetensors, and tokenizer.json"
-    return (
-        f"there is no folder {path!r}; a hub name needs the network once: download it first "
-        "(hf download NAME) and give its folder"
-    )
 
 
 def set_up(tokenizer) -> None:
@@ -91,7 +82,8 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except JinjaError as error:
+    except (JinjaError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # A template is a program: beside what it raises itself, it may stumble over the turns.
         raise TemplateError(f"the chat template refuses this conversation: {error}") from error
 
 
@@ -184,7 +176,7 @@ def show(tokenizer, encoded: Encoded) -> str:
     """The text with supervised tokens in green, others grey, for a terminal."""
     parts = []
     for token, on in zip(encoded.ids, encoded.supervised, strict=True):
-        text = tokenizer.decode([token])
+        text = visible(tokenizer.decode([token]))
         parts.append(f"\033[32m{text}\033[0m" if on else f"\033[90m{text}\033[0m")
     count = sum(encoded.supervised)
     return "".join(parts) + f"\n{len(encoded.ids)} tokens, {count} supervised (green)"

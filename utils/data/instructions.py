@@ -192,7 +192,11 @@ def ranked_responses(data: dict) -> tuple[list[str], list[float]]:
     for number, value in enumerate(values, 1):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BadRow(f"number {number} of {column} is {kind_of(value)}, not a number")
-        if not math.isfinite(value):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:
+            raise BadRow(f"number {number} of {column} is an integer beyond all floats") from None
+        if not finite:
             raise BadRow(f"number {number} of {column} is {value}, not a finite number")
     sign = 1.0 if column == "scores" else -1.0
     return texts, [sign * value for value in values]
@@ -286,6 +290,11 @@ def load_conversations(
 
     known = {name: one for name, one in _BY_NAME.items() if one.answer}
     return load_as(convert, known, SFT_SPLITS, names, split_role, schema, bad)
+
+
+def has_answer(data: dict) -> bool:
+    """Has a row the columns that load_conversations reads?"""
+    return any(one.answer and not one.missing(data) for one in _BY_NAME.values())
 
 
 def load_prompts(

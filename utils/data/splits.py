@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from utils.config import shares_of
 from utils.data.rows import DataError, has_split
 
 T = TypeVar("T")
@@ -86,14 +87,12 @@ def split_for_step(items: Sequence[T], data_split: str, step: int) -> list[T]:
     """
     if step not in (1, 2, 3):
         raise DataError(f"step={step}: must be 1, 2 or 3")
-    if not data_split.strip():
-        return list(items)
     try:
-        shares = [float(share) for share in data_split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
-        raise DataError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
+        shares = shares_of(data_split)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if not shares:
+        return list(items)
     low, high = (sum(shares[:end]) / sum(shares) for end in (step - 1, step))
     part = [item for item in items if low <= _place(item, "data_split") < high]
     if not part:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import whole_files
+
 WORDS = (
     "cat dog sun moon tree fish bird milk rain snow book door lamp ship star leaf frog bear".split()
 )
@@ -195,7 +197,7 @@ def verify(row: dict, response: str) -> float:
     """Score of `response` to the instruction in `row`: 1.0 right, 0.0 wrong, rude or off topic;
     up to 0.3 for a part of the right words, by their share, in order.
 
-    row: a line of `prompts.jsonl`. Raises KeyError where it is not one.
+    row: a line of `prompts.jsonl`, of which `is_task` is true.
     """
     text = _normal(response)
     if any(word in text for word in RUDE):
@@ -223,8 +225,16 @@ def _shared_prefix(expected: str, text: str) -> float:
 
 
 def is_task(row: dict) -> bool:
-    """Does the row carry what `verify` needs?"""
-    return {"answers", "members", "count"} <= row.keys()
+    """Does the row carry what `verify` needs, as it needs it?"""
+    answers, members, count = (row.get(name) for name in ("answers", "members", "count"))
+    return (
+        isinstance(answers, list)
+        and all(isinstance(answer, str) for answer in answers)
+        and isinstance(members, str)
+        and (members in LEXICON if members else bool(answers))
+        and isinstance(count, int)
+        and (count > 0 or not members)
+    )
 
 
 def row_of(task: Task) -> dict:
@@ -260,10 +270,10 @@ def write(
     folder: str | Path,
     seed: int,
     *,
-    demonstrations=9216,
+    demonstrations=16384,
     prompts=3072,
     held_out=512,
-    bad_share=0.55,
+    bad_share=0.52,
 ) -> dict[str, Path]:
     """Write the three files; returns their paths by name.
 
@@ -271,7 +281,6 @@ def write(
     out of both other files.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tasks = draw_tasks(prompts + held_out, seed)
     r = random.Random(seed + 1)
     # Families with few prompts run dry first, so the drawing order is not even: shuffle it.
@@ -294,7 +303,7 @@ def write(
         ("prompts", map(row_of, train)),
         ("held_out", map(row_of, test)),
     ):
-        with open(paths[name], "w", encoding="utf-8") as f:
+        with whole_files.writing(paths[name]) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return paths
 
@@ -311,4 +320,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from utils.report import run
+
+    run(main)
