@@ -10,7 +10,9 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from utils import whole_files
 from utils.data import chat_template, instructions, preferences, rows
+from utils.distributed import checkpoint
 from utils.report import quiet_libraries, run
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -118,8 +120,10 @@ def build(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole_files.folder_beside(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        checkpoint.replace_files(beside, Path(folder))
     count = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {count:,} random weights, {len(tokenizer)} tokens")
 
@@ -137,7 +141,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     a = parser.parse_args()
     quiet_libraries()
-    Path(a.output_dir).mkdir(parents=True, exist_ok=True)
     build(
         a.output_dir,
         texts_of(a.data),

@@ -9,7 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from utils.models import language_model
+from utils.models import packed_linear, token_attention
+from utils.models.decoder import Decoder
+
+LOOK_EVERY = 8  # steps between looks at who has stopped, each of which waits for the GPU
 
 
 def uniform_noise(rows: int, length: int, seed: int, step: int) -> torch.Tensor:
@@ -23,11 +26,25 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, temperature: float)
 
     No sort and no `torch.multinomial` (on CPU ten times slower).
     """
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    cdf = _warmed(logits, temperature).softmax(-1).cumsum(-1)
     # Scaled by the last entry, which rounding leaves near 1; `right` so that a token of
     # probability 0 is never drawn.
     threshold = noise[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def logprobs_and_entropies(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
+    """(B,V) logits, (B,) tokens → (B,) fp32 log-probabilities, (B,) fp32 entropies in nats."""
+    # Impossible tokens (−∞) add 0 to the entropy, where 0 × −∞ would be no number.
+    logits = _warmed(logits, temperature).clamp(min=torch.finfo(torch.float32).min)
+    p = logits.softmax(-1)
+    logprobs = p.gather(1, tokens[:, None]).log().squeeze(1)
+    total = logits.gather(1, tokens[:, None]).squeeze(1) - logprobs  # log Σ exp
+    return logprobs, total - torch.linalg.vecdot(p, logits)
+
+
+def _warmed(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 @torch.no_grad()
@@ -42,49 +59,63 @@ def generate(
     temperature: float = 1.0,
     noise: torch.Tensor | None = None,
     all_finished: Callable[[torch.Tensor], bool] = bool,
+    logprobs: torch.Tensor | None = None,
+    entropies: torch.Tensor | None = None,
+    decoder: Decoder | None = None,
 ) -> torch.Tensor:
     """(B,P) left-padded prompts → (B,R) int64 responses, `pad_id` after the stop token.
 
     noise: (B,R) uniform numbers, or None for greedy decoding. R is `max_new_tokens` always; the
     loop ends early once every row has stopped, by the word of `all_finished` (scalar bool tensor →
-    bool), which a model whose forward pass needs all ranks makes a collective.
+    bool), which a model whose forward pass needs all ranks makes a collective. Into `logprobs` and
+    `entropies` (B,R) fp32, where given, goes what this loop saw of each token up to the stop token.
+    decoder: one whose memory is to be used again, in its mode; without it, an eager one.
     """
-    from transformers import DynamicCache
-
-    batch, prompt_length = prompt_ids.shape
-    device = prompt_ids.device
+    batch, device = len(prompt_ids), prompt_ids.device
     responses = torch.full((batch, max_new_tokens), pad_id, dtype=torch.int64, device=device)
-    mask = torch.ones(batch, prompt_length + max_new_tokens, dtype=torch.int64, device=device)
-    mask[:, :prompt_length] = prompt_mask
-    takes_positions = language_model.accepts(type(model), "position_ids")
-    keep = {"logits_to_keep": 1} if language_model.accepts(type(model), "logits_to_keep") else {}
-    position = language_model.positions(prompt_mask)
     noise = None if noise is None else noise.to(device)
-    cache = DynamicCache(config=model.config)
+    rows = torch.arange(batch, device=device)  # whose answer a row of the running batch is
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    ids = prompt_ids
-    for step in range(max_new_tokens):
-        extra = {"position_ids": position} if takes_positions else {}
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask[:, : prompt_length + step],
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-            **keep,
-        ).logits[:, -1]
-        if noise is None:
-            token = logits.argmax(-1)
-        else:
-            token = sample_tokens(logits, noise[:, step], temperature)
-        token = torch.where(finished, pad_id, token)
-        responses[:, step] = token
-        finished |= token == stop_id
-        if all_finished(finished.all()):
-            break
-        ids = token[:, None]
-        position = position[:, -1:] + 1
+    decoder = decoder or Decoder("eager")
+    in_step = all_finished is not bool
+    look_every = LOOK_EVERY if device.type == "cuda" else 1
+    with packed_linear.packed(model), token_attention.used_by(model):
+        logits = decoder.begin(model, prompt_ids, prompt_mask, max_new_tokens, in_step)
+        for step in range(max_new_tokens):
+            if noise is None:
+                token = logits.argmax(-1)
+            else:
+                token = sample_tokens(logits, noise[rows, step], temperature)
+            if logprobs is not None or entropies is not None:
+                seen = logprobs_and_entropies(logits, token, temperature)
+                for kept, now in zip((logprobs, entropies), seen, strict=True):
+                    if kept is not None:
+                        kept[rows, step] = now
+            token = torch.where(finished, pad_id, token)
+            responses[rows, step] = token
+            finished |= token == stop_id
+            if step + 1 == max_new_tokens:
+                break
+            if (step + 1) % look_every == 0:
+                if all_finished(finished.all()):
+                    break
+                stay = decoder.keep_running(finished)
+                if stay is not None:
+                    rows, finished, token = rows[stay], finished[stay], token[stay]
+            logits = decoder.step(token)
     return responses
+
+
+def batches_of(widths: list[int], new_tokens: int, most: int) -> list[slice]:
+    """Rows with prompts of `widths` tokens → neighbours to decode together, at most `most` tokens
+    of prompts and room for answers; 0: all. A row longer than that goes alone."""
+    found, start, longest = [], 0, 0
+    for row, width in enumerate(widths):
+        longest = max(longest, width)
+        if most and row > start and (row + 1 - start) * (longest + new_tokens) > most:
+            found.append(slice(start, row))
+            start, longest = row, width
+    return [*found, slice(start, len(widths))]
 
 
 def mask_through_stop(response_ids: torch.Tensor, stop_id: int) -> torch.Tensor:

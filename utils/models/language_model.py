@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.data.chat_template import advice
 from utils.distributed import zero
+from utils.model_files import refused
+from utils.models import loading, onednn_linear, packing, vocabulary_head
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> nn.Module:
@@ -24,6 +25,7 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> n
 
     model = from_pretrained(AutoModelForCausalLM, config, path, dtype, zero_stage, tokenizer)
     prepare_training(model, config)
+    packing.choose(model, config, dtype)
     return model
 
 
@@ -31,47 +33,31 @@ def from_pretrained(
     auto_class, config, path: str, dtype: str, zero_stage: int, tokenizer=None, **kwargs
 ):
     """`auto_class.from_pretrained`, refusing what would leave weights at random."""
-    try:
-        with zero.sharded_loading(config, dtype, zero_stage):
-            model, info = auto_class.from_pretrained(
-                path,
-                dtype=zero.DTYPES[dtype],
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **kwargs,
-            )
-            if tokenizer is not None:
-                # In here, where transformers knows that the embeddings may be shards.
-                fit_to_tokenizer(model, tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"cannot load a model from {path!r}: {error}\n{advice(path)}") from error
-    if any(k.startswith("score.") for k in info["unexpected_keys"]):
-        raise SystemExit(
-            f"{path!r} is a reward model or critic and writes no text; give a language model's "
-            "folder, such as step 1's output"
+    attention = config.attn_implementation
+
+    def fit(model: nn.Module) -> None:
+        # In the sharded loading, where transformers knows that the embeddings may be shards.
+        if tokenizer is not None:
+            fit_to_tokenizer(model, tokenizer, path)
+
+    with zero.sharded_loading(config, dtype, zero_stage):
+        return loading.load_whole(
+            auto_class,
+            path,
+            fit,
+            dtype=zero.DTYPES[dtype],
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=config.trust_remote_code,
+            **kwargs,
         )
-    # A new score head is meant to be missing; any other missing weight would stay random.
-    missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
-    if missing:
-        raise SystemExit(
-            f"{path!r} lacks weights of {type(model).__name__}: {', '.join(sorted(missing)[:5])}"
-            f"{' …' if len(missing) > 5 else ''} ({len(missing)} in all); is it the right folder?"
-        )
-    model.head_was_missing = any(k.startswith("score.") for k in info["missing_keys"])
-    return model
 
 
 def check_positions(path: str, length: int, flags: str, trust_remote_code: bool) -> None:
     """Refuse rows longer than the model of `path` has positions for, before it is loaded."""
     from transformers import AutoConfig
 
-    try:
+    with refused(path, "the model's config"):
         settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(
-            f"cannot read the model's config from {path!r}: {error}\n{advice(path)}"
-        ) from error
     have = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if have is not None and length > have:
         raise SystemExit(
@@ -80,12 +66,24 @@ def check_positions(path: str, length: int, flags: str, trust_remote_code: bool)
         )
 
 
-def fit_to_tokenizer(model: nn.Module, tokenizer) -> None:
-    """Embeddings for every token; stop and pad ids the same in model and tokenizer."""
-    rows = model.get_input_embeddings()
-    have = rows.num_embeddings
-    if len(tokenizer) > have:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+def fit_to_tokenizer(model: nn.Module, tokenizer, path: str) -> None:
+    """Embeddings for every token; stop and pad ids the same in model and tokenizer.
+
+    Only special tokens (a template's, the pad) may be new, and to language models only: rows for
+    other tokens would be random where the tokenizer is another model's. Raises SystemExit.
+    """
+    have = model.get_input_embeddings().num_embeddings
+    added = tokenizer.added_tokens_decoder
+    new = range(have, max(tokenizer.get_vocab().values()) + 1)
+    trained_head = getattr(model, "head_was_missing", True) is False and hasattr(model, "score")
+    if new and (trained_head or not all(i in added and added[i].special for i in new)):
+        raise SystemExit(
+            f"{path!r} has embeddings for {have} tokens and the tokenizer {new.stop}, of which "
+            f"{len(new)} would stay random: the tokenizer is another model's, or tokens were added "
+            "without growing the model; give a folder whose tokenizer and weights belong together"
+        )
+    if new:
+        model.resize_token_embeddings(new.stop, pad_to_multiple_of=64)
     for holder in (model.config, getattr(model, "generation_config", None)):
         if holder is not None:
             holder.eos_token_id = tokenizer.eos_token_id
@@ -95,13 +93,18 @@ def fit_to_tokenizer(model: nn.Module, tokenizer) -> None:
 
 
 def prepare_training(model: nn.Module, config) -> None:
+    """Dropout to 0 wherever a family keeps its rates; gradient checkpointing where asked for; on a
+    CPU the faster matrix products."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        # Some attention layers keep their rate in an attribute and pass it to the kernel.
-        for name in ("attention_dropout", "dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        # Many layers keep a rate in an attribute (attention_dropout, Bloom's hidden_dropout, OPT's
+        # layerdrop) and some read it from the config as they run (Falcon, GPT-J).
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+    onednn_linear.use(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -139,7 +142,7 @@ def response_logits(forward, input_ids: torch.Tensor, mask: torch.Tensor, respon
     """(B,P+R) ids → (B,R,V) logits that predict the last R tokens.
 
     `forward` is the model or the DeepSpeed engine around it. Only the R positions pass the
-    vocabulary head: prompts never do.
+    vocabulary head: prompts never do. For a few rows: training asks for `wanted_logprobs`.
     """
     model = getattr(forward, "module", forward)
     inputs = forward_inputs(model, input_ids, mask)
@@ -149,13 +152,82 @@ def response_logits(forward, input_ids: torch.Tensor, mask: torch.Tensor, respon
     return logits[:, -response_length - 1 : -1]
 
 
+def wanted_logprobs(
+    forward,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    wanted: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+):
+    """fp32 log-probabilities (N,) of the N tokens that `wanted` (B,T) names, row after row, and
+    their positions' entropies (N,) in nats, which have no gradient, or None.
+
+    `forward` is the model or the DeepSpeed engine around it; token t is predicted from t−1, so a
+    row's first token never counts. No other position passes the vocabulary head, and its logits
+    exist a chunk at a time, see vocabulary_head.
+    """
+    model = getattr(forward, "module", forward)
+    wanted = wanted & follows_another(mask)
+    sources = F.pad(wanted[:, 1:], (0, 1))
+    if packing.is_on(model):
+        inputs, sources = packing.inputs(input_ids, mask), sources[mask][None]
+    else:
+        inputs = forward_inputs(model, input_ids, mask)
+    targets = input_ids[wanted]
+    head = vocabulary_head.of(model)
+    if head is not None and not head.changes_logits:
+        asked = vocabulary_head.Question(sources, targets, temperature, with_entropies)
+        with head.asked(asked):
+            answer = forward(**inputs, use_cache=False).logits
+        if asked.answered_by(answer):
+            return answer, asked.entropies
+        # A family that scales or caps its logits after the head has now done so to the answer.
+        head.changes_logits = True
+    logits = forward(**inputs, use_cache=False).logits[sources].float() / temperature
+    entropies = None
+    if with_entropies:
+        with torch.no_grad():
+            logs = logits.log_softmax(-1)
+            entropies = -(logs.exp() * logs).sum(-1)
+    return token_logprobs(logits, targets), entropies
+
+
+def follows_another(mask: torch.Tensor) -> torch.Tensor:
+    """(B,T) mask → True where a real token has a real one before it."""
+    return mask & F.pad(mask[:, :-1], (1, 0))
+
+
+def response_part(mask: torch.Tensor, response_length: int) -> torch.Tensor:
+    """(B,P+R) mask → what can be predicted in it, without the prompts' P columns."""
+    wanted = follows_another(mask)
+    wanted[:, :-response_length] = False
+    return wanted
+
+
+def new_logprobs(forward, input_ids, mask, response_length: int, temperature: float):
+    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities with gradient, 0 off the mask."""
+    wanted = response_part(mask, response_length)
+    found, _ = wanted_logprobs(forward, input_ids, mask, wanted, temperature=temperature)
+    return _spread(found, wanted[:, -response_length:])
+
+
 @torch.no_grad()
 def response_logprobs(forward, input_ids, mask, response_length, *, temperature, micro_batch_size):
-    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and (B,R) fp32 entropies in nats."""
+    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and (B,R) fp32 entropies in nats, both
+    0 off the mask."""
     logprobs, entropies = [], []
     for ids, m in zip(input_ids.split(micro_batch_size), mask.split(micro_batch_size), strict=True):
-        logits = response_logits(forward, ids, m, response_length).float() / temperature
-        logs = logits.log_softmax(-1)
-        logprobs.append(logs.gather(-1, ids[:, -response_length:, None]).squeeze(-1))
-        entropies.append(-(logs.exp() * logs).sum(-1))
+        wanted = response_part(m, response_length)
+        found = wanted_logprobs(
+            forward, ids, m, wanted, temperature=temperature, with_entropies=True
+        )
+        for parts, values in zip((logprobs, entropies), found, strict=True):
+            parts.append(_spread(values, wanted[:, -response_length:]))
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _spread(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """(N,) values → (B,R), each at its place, 0 elsewhere."""
+    return values.new_zeros(where.shape).masked_scatter(where, values)

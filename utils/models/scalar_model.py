@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from utils.models import language_model
+from utils.models import language_model, packing
 
 
 class Fp32Head(nn.Linear):
@@ -39,10 +39,14 @@ class ScalarModel(nn.Module):
         self.bias = self.classifier.config.reward_bias = float(bias)
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        backbone = self.classifier.base_model
-        inputs = language_model.forward_inputs(backbone, input_ids, mask)
+        backbone, packed = self.classifier.base_model, packing.is_on(self.classifier)
+        if packed:
+            inputs = packing.inputs(input_ids, mask)
+        else:
+            inputs = language_model.forward_inputs(backbone, input_ids, mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        return self.classifier.score(hidden).squeeze(-1) - self.bias
+        values = self.classifier.score(hidden).squeeze(-1) - self.bias
+        return packing.unpacked(values, mask) if packed else values
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
@@ -63,6 +67,7 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
         num_labels=1,
     )
     language_model.prepare_training(classifier, config)
+    packing.choose(classifier, config, dtype)
     if classifier.head_was_missing:
         if head == "saved":
             raise SystemExit(

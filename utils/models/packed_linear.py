@@ -1,0 +1,46 @@
+"""Linear layers whose weights are laid out for oneDNN, for as long as the weights stay as they are.
+
+On a CPU torch multiplies fp32 matrices by MKL, which on AMD uses half of the vector width, and lays
+the weights out anew in every call. Measured on one core (Zen, AVX-512), layers of 256 to 688: 66
+GFLOP/s against 131 at 32 rows, 100 against 245 at 2,048; bf16 218 against 262 at 32 rows.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch import nn
+
+from utils.models.onednn_linear import OneDNNLinear, multiply
+from utils.models.vocabulary_head import VocabularyHead
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 32  # for how many oneDNN chooses the layout; any number may come
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module):
+    """While inside, `model`'s linear layers on the CPU run by oneDNN from copies of their weights.
+
+    Forward passes only, and the weights must not change meanwhile. Layers of a class of their own,
+    and those whose weights are shards (ZeRO-3), stay as they are; the vocabulary head gives logits.
+    """
+    kinds = (nn.Linear, OneDNNLinear, VocabularyHead)
+    layers = [m for m in model.modules() if type(m) in kinds and _can_be_packed(m.weight)]
+    for layer in layers:
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        layer.forward = functools.partial(multiply, weight=weight, bias=layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in DTYPES
+        and not hasattr(weight, "ds_id")
+        and torch.backends.mkldnn.is_available()
+    )

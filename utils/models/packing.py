@@ -1,0 +1,166 @@
+"""Rows laid end to end in one row without padding, and an attention that keeps them apart.
+
+transformers takes attention functions by name and hands them what the model's forward was given.
+Ours, `packed_rows`, looks for the rows' boundaries among that: with them no token sees another
+row; without them (generation, a padded batch) it is transformers' own sdpa. On CUDA the rows go
+through one varlen kernel, on a CPU one by one.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+NAME = "packed_rows"
+# On a CPU torch's fused attention is slow in bf16: plain matrix products take half its time
+# forward and backward. They keep the scores, so only rows with up to so many of them (heads ×
+# tokens²; 8 MB) go that way.
+SCORES = 2**22
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    row_lengths: list[int] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """query (B,H,T,D), key and value (B,h,T,D) → (B,T,H,D). Where `row_lengths` say how long the
+    rows are that lie end to end in T, B is 1."""
+    if row_lengths is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        found = varlen_attn(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            # A token sees itself and what lies to its left, in a window of so many in all.
+            window_size=(sliding_window - 1 if sliding_window else -1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return found[None], None
+    rows = zip(*(x.split(row_lengths, 2) for x in (query, key, value)), strict=True)
+    found = [_one_row(*row, scaling, sliding_window).transpose(1, 2) for row in rows]
+    return torch.cat(found, 1), None
+
+
+def _one_row(query, key, value, scaling, window) -> torch.Tensor:
+    """query (1,H,T,D), key and value (1,h,T,D) → (1,H,T,D), causal, within the window."""
+    _, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    windowed = bool(window) and window < length
+    if query.dtype == torch.float32 or heads * length**2 > SCORES:
+        seen = _seen(length, window, query.device) if windowed else None
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=seen,
+            is_causal=not windowed,
+            scale=scaling,
+            enable_gqa=groups > 1,
+        )
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    unseen = ~_seen(length, window if windowed else length, query.device)
+    bias = torch.zeros(length, length, dtype=query.dtype).masked_fill_(unseen, float("-inf"))
+    scale = width**-0.5 if scaling is None else scaling
+    scores = torch.baddbmm(bias, query[0], key[0].transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), value[0])[None]
+
+
+def _seen(length: int, window: int, device) -> torch.Tensor:
+    """(T,T) bool: does the token of that row see that of that column?"""
+    all_pairs = torch.ones(length, length, dtype=torch.bool, device=device)
+    return all_pairs.tril_().triu_(1 - window)
+
+
+def choose(model: nn.Module, config, dtype: str) -> None:
+    """Turn packing on or not, as `--packing` says; refuses what cannot be."""
+    if config.packing == "off":
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    found = obstacle(model, get_accelerator().device_name(), dtype)
+    if not found:
+        turn_on(model)
+    elif config.packing == "on":
+        raise SystemExit(f"packing=on: {found}; set --packing auto or off")
+
+
+def turn_on(model: nn.Module) -> None:
+    """From now on `model` takes rows end to end as well as padded ones."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def is_on(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
+def obstacle(model: nn.Module, device: str, dtype: str) -> str:
+    """Why rows of this model cannot go end to end here; empty where they can."""
+    config = model.config.get_text_config()
+    kind = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{kind} takes no attention function of ours"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"{kind} takes no position ids"
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation}, and only sdpa has this twin"
+    known = {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - known
+    if kinds or getattr(config, "attention_chunk_size", None):
+        return f"{kind} has layers of another kind: {', '.join(sorted(kinds)) or 'chunked'}"
+    if device == "cuda":
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return f"torch {torch.__version__} has no varlen attention"
+        if "window_size" not in inspect.signature(varlen_attn).parameters:
+            return f"the varlen attention of torch {torch.__version__} has no window"
+        if dtype == "fp32":
+            return "the varlen kernel computes in bf16 and fp16 only"
+    return ""
+
+
+def inputs(input_ids: torch.Tensor, mask: torch.Tensor) -> dict:
+    """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N)."""
+    lengths = mask.sum(1)
+    ends = F.pad(lengths.cumsum(0), (1, 0))
+    starts = ends[:-1].repeat_interleave(lengths)
+    rows = lengths.tolist()
+    return {
+        "input_ids": input_ids[mask][None],
+        "position_ids": (torch.arange(len(starts), device=mask.device) - starts)[None],
+        # A mask of four dimensions is one that transformers leaves alone; nothing reads it.
+        "attention_mask": torch.empty(1, 1, 1, 1, device=mask.device),
+        "cu_seq_lens_q": ends.int(),
+        "max_length_q": max(rows),
+        "row_lengths": rows,
+    }
+
+
+def unpacked(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(1,N) numbers of rows end to end → (B,T), 0 at the pads."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
