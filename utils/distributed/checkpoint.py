@@ -1,14 +1,14 @@
 """Weights on disk: whole Hugging Face folders, written beside and moved into place."""
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from utils import config as run_config
-from utils.distributed import process_group, zero
+from utils import whole_files
+from utils.distributed import manifest, process_group, zero
 
 
 @torch.no_grad()
@@ -39,17 +39,14 @@ def save_model(folder, model: nn.Module, tokenizer, config, state_dict=None) -> 
     Every rank must call it.
     """
     state = whole_state_dict(model) if state_dict is None else state_dict
-    if process_group.is_main():
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        # Tied weights are one parameter under two names; transformers ties them on loading.
-        model.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        run_config.save(config, temporary, process_group.world_size())
-        replace_files(temporary, folder)
-    process_group.barrier()
+    with manifest.failing_together():
+        if process_group.is_main():
+            with whole_files.folder_beside(folder) as temporary:
+                # Tied weights are one parameter under two names; transformers ties them on loading.
+                model.save_pretrained(temporary, state_dict=state)
+                tokenizer.save_pretrained(temporary)
+                run_config.save(config, temporary, process_group.world_size())
+                replace_files(temporary, Path(folder))
 
 
 def replace_files(new: Path, folder: Path) -> None:
@@ -59,9 +56,11 @@ def replace_files(new: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = {file.name for file in new.iterdir()}
+    for name in written:
+        whole_files.sync(new / name)
     for name in sorted(written):
         os.replace(new / name, folder / name)
     for stale in folder.glob("model*.safetensors*"):
         if stale.name not in written:
             stale.unlink()  # of another sharding: transformers would read it first
-    new.rmdir()
+    whole_files.sync(folder)

@@ -4,13 +4,20 @@ Works under `deepspeed`, `torchrun` and plain `python` (one process), on NCCL an
 """
 
 import os
+import re
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from utils.distributed import builds, peers
+
+_had_peers = False  # was this process one of several ranks, by the time it left them?
+_device = torch.device("cpu")  # this rank's, once it has joined
 
 
 def init(timeout_minutes: float = 30.0) -> torch.device:
@@ -24,6 +31,7 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    global _device
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -42,12 +50,23 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
+    builds.watch()
+    timeout = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes groups of its own and names no timeout for them: theirs would be 10 minutes
+    # under NCCL and 30 under gloo, whatever was asked for.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         verbose=False,
     )
+    _device = device
+    if is_main() and (told := builds.missing_tools()):
+        print(told, flush=True)
+    if dist.get_world_size() > 1:
+        peers.look_after()
     return device
 
 
@@ -68,6 +87,11 @@ def _share_cores(local_rank: int) -> None:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, cores // ranks_here))
+
+
+def timed_out(error: RuntimeError) -> bool:
+    """Is this how gloo or NCCL tell that a peer did not come to a collective in time?"""
+    return bool(re.search(r"[Tt]imed out|Timeout\(ms\)=|collective operation timeout", str(error)))
 
 
 def rank() -> int:
@@ -97,6 +121,11 @@ def sum_over_ranks(values: Iterable[float], device: torch.device) -> list[float]
     return totals.tolist()
 
 
+def on_any_rank(flags: Iterable[bool]) -> list[bool]:
+    """Which of the flags is True on at least one rank; the same answer on every rank."""
+    return [total > 0 for total in sum_over_ranks(map(float, flags), _device)]
+
+
 def gather_objects(value) -> list:
     """`[value of rank 0, value of rank 1, …]` on every rank (small picklable things only)."""
     if world_size() == 1:
@@ -107,11 +136,28 @@ def gather_objects(value) -> list:
 
 
 def shut_down() -> None:
-    """Leave the group. Without it a rank may abort (exit code -6) after it has finished."""
+    """Leave the group, after the last collective. `end_process` follows it in a run of ranks."""
+    global _had_peers
     if dist.is_initialized():
-        if dist.get_world_size() > 1:
+        _had_peers = dist.get_world_size() > 1
+        peers.stop()
+        if _had_peers:
             dist.barrier()
         # Rank 0 hosts the rendezvous store: it leaves last, so nobody's farewell goes unanswered.
-        if dist.get_rank() == 0 and dist.get_world_size() > 1:
+        if dist.get_rank() == 0 and _had_peers:
             time.sleep(0.2)
         dist.destroy_process_group()
+
+
+def end_process(code: int = 0) -> None:
+    """Exit with `code` at once, where this was one rank of several; else return.
+
+    A worker thread of gloo may still hold a tensor of the last collective. If it lets go of it
+    while Python takes itself down, the process aborts with "terminate called without an active
+    exception" (-6) after all its work is done, and the launcher calls the run failed
+    (pytorch/pytorch#179291). Destroying the group does not wait for such a thread.
+    """
+    if _had_peers:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

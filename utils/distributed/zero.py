@@ -5,6 +5,8 @@ Source of the settings: DeepSpeed 0.19 documentation, "DeepSpeed Configuration J
 
 import contextlib
 import math
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,13 +17,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """`auto` → bf16 on a GPU that computes it natively, else fp32. Raises on what is not there."""
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    """`auto` → bf16 where the device computes it natively, else fp32. Raises on a GPU that does
+    not know it."""
+    on_cpu = device.type == "cpu"
+    native = _cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
-    if name == "bf16" and not has_bf16:
+        return "bf16" if native else "fp32"
+    if name == "bf16" and not native and not on_cpu:
         raise SystemExit("dtype=bf16: this GPU does not compute bf16; use --dtype fp16 or fp32")
     return name
+
+
+def _cpu_has_bf16() -> bool:
+    """Matrix products of bf16 in one instruction: AVX-512 BF16, or AMX tiles."""
+    try:
+        flags = set(re.findall(r"avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return False
+    return bool(flags)
 
 
 def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
@@ -64,7 +77,8 @@ def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
         "steps_per_print": 10**12,
     }
     if dtype == "bf16":
-        result["bf16"] = {"enabled": True}
+        # Without the check a gradient of NaN would be stepped on (ZeRO-1 and 2).
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     elif dtype == "fp16":
         result["fp16"] = {"enabled": True, "initial_scale_power": 16}
@@ -93,7 +107,9 @@ class TrainEngine:
 
     `backward(loss_sum, normaliser)` adds the gradient of loss_sum / normaliser, where the
     normaliser counts the whole optimizer step: all ranks, all micro-batches. DeepSpeed averages
-    gradients over ranks, which the factor `world_size` takes back.
+    gradients over ranks, which the factor `world_size` takes back. injected_tokens: above
+    0 DeepSpeed's own hybrid engine takes the layers' place while the model generates, for rows of
+    so many tokens.
     """
 
     def __init__(
@@ -105,11 +121,16 @@ class TrainEngine:
         zero_stage: int,
         learning_rate: float,
         total_steps: int,
+        injected_tokens: int = 0,
     ):
         import deepspeed
 
-        decayed = [p for p in model.parameters() if p.requires_grad and _rank_of(p) >= 2]
-        others = [p for p in model.parameters() if p.requires_grad and _rank_of(p) < 2]
+        settings = deepspeed_config(config, dtype, zero_stage)
+        if injected_tokens:
+            settings["hybrid_engine"] = {"enabled": True, "max_out_tokens": injected_tokens}
+
+        decayed = [p for p in model.parameters() if p.requires_grad and rank_of(p) >= 2]
+        others = [p for p in model.parameters() if p.requires_grad and rank_of(p) < 2]
         groups = [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -121,7 +142,7 @@ class TrainEngine:
             fused=True,
         )
         warmup = math.ceil(config.warmup_ratio * total_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, total_steps, warmup, config.lr_schedule)
         )
         self.zero_stage = zero_stage
@@ -133,15 +154,20 @@ class TrainEngine:
             def clip(optimizer, args, kwargs):
                 params = [p for g in optimizer.param_groups for p in g["params"]]
                 self._norm = float(nn.utils.clip_grad_norm_(params, limit))
+                if not math.isfinite(self._norm):
+                    for p in params:
+                        p.grad = None  # AdamW passes over these: weights and moments stay
 
             optimizer.register_step_pre_hook(clip)
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=deepspeed_config(config, dtype, zero_stage),
+            lr_scheduler=self.schedule,
+            config=settings,
             dist_init_required=False,
         )
+        # transformers loads models in eval mode, in which gradient checkpointing does nothing.
+        self.engine.train()
 
     @property
     def module(self) -> nn.Module:
@@ -154,17 +180,24 @@ class TrainEngine:
         self.engine.backward(loss_sum * (self.world_size / normaliser), scale_wrt_gas=False)
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns `grad_norm` (before clipping) and `learning_rate`."""
+        """One optimizer step, or none where the gradient of any rank is not finite.
+
+        Returns `grad_norm` (before clipping), `learning_rate` and `skipped` (0 or 1, the same on
+        every rank). The learning rate's schedule goes on either way.
+        """
         learning_rate = self.engine.get_lr()[0]
+        self._norm = None
         self.engine.step()
         norm = self._norm if self._norm is not None else self.engine.get_global_grad_norm()
-        return {
-            "grad_norm": float("nan") if norm is None else float(norm),
-            "learning_rate": learning_rate,
-        }
+        norm = float("nan") if norm is None else float(norm)
+        applied = self.engine.was_step_applied()
+        if not applied:
+            self.schedule.step()  # DeepSpeed holds it back
+        skipped = not applied or (self._norm is not None and not math.isfinite(norm))
+        return {"grad_norm": norm, "learning_rate": learning_rate, "skipped": float(skipped)}
 
 
-def _rank_of(parameter: nn.Parameter) -> int:
+def rank_of(parameter: nn.Parameter) -> int:
     # Under ZeRO-3 a parameter is a flat shard; its real shape stays in ds_shape.
     return len(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -1,0 +1,201 @@
+"""What an engine remembers, as flat runs of named weights: fp32 master weights, AdamW's moments.
+
+DeepSpeed keeps these in flat partitions whose layout depends on the ZeRO stage and the number of
+ranks. Here every rank says which elements of which weight it holds, so nothing is gathered to save
+it, and any stage on any number of ranks can take it up again. Loaded bit by bit as it was.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from utils.distributed import process_group
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass
+class Run:
+    """Elements from `start` of the flattened weight `name`: kind → (n,) view of where they live.
+
+    `step`, where there is one, is AdamW's count, of one element. everywhere: each rank holds the
+    same, so they share the writing.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+    everywhere: bool
+
+
+def runs_of(engine, create=lambda name: False) -> list[Run]:
+    """The runs of a zero.TrainEngine on this rank. Moments that AdamW has not made yet are left
+    out, or made (as zeros) where `create(name)` asks for it."""
+    optimizer, rank = engine.engine.optimizer, process_group.rank()
+    base = getattr(optimizer, "optimizer", optimizer)
+    found = []
+    for name, p in engine.module.named_parameters():
+        sharded = hasattr(p, "ds_id")
+        if not p.requires_grad:  # not in the optimizer: the weight as the model has it
+            own = p.ds_tensor if sharded else p
+            start = own.numel() * rank if sharded else 0
+            found.append(_run(name, start, {"weight": own.detach()}, p, sharded))
+            continue
+        if sharded:
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
+            flat, start = optimizer.fp32_partitioned_groups_flat[group], count * rank
+        elif hasattr(p, "_hp_mapping"):
+            if p._hp_mapping is None:
+                continue  # all of it lies in other ranks' partitions
+            flat = _flat_partitions(optimizer)[p._hp_mapping.param_group_index]
+            here = p._hp_mapping.get_hp_fragment_address()
+            offset, count = here.start, here.numel
+            start = p._hp_mapping.lp_fragment_address.start
+        else:
+            flat, offset, count, start = p, 0, p.numel(), 0
+        state = base.state.get(flat, {})
+        if not state and create(name):
+            state = base.state[flat] = {
+                # As torch's fused AdamW makes them at its first step.
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        kinds = {"weight": flat.detach()} | {k: state[k] for k in MOMENTS if k in state}
+        tensors = {k: t.view(-1).narrow(0, offset, count) for k, t in kinds.items()}
+        run = _run(name, start, tensors, p, sharded or hasattr(p, "_hp_mapping"))
+        if "step" in state:
+            run.tensors["step"] = state["step"].view(1)
+        found.append(run)
+    return [run for run in found if run.tensors["weight"].numel()]
+
+
+def _flat_partitions(optimizer) -> list[torch.Tensor]:
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return optimizer.single_partition_of_fp32_groups
+    return optimizer.fp32_groups_flat_partition  # BF16_Optimizer's
+
+
+def _run(name: str, start: int, tensors: dict, p, partitioned: bool) -> Run:
+    """A run without the padding that a shard may end with."""
+    whole = getattr(p, "ds_numel", p.numel())
+    kept = {k: t.view(-1)[: max(0, whole - start)] for k, t in tensors.items()}
+    return Run(name, start, kept, everywhere=not partitioned)
+
+
+def runs_of_average(ema) -> list[Run]:
+    """The EMA's shadow weights on this rank."""
+    found, rank = [], process_group.rank()
+    for name, p in ema.module.named_parameters():
+        shadow, sharded = ema.shadow[name], hasattr(p, "ds_id")
+        start = shadow.numel() * rank if sharded else 0
+        found.append(_run(name, start, {"average": shadow}, p, sharded))
+    return [run for run in found if run.tensors["average"].numel()]
+
+
+def to_write(part: str, runs: list[Run]) -> dict[str, torch.Tensor]:
+    """The tensors of `runs` that this rank writes, by the keys that manifest.Reader finds."""
+    rank, world_size = process_group.rank(), process_group.world_size()
+    return {
+        f"{part}|{run.name}|{kind}|{0 if kind == 'step' else run.start}": t
+        for i, run in enumerate(runs)
+        if not run.everywhere or i % world_size == rank
+        for kind, t in run.tensors.items()
+    }
+
+
+@torch.no_grad()
+def fill(part: str, runs: list[Run], reader) -> None:
+    """Copy what `reader` has into the runs."""
+    for run in runs:
+        for kind, t in run.tensors.items():
+            if kind == "step":
+                # One count serves a flat group. A weight that got no gradient under ZeRO-0 has
+                # counted fewer steps, and has no moments that it would matter to.
+                if reader.has(part, run.name, kind):
+                    t.copy_(torch.maximum(t.cpu(), reader.read(part, run.name, kind, 0, 1)))
+            elif kind not in MOMENTS or reader.has(part, run.name, kind):
+                t.copy_(reader.read(part, run.name, kind, run.start, t.numel()))
+
+
+def restore(engine, part: str, reader, record: dict) -> None:
+    """Weights, moments, schedule, counters and loss scale of `part` into a fresh engine."""
+    runs = runs_of(engine, create=lambda name: reader.has(part, name, "exp_avg"))
+    fill(part, runs, reader)
+    _publish(engine.engine.optimizer)
+    inner, scaler = engine.engine, getattr(engine.engine.optimizer, "loss_scaler", None)
+    for name in COUNTERS:
+        setattr(inner, name, record["counters"][name])
+    for name, value in record["loss_scale"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+    schedule = engine.schedule
+    schedule.last_epoch, schedule._step_count = record["schedule"], record["schedule"] + 1
+    # The rate is a function of the step, so it need not be stored; --resume_anyway may change it.
+    for group, peak, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * factor(record["schedule"])
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def record_of(engine) -> dict:
+    """What `restore` needs beside the tensors."""
+    scaler = getattr(engine.engine.optimizer, "loss_scaler", None)
+    dynamic = getattr(scaler, "dynamic", False)
+    return {
+        "counters": {name: getattr(engine.engine, name) for name in COUNTERS},
+        "loss_scale": {name: getattr(scaler, name) for name in SCALER} if dynamic else {},
+        "schedule": engine.schedule.last_epoch,
+    }
+
+
+def _publish(optimizer) -> None:
+    """Master weights → the weights that the model computes with, as after an optimizer step."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif hasattr(optimizer, "update_lp_params"):  # ZeRO-1, 2
+        optimizer.update_lp_params()
+
+
+# The random number generators of this rank.
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Python's, NumPy's, torch's and this rank's GPU's generators as tensors."""
+    _, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    found = {
+        "python": torch.tensor(numbers),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return {f"random|{process_group.rank()}|{name}|0": t for name, t in found.items()}
+
+
+def restore_random(reader, saved_ranks: int, device: torch.device) -> None:
+    """Take up this rank's generators; of fewer saved ranks the last ones share."""
+    rank = str(process_group.rank() % saved_ranks)
+
+    def of(name: str) -> torch.Tensor:
+        return reader.whole("random", rank, name)
+
+    has_gauss, gauss = of("python_gauss").tolist()
+    random.setstate((3, tuple(of("python").tolist()), gauss if has_gauss else None))
+    *keys, position, has_gauss = of("numpy").tolist()
+    cached = of("numpy_gauss").item()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(of("torch"))
+    if device.type == "cuda" and reader.has("random", rank, "cuda"):
+        torch.cuda.set_rng_state(of("cuda"), device)

@@ -1,0 +1,37 @@
+"""SIGTERM and SIGUSR1 (a preempted node, Slurm): the run ends at the next step boundary."""
+
+import os
+import signal
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again with --resume auto
+_received: list[int] = []
+
+
+def watch() -> None:
+    """Before the first step there is nothing to save: the process ends at once."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end)
+
+
+def note() -> None:
+    """From now on the signals are noted, and the main loop asks for them."""
+    _received.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda n, frame: _received.append(n))
+
+
+def stop() -> None:
+    """A run that ends by an error is ended by its launcher's SIGTERM too, without a word."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def received() -> str:
+    """The signal's name; empty where none came. Of this rank: ranks must agree before they act."""
+    return signal.Signals(_received[0]).name if _received else ""
+
+
+def _end(number: int, frame) -> None:
+    name = signal.Signals(number).name
+    os.write(1, f"{name} before the first step: nothing to save (exit code {EXIT_CODE})\n".encode())
+    os._exit(EXIT_CODE)
