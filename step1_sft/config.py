@@ -7,6 +7,7 @@ from utils.config import RunConfig, setting
 
 @dataclass
 class SFTConfig(RunConfig):
+    weighted = "sft_data"
     sft_data: list[str] = setting([], "demonstrations: files, folders or hub names")
     max_length: int = setting(512, "tokens a row; prompts are cut from the left")
     long_answers: str = setting(
@@ -21,6 +22,10 @@ class SFTConfig(RunConfig):
             found.append("sft_data is empty; name at least one data set with --sft_data")
         if self.max_length < 8:
             found.append(f"max_length={self.max_length} leaves no room; set --max_length ≥ 8")
+        if self.sample_answers < 0:
+            found.append(f"sample_answers={self.sample_answers}: set --sample_answers ≥ 0")
         if self.epochs <= 0 and self.max_steps == 0:
             found.append(f"epochs={self.epochs} gives no step; set --epochs or --max_steps")
+        if self.epochs > 1e6:
+            found.append(f"epochs={self.epochs} is more than any run; set --epochs")
         return found

@@ -16,9 +16,13 @@ from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits
-from utils.distributed import checkpoint, process_group, zero
+from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.hybrid_engine import HybridEngine
+from utils.distributed.training_state import Checkpoints
 from utils.models import generation, language_model
+from utils.seeding import seed_everything
+
+SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
 def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
@@ -26,25 +30,19 @@ def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
 
     ids, mask, supervised: (B,T). Token t is predicted from t−1, so column 0 never counts.
     """
-    inner = getattr(model, "module", model)
-    logits = model(**language_model.forward_inputs(inner, ids, mask), use_cache=False).logits
-    wanted = supervised[:, 1:]
-    logprobs = language_model.token_logprobs(logits[:, :-1][wanted], ids[:, 1:][wanted])
-    return -logprobs.sum(), int(wanted.sum())
+    logprobs, _ = language_model.wanted_logprobs(model, ids, mask, supervised)
+    return -logprobs.sum(), len(logprobs)
 
 
 @torch.no_grad()
 def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
     """Held-out loss a token (nats) and perplexity, over all ranks."""
     engine.module.eval()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    mine = order[process_group.rank() :: process_group.world_size()]
-    # Every rank runs as many forward passes as the fullest one: ZeRO-3 gathers in each.
-    per_rank = math.ceil(len(order) / process_group.world_size())
+    lengths = [len(e.ids) for e in examples]
     total = tokens = 0.0
-    for start in range(0, per_rank, config.micro_batch_size):
-        chosen = mine[start : start + config.micro_batch_size]
-        batch = batches.supervised_batch([examples[i] for i in chosen or order[:1]], pad_id)
+    for chosen in batches.deal(range(len(examples)), lengths, *batches.shares(config)):
+        # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
+        batch = batches.supervised_batch([examples[i] for i in chosen or [0]], pad_id)
         loss, count = response_loss(engine, *(t.to(device) for t in batch))
         if chosen:
             total, tokens = total + loss.item(), tokens + count
@@ -123,6 +121,7 @@ def build(config, device, report):
         f"step 1, SFT: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
         + reporting.batch_arithmetic(config, process_group.world_size())
     )
+    planner.first_lines("sft", config, device, report.say)
     model = language_model.load(
         config, name, dtype=dtype, zero_stage=config.zero_stage, tokenizer=tokenizer
     )
@@ -137,21 +136,41 @@ def build(config, device, report):
     return tokenizer, examples, eval_examples, held, engine, steps
 
 
+def say_result(config, report, before: dict, after: dict, counted: dict) -> None:
+    """Write result.json; what the evaluations before and after say, for people."""
+    result = {
+        "eval_loss_before": before["eval/loss"],
+        "eval_loss_after": after["eval/loss"],
+        "eval_perplexity_after": after["eval/perplexity"],
+    }
+    reporting.save_result(config.output_dir, result | counted)
+    report.say(
+        f"held-out loss {before['eval/loss']:.4f} → {after['eval/loss']:.4f} "
+        f"(perplexity {after['eval/perplexity']:.3f}); saved {config.output_dir}"
+    )
+
+
 def main() -> None:
     config = run_config.parse(SFTConfig, __doc__)
+    resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
-    world, rank = process_group.world_size(), process_group.rank()
-    torch.manual_seed(config.seed)
-    started = time.time()
+    seed_everything(config.seed, config.deterministic)
+    found = resuming.find(config)
 
     # Build: data, model, engine.
-    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    report = reporting.Report(
+        config.output_dir, config.log_every, config.tensorboard, found and found.step
+    )
+    run = Checkpoints(config, report, found, device)
     tokenizer, examples, eval_examples, held, engine, steps = build(config, device, report)
     lengths = [len(e.ids) for e in examples]
     report.expect(steps)
-    run_config.save(config, config.output_dir, world, process_group.is_main())
-    hybrid = HybridEngine(engine, config.rollout_gather)
+    run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
+    hybrid = HybridEngine(engine)
+    how = hybrid.choose_gather(config.rollout_gather, rows=1, length=config.max_length)
+    if config.sample_answers:
+        report.say(f"sampled answers: {how}")
 
     def show_answers(when: str) -> None:
         if config.sample_answers == 0:
@@ -162,54 +181,46 @@ def main() -> None:
             )
         report.say(f"answers {when}:\n{answers}")
 
-    def save() -> None:
-        checkpoint.save_model(config.output_dir, engine.module, tokenizer, config)
+    def save(folder=config.output_dir) -> None:
+        checkpoint.save_model(folder, engine.module, tokenizer, config)
 
-    before = evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
+    def measure() -> dict[str, float]:
+        return evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
+
+    before = run.once("before", measure)
     report.say(f"held-out loss before: {before['eval/loss']:.4f}")
-    show_answers("before")
+    if found is None:
+        show_answers("before")
 
     # Loop.
-    for step in range(steps):
+    bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
+    data = batches.fingerprint(row for e in examples for row in (e.ids, e.supervised))
+    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, save, data)
+    for step in range(done, steps):
         tick = time.time()
         chosen = batches.rows_of_step(step, config.global_batch_size, len(examples), config.seed)
         tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
         loss_sum = 0.0
-        for micro in batches.deal(chosen, lengths, rank, world, config.micro_batch_size):
+        for micro in batches.deal(chosen, lengths, *batches.shares(config)):
             batch = batches.supervised_batch([examples[i] for i in micro], tokenizer.pad_token_id)
             loss, _ = response_loss(engine, *(t.to(device) for t in batch))
             engine.backward(loss, normaliser=tokens)
             loss_sum += loss.item()
         metrics = engine.step()
+        bad_steps.note(metrics["skipped"])
         metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / tokens
         metrics["seconds"] = time.time() - tick
         metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-            metrics |= evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
-        report.log(
-            step + 1,
-            metrics,
-            show=("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second"),
-        )
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save()
+            metrics |= measure()
+        report.log(step + 1, metrics, show=SHOWN)
+        run.after_step(step + 1, metrics)
 
     # Evaluate, save.
-    after = evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
+    after = measure()
     show_answers("after")
     save()
-    result = {
-        "eval_loss_before": before["eval/loss"],
-        "eval_loss_after": after["eval/loss"],
-        "eval_perplexity_after": after["eval/perplexity"],
-        "steps": steps,
-        "seconds": time.time() - started,
-    }
-    reporting.save_result(config.output_dir, result)
-    report.say(
-        f"held-out loss {before['eval/loss']:.4f} → {after['eval/loss']:.4f} "
-        f"(perplexity {after['eval/perplexity']:.3f}); saved {config.output_dir}"
-    )
+    say_result(config, report, before, after, {"steps": steps, "seconds": run.seconds()})
     report.close()
     process_group.shut_down()
 

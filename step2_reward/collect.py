@@ -6,6 +6,7 @@ deepspeed step2_reward/collect.py --policy SFT --prompt_data DATA --labeller ver
 
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -18,16 +19,20 @@ import torch
 
 from utils import config as run_config
 from utils import report as reporting
+from utils import whole_files
 from utils.config import RunConfig, setting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
-from utils.distributed import process_group, zero
+from utils.distributed import process_group, resuming, zero
 from utils.models import generation, language_model, scalar_model
+from utils.models.decoder import Decoder
+from utils.seeding import seed_everything
 
 
 @dataclass
 class CollectConfig(RunConfig):
     """Of the settings of every step only those that matter to sampling are read."""
 
+    weighted = "prompt_data"
     policy: str = setting("", "folder or hub name of the model to sample from")
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
@@ -60,6 +65,20 @@ class CollectConfig(RunConfig):
             found.append(f"labeller={self.labeller} samples answers: set --policy, --prompt_data")
         if self.labeller == "reward_model" and not self.reward_model:
             found.append("labeller=reward_model needs --reward_model FOLDER")
+        read_by = {"reward_model": "reward_model", "rankings": "file", "agreement": "verifier"}
+        for name, labeller in read_by.items():
+            if getattr(self, name) != getattr(type(self), name) and self.labeller != labeller:
+                found.append(
+                    f"{name}={getattr(self, name)} means nothing to labeller={self.labeller}; set "
+                    f"--labeller {labeller} or leave out --{name}"
+                )
+        for name in ("max_prompt_length", "max_response_length"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
+        if self.num_prompts < 0:
+            found.append(f"num_prompts={self.num_prompts} must not be negative; set --num_prompts")
+        if self.output_file and os.path.isdir(self.output_file):
+            found.append(f"output_file={self.output_file!r} is a folder; name a file in it")
         if not 2 <= self.answers_per_prompt <= 64:
             found.append(f"answers_per_prompt={self.answers_per_prompt} must lie in [2, 64]")
         if not 0.5 < self.agreement <= 1:
@@ -76,7 +95,7 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[str]]
     noise = generation.uniform_noise(len(encoded) * k, length, config.seed, 0)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     mine = order[rank::world]
-    found = {}
+    found, decoder = {}, Decoder()
     for start in range(0, len(mine), config.micro_batch_size):
         chosen = mine[start : start + config.micro_batch_size]
         ids, mask = batches.prompt_batch(
@@ -91,6 +110,7 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[str]]
             pad_id=tokenizer.pad_token_id,
             temperature=config.temperature,
             noise=noise[[i * k + j for i in chosen for j in range(k)]],
+            decoder=decoder,
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         found |= {i: texts[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
@@ -138,17 +158,15 @@ def share_agreeing(truth: list[list[float]], other: list[list[float]]) -> float:
 
 
 def label_with_verifier(config, prompts, answers) -> list[list[float]]:
-    try:
-        scores = [
-            [toy_tasks.verify(p.row, a) for a in group]
-            for p, group in zip(prompts, answers, strict=True)
-        ]
-    except KeyError as error:
+    if other := [p.where for p in prompts if not toy_tasks.is_task(p.row)]:
         raise SystemExit(
-            f"labeller=verifier: {prompts[0].where} lacks the column {error}; it "
-            "judges rows of utils/data/toy_tasks.py, for others choose --labeller "
-            "reward_model, file or none"
-        ) from None
+            f"labeller=verifier: {other[0]} is no task of utils/data/toy_tasks.py ({len(other)} in "
+            "all), which alone it judges; choose --labeller reward_model, file or none for others"
+        )
+    scores = [
+        [toy_tasks.verify(p.row, a) for a in group]
+        for p, group in zip(prompts, answers, strict=True)
+    ]
     labelled = agreeing_scores(scores, config.agreement, config.seed)
     if process_group.is_main():
         share = share_agreeing(scores, labelled)
@@ -164,7 +182,9 @@ def label_with_verifier(config, prompts, answers) -> list[list[float]]:
 @torch.no_grad()
 def label_with_reward_model(config, prompts, answers, dtype, device) -> list[list[float]]:
     tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
-    model = scalar_model.load(config, config.reward_model, dtype=dtype, zero_stage=0)
+    model = scalar_model.load(
+        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=tokenizer
+    )
     model.to(device).eval()
     texts = [(p.messages, a) for p, group in zip(prompts, answers, strict=True) for a in group]
     limit = config.max_prompt_length + config.max_response_length
@@ -197,8 +217,7 @@ def write(config, prompts, answers, labels) -> None:
     }
     kept = ties = 0
     path = Path(config.output_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
+    with whole_files.writing(path, "--output_file") as f:
         for prompt, group, scores in zip(prompts, answers, labels, strict=True):
             # A tiny policy samples control bytes now and then, which no data file should hold.
             unique = {
@@ -215,13 +234,20 @@ def write(config, prompts, answers, labels) -> None:
                 row["scores"] = list(unique.values())
             row["provenance"] = provenance | {"prompt": prompt.where}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if not kept:
+            raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
+        settings = settings_of(config)
+        run_config.save(config, settings.parent, process_group.world_size(), name=settings.name)
     print(
         f"{path}: {kept} comparisons; {ties} prompts left out, whose answers were all alike or "
         "equally good",
         flush=True,
     )
-    if not kept:
-        raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
+
+
+def settings_of(config) -> Path:
+    """The file beside the comparisons that says how they were made."""
+    return Path(config.output_file).with_suffix(".config.yaml")
 
 
 def import_rankings(config) -> None:
@@ -235,8 +261,10 @@ def import_rankings(config) -> None:
 
 def main() -> None:
     config = run_config.parse(CollectConfig, __doc__)
+    resuming.check_file(config, Path(config.output_file), settings_of(config))
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
+    seed_everything(config.seed, config.deterministic)
     dtype = zero.resolve_dtype(config.dtype, device)
     started = time.time()
     if config.labeller == "file":

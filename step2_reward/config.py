@@ -10,6 +10,7 @@ from utils.config import RunConfig, setting
 class RewardConfig(RunConfig):
     """A batch counts comparisons: one prompt with its K answers, which go forward together."""
 
+    weighted = "preference_data"
     preference_data: list[str] = setting([], "pairs or rankings: files, folders or hub names")
     sft_data: list[str] = setting(
         [], "demonstrations that shall score 0 on average (none: the held-out preferred answers)"
@@ -29,6 +30,9 @@ class RewardConfig(RunConfig):
             found.append("preference_data is empty; name at least one with --preference_data")
         if not 0 <= self.label_smoothing < 0.5:
             found.append(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
+        for name in ("score_margin", "centring"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must not be negative; set --{name}")
         for pattern in self.trainable_modules:
             try:
                 re.compile(pattern)
@@ -38,4 +42,6 @@ class RewardConfig(RunConfig):
             found.append(f"max_length={self.max_length} leaves no room; set --max_length ≥ 8")
         if self.epochs <= 0 and self.max_steps == 0:
             found.append(f"epochs={self.epochs} gives no step; set --epochs or --max_steps")
+        if self.epochs > 1e6:
+            found.append(f"epochs={self.epochs} is more than any run; set --epochs")
         return found

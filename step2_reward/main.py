@@ -3,7 +3,6 @@
 deepspeed step2_reward/main.py --model_name_or_path SFT --preference_data DATA --output_dir FOLDER
 """
 
-import math
 import re
 import sys
 import time
@@ -19,8 +18,10 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, process_group, zero
+from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
+from utils.seeding import seed_everything
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,22 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
     )
 
 
+def deal(chosen, ranked: list[Ranked], config) -> list[list[int]]:
+    """This rank's micro-batches of rows `chosen` of `ranked`."""
+    lengths = {i: max(map(len, ranked[i].answers)) for i in chosen}
+    counts = {i: len(ranked[i].answers) for i in chosen}
+    return batches.deal(chosen, lengths, *batches.shares(config), counts)
+
+
 @torch.no_grad()
-def score_all(engine, ranked: list[Ranked], micro: int, pad_id: int, device) -> list[list[float]]:
+def score_all(engine, ranked: list[Ranked], config, pad_id: int, device) -> list[list[float]]:
     """Scores of every answer, on every rank, in the order of `ranked`."""
     engine.module.eval()
-    rank, world = process_group.rank(), process_group.world_size()
-    order = sorted(range(len(ranked)), key=lambda i: max(map(len, ranked[i].answers)))
-    mine = order[rank::world]
     found = {}
-    # Every rank runs as many forward passes as the fullest one: ZeRO-3 gathers in each.
-    for start in range(0, math.ceil(len(order) / world), micro):
-        chosen = mine[start : start + micro]
-        flat = iter(
-            scores_of(engine, [ranked[i] for i in chosen or order[:1]], pad_id, device).tolist()
-        )
+    for chosen in deal(range(len(ranked)), ranked, config):
+        # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
+        rows = [ranked[i] for i in chosen or [0]]
+        flat = iter(scores_of(engine, rows, pad_id, device).tolist())
         found |= {i: [next(flat) for _ in ranked[i].answers] for i in chosen}
     engine.module.train()
     everything = {i: s for part in process_group.gather_objects(found) for i, s in part.items()}
@@ -110,9 +113,9 @@ def score_all(engine, ranked: list[Ranked], micro: int, pad_id: int, device) -> 
 
 def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
     """Accuracy, its interval and mean margin on held-out pairs; beside it the longer answer's."""
-    from step2_reward.metrics import pair_accuracy
+    from utils.metrics import pair_accuracy
 
-    scores = score_all(engine, ranked, config.micro_batch_size, pad_id, device)
+    scores = score_all(engine, ranked, config, pad_id, device)
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
@@ -209,6 +212,7 @@ def build(config, device, report):
         f"step 2, reward model: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
         + reporting.batch_arithmetic(config, process_group.world_size())
     )
+    planner.first_lines("reward", config, device, report.say)
     model = scalar_model.load(
         config,
         name,
@@ -231,39 +235,45 @@ def build(config, device, report):
 
 def main() -> None:
     config = run_config.parse(RewardConfig, __doc__)
+    resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
-    world, rank = process_group.world_size(), process_group.rank()
-    torch.manual_seed(config.seed)
-    started = time.time()
+    seed_everything(config.seed, config.deterministic)
+    found = resuming.find(config)
 
     # Build: data, model, engine.
-    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
+    report = reporting.Report(
+        config.output_dir, config.log_every, config.tensorboard, found and found.step
+    )
+    run = Checkpoints(config, report, found, device)
     tokenizer, train, held, demonstrations, engine, steps = build(config, device, report)
     pad_id = tokenizer.pad_token_id
-    lengths = [max(map(len, r.answers)) for r in train]
     report.expect(steps)
-    run_config.save(config, config.output_dir, world, process_group.is_main())
+    run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
 
-    def save() -> None:
-        checkpoint.save_model(config.output_dir, engine.module.classifier, tokenizer, config)
+    def save(folder=config.output_dir) -> None:
+        checkpoint.save_model(folder, engine.module.classifier, tokenizer, config)
 
-    before = evaluate(engine, held, config, pad_id, device)
+    before = run.once("before", lambda: evaluate(engine, held, config, pad_id, device))
     report.say(
         f"held-out accuracy before: {before['eval/accuracy']:.3f}, always the longer "
         f"answer: {before['eval/accuracy_longer_answer']:.3f}"
     )
 
     # Loop.
-    for step in range(steps):
+    bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
+    data = batches.fingerprint(row for r in train for row in (*r.answers, r.labels))
+    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, save, data)
+    for step in range(done, steps):
         tick = time.time()
         chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
         loss_sum = 0.0
-        for micro in batches.deal(chosen, lengths, rank, world, config.micro_batch_size):
+        for micro in deal(chosen, train, config):
             loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
             engine.backward(loss, normaliser=len(chosen))
             loss_sum += loss.item()
         metrics = engine.step()
+        bad_steps.note(metrics["skipped"])
         metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / len(chosen)
         metrics["seconds"] = time.time() - tick
         if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
@@ -273,12 +283,11 @@ def main() -> None:
             metrics,
             show=("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds"),
         )
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save()
+        run.after_step(step + 1, metrics)
 
     # Evaluate, set the bias so that demonstrations score 0 on average, save.
     after = evaluate(engine, held, config, pad_id, device)
-    shown = score_all(engine, demonstrations, config.micro_batch_size, pad_id, device)
+    shown = score_all(engine, demonstrations, config, pad_id, device)
     bias = engine.module.bias + sum(s for group in shown for s in group) / len(shown)
     engine.module.set_bias(bias)
     save()
@@ -287,7 +296,7 @@ def main() -> None:
         "accuracy_before": before["eval/accuracy"],
         "bias": bias,
         "steps": steps,
-        "seconds": time.time() - started,
+        "seconds": run.seconds(),
     }
     reporting.save_result(config.output_dir, result)
     report.say(
