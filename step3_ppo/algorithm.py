@@ -2,14 +2,18 @@
 
 Every per-token tensor is (B,R) fp32; `mask` (B,R) bool is True on response tokens through the
 stop token. Losses are sums over tokens: the caller divides by the token count of the whole
-optimizer step, over all ranks and micro-batches.
+optimizer step, over all ranks and micro-batches. Where a whole answer is one action
+(`one_action`), R is 1 and a "token" is an answer.
 
 Sources: Schulman et al. 2017 (PPO), 2015 (GAE); Ziegler et al. 2019; Stiennon et al. 2020
 (summarize-from-feedback); Ouyang et al. 2022 (InstructGPT); Schulman 2020, "Approximating KL
-divergence" (k1, k2, k3).
+divergence" (k1, k2, k3); Williams 1992 (REINFORCE); Mnih et al. 2016 (A2C); Ye et al. 2020 (dual
+clip); Yu et al. 2025, DAPO (a wider upper clip).
 """
 
 import torch
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -24,7 +28,8 @@ def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor):
     in variance; k3 = q/p − 1 + k1 is unbiased and never negative.
     """
     k1 = logprobs - ref_logprobs
-    return k1, k1.square() / 2, torch.exp(-k1) - 1 + k1
+    # expm1: in fp32 exp(−k1) − 1 is rounding alone near 0, and half of the k3 came out negative.
+    return k1, k1.square() / 2, torch.expm1(-k1) + k1
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, sequences: int, horizon: float):
@@ -37,16 +42,27 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, sequences: int, ho
     return kl_coef * (1.0 + error * sequences / horizon)
 
 
-def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float):
-    """(B,) scores → rewards (B,R) and kl (B,R), k1 a token.
+def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float, kl_estimator: str = "k1"):
+    """(B,) scores → rewards (B,R) and kl (B,R), the estimate a token that they were charged for.
 
-    Every response token pays kl_coef × k1; the last one earns the score.
+    Every response token pays kl_coef × kl; the last one earns the score. Only k1 is a sound penalty
+    here. A reward is not differentiated, so what pulls the policy back is E[kl · ∇log p]: for k1
+    that is ∇KL(policy ‖ reference); for k3 it is ∇KL(policy ‖ reference) − ∇KL(reference ‖ policy),
+    which cancel near the reference: what is left is of second order in the distance, where ∇KL is
+    of first. For k2 it is the same but for terms of third order.
     """
-    kl = (logprobs - ref_logprobs) * mask
+    estimate = kl_estimates(logprobs, ref_logprobs)[KL_ESTIMATORS.index(kl_estimator)]
+    kl = estimate.where(mask, 0.0)
     rewards = -kl_coef * kl
     last = mask.long().sum(1) - 1
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards, kl
+
+
+def one_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,R) log-probabilities or rewards of tokens → (B,1) of the whole answer, their sum: the
+    bandit of InstructGPT's text, where a policy plays an answer and the episode ends."""
+    return (x * mask).sum(1, keepdim=True)
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
@@ -65,36 +81,65 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return advantages, (advantages + values) * mask
 
 
-def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """x with mean 0 and variance 1 over the masked tokens, 0 elsewhere."""
+def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """x with mean 0 (or, without `shift_mean`, its own) and variance 1 over the masked tokens,
+    0 elsewhere."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
 
 
-def policy_loss(new_logprobs, logprobs, advantages, mask, clip_ratio: float):
+def policy_loss(
+    new_logprobs,
+    logprobs,
+    advantages,
+    mask,
+    clip_ratio: float,
+    clip_ratio_high: float = 0.0,
+    dual_clip: float = 0.0,
+):
     """Clipped surrogate, summed over tokens, and its statistics (sums over tokens too).
 
-    −Σ min(ρ A, clip(ρ, 1−ε, 1+ε) A) with ρ = exp(new − old).
+    −Σ min(ρ A, clip(ρ, 1−ε, 1+ε') A) with ρ = exp(new − old); ε' is `clip_ratio_high`, or ε where
+    that is 0. With dual_clip c > 1 a token with A < 0 counts at most as c·A: without it a ratio
+    that has exploded makes the loss unbounded there.
     """
+    ratio, stats = _ratio_statistics(new_logprobs, logprobs, mask)
+    high = clip_ratio_high or clip_ratio
+    clipped = ratio.clamp(1 - clip_ratio, 1 + high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip:
+        floor = torch.maximum(objective, dual_clip * advantages)
+        objective = torch.where(advantages < 0, floor, objective)
+    loss = -(objective * mask).sum()
+    outside = (ratio < 1 - clip_ratio) | (ratio > 1 + high)
+    return loss, stats | {"policy_loss": loss.detach(), "clip_fraction": (outside & mask).sum()}
+
+
+def policy_gradient_loss(new_logprobs, logprobs, advantages, mask):
+    """−Σ A log p, the loss of REINFORCE and A2C, and its statistics. It has no ratio, so it holds
+    for one optimizer step on samples of this very policy; there its gradient is PPO's."""
+    _, stats = _ratio_statistics(new_logprobs, logprobs, mask)
+    loss = -(new_logprobs * advantages * mask).sum()
+    return loss, stats | {"policy_loss": loss.detach()}
+
+
+def _ratio_statistics(new_logprobs, logprobs, mask):
+    """ρ (B,R), and sums over tokens of ρ and of KL(old ‖ new) by k3: how far an update moved."""
     log_ratio = (new_logprobs - logprobs) * mask
+    # Beyond e^88 fp32 is infinite, and the gradient of a ratio that a clip cuts off 0 × ∞ = NaN.
+    log_ratio = log_ratio.clamp(max=80.0)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    loss = -(torch.minimum(ratio * advantages, clipped * advantages) * mask).sum()
     with torch.no_grad():
-        stats = {
-            "policy_loss": loss.detach(),
-            "ratio": (ratio * mask).sum(),
-            "clip_fraction": (((ratio - 1).abs() > clip_ratio) & mask).sum(),
-            # KL(old ‖ new) by k3: how far this update has moved.
-            "approx_kl": ((ratio - 1 - log_ratio) * mask).sum(),
-        }
-    return loss, stats
+        moved = ((torch.expm1(log_ratio) - log_ratio) * mask).sum()
+        return ratio, {"ratio": (ratio * mask).sum().detach(), "approx_kl": moved}
 
 
 def value_loss(new_values, values, returns, mask, clip_value: float):
     """Clipped squared error ½ Σ max((V−R)², (clip(V, V_old±ε)−R)²), and its statistics."""
-    clipped = values + (new_values - values).clamp(-clip_value, clip_value)
+    # Not values + clamp(new − values): that is rounded, and would count as clipped what is not.
+    clipped = new_values.clamp(values - clip_value, values + clip_value)
     error, clipped_error = (new_values - returns).square(), (clipped - returns).square()
     loss = 0.5 * (torch.maximum(error, clipped_error) * mask).sum()
     with torch.no_grad():

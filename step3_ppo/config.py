@@ -1,5 +1,6 @@
 """Settings of step 3."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from utils.config import RunConfig, setting
@@ -13,10 +14,24 @@ class PPOConfig(RunConfig):
     prompts_per_rollout × samples_per_prompt = minibatches × global_batch_size.
     """
 
+    weighted = "prompt_data"
     reward_model: str = setting("", "folder written by step2_reward/main.py")
+    reward_function: str = setting(
+        "",
+        "package.module:name or FILE.py:name of a callable (prompts, responses, rows) → scores, in "
+        "place of the reward model or added to it",
+    )
+    reward_function_coef: float = setting(1.0, "what its scores are multiplied by")
+    reward_function_timeout: float = setting(60.0, "seconds it may take a rollout; 0: any")
+    judge_model: str = setting("", "another reward model that only judges held-out answers")
     reference_model: str = setting("", "whom the KL is measured to (default: the SFT model)")
-    critic_model: str = setting("", "where the critic starts (default: the reward model)")
+    critic_model: str = setting(
+        "", "where the critic starts (default: the reward model; without one the SFT model)"
+    )
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
+    preference_data: list[str] = setting(
+        [], "comparisons on whose held-out pairs the self-check tries the reward model"
+    )
     max_prompt_length: int = setting(256, "tokens; prompts are cut from the left")
     max_response_length: int = setting(256, "tokens sampled at most")
 
@@ -26,9 +41,48 @@ class PPOConfig(RunConfig):
     global_batch_size: int = setting(
         64, "sequences an optimizer step (a minibatch), over all ranks"
     )
-    generation_batch_size: int = setting(0, "sequences decoded at once on a rank; 0: all")
+    hybrid_engine: str = setting(
+        "auto",
+        "who samples: our decode loop (native), DeepSpeed's rollout class where it passes a check, "
+        "the fastest that passes, or our loop on the module as it stands (off, for debugging)",
+        choices=("auto", "deepspeed", "native", "off"),
+    )
+    offload_frozen: bool = setting(
+        False, "reference and reward models in CPU memory between their uses (CUDA)"
+    )
+    generation_tokens: int = setting(
+        0, "tokens of prompts and room for answers decoded at once on a rank; 0: all"
+    )
+    decode: str = setting(
+        "auto",
+        "eager; static: fixed shapes; graph: those, each step as one CUDA graph; auto: graph on "
+        "GPUs where it can be",
+        choices=("auto", "eager", "static", "graph"),
+    )
+    release_decode_memory: bool = setting(
+        False, "keys, values and graphs make room for training after each rollout"
+    )
+    logprobs_from: str = setting(
+        "auto",
+        "who says the old log-probabilities: the decode loop as it samples, or another forward "
+        "pass; auto: decode where both agreed on the first batch sampled",
+        choices=("auto", "decode", "forward"),
+    )
     ppo_epochs: int = setting(1, "passes over each rollout")
     temperature: float = setting(1.0, "of sampling, and of the log-probabilities trained on")
+    top_p: float = setting(1.0, "1 only: PPO's log-probabilities are of the whole distribution")
+    top_k: int = setting(0, "0 only, for the same reason")
+
+    algorithm: str = setting(
+        "ppo",
+        "ppo; a2c: no ratio, one optimizer step a rollout; reinforce: a2c without a critic",
+        choices=("ppo", "a2c", "reinforce"),
+    )
+    action_level: str = setting(
+        "token",
+        "what one action is: a token, or the whole answer (sequence), as in InstructGPT's text",
+        choices=("token", "sequence"),
+    )
 
     critic_learning_rate: float = setting(0.0, "peak learning rate of the critic; 0: the actor's")
     critic_zero_stage: int = setting(
@@ -40,22 +94,52 @@ class PPOConfig(RunConfig):
         choices=(-1, 0, 3),
     )
     kl_coef: float = setting(0.05, "cost of one nat of KL to the reference, on every token")
+    kl_estimator: str = setting(
+        "k1",
+        "what is charged and reported as kl; only k1's policy gradient is that of the KL",
+        choices=("k1", "k2", "k3"),
+    )
     kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
     kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts")
     gamma: float = setting(1.0, "discount")
     lam: float = setting(0.95, "λ of generalised advantage estimation")
     clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move")
+    clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
+    dual_clip: float = setting(0.0, "a token of advantage A < 0 counts at most as this × A; 0: off")
     clip_value: float = setting(0.2, "how far a value may move in one rollout's updates")
     whiten_advantages: bool = setting(True, "advantages to mean 0 and variance 1 over the rollout")
-    score_clip: float = setting(0.0, "scores limited to ± this; 0: not")
+    whiten_rewards: bool = setting(False, "token rewards to variance 1 over the rollout, mean kept")
+    score_normalisation: str = setting(
+        "none",
+        "scores to mean 0 and deviation 1; running: of all so far; fixed: of the held-out answers "
+        "before training",
+        choices=("none", "running", "fixed"),
+    )
+    score_clip: float = setting(0.0, "scores limited to ± this, once normalised; 0: not")
     missing_eos_penalty: float = setting(0.0, "a response cut at the limit scores − this; 0: off")
+    ptx_coef: float = setting(
+        0.0, "weight of the language-model loss on --ptx_data in the actor's (InstructGPT: 27.8)"
+    )
+    ptx_data: list[str] = setting(
+        [], "demonstrations or rows of plain `text`: files, folders or hub names"
+    )
     ema_decay: float = setting(0.992, "of the averaged actor, once an optimizer step; 0: none")
     sample_answers: int = setting(3, "held-out prompts whose answers are shown at evaluations")
 
+    self_check: str = setting(
+        "on", "what must hold before training; warn: say and go on", choices=("on", "warn", "off")
+    )
+    check_only: bool = setting(False, "stop after the self-check; nothing is saved")
+    kl_limit: float = setting(20.0, "nats a response above which a warning is given")
+    stop_at_kl: float = setting(0.0, "nats a response above which the run saves and ends; 0: never")
+
     def problems(self, world_size: int) -> list[str]:
         found = super().problems(world_size)
-        if not self.reward_model:
-            found.append("reward_model is empty; set --reward_model to step 2's output folder")
+        if not self.reward_model and not self.reward_function:
+            found.append(
+                "reward_model is empty; set --reward_model to step 2's output folder, or name a "
+                "--reward_function"
+            )
         if not self.prompt_data:
             found.append("prompt_data is empty; name at least one data set with --prompt_data")
         if self.rollout_size() % max(self.global_batch_size, 1):
@@ -75,6 +159,8 @@ class PPOConfig(RunConfig):
             "temperature",
             "clip_ratio",
             "clip_value",
+            "kl_limit",
+            "kl_horizon",
         ):
             if getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
@@ -84,7 +170,13 @@ class PPOConfig(RunConfig):
             "score_clip",
             "missing_eos_penalty",
             "critic_learning_rate",
-            "generation_batch_size",
+            "generation_tokens",
+            "clip_ratio_high",
+            "dual_clip",
+            "ptx_coef",
+            "reward_function_timeout",
+            "stop_at_kl",
+            "sample_answers",
         ):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)} must not be negative; set --{name}")
@@ -93,18 +185,98 @@ class PPOConfig(RunConfig):
                 f"kl_horizon={self.kl_horizon} is too short for rollouts of {self.rollout_size()} "
                 "sequences: kl_coef would jump; set --kl_horizon well above the rollout"
             )
+        found += self._problems_of_sampling() + self._problems_of_the_algorithm()
+        found += self._problems_of_the_engine()
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}={getattr(self, name)} must lie in [0, 1]; set --{name}")
+        if self.critic_learning_rate > 1:
+            found.append(f"critic_learning_rate={self.critic_learning_rate} is above 1.0; lower it")
         if not 0 <= self.ema_decay < 1:
             found.append(f"ema_decay={self.ema_decay} must lie in [0, 1); set --ema_decay")
         return found
 
+    def _problems_of_sampling(self) -> list[str]:
+        found = []
+        for name, off in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, name) != off:
+                found.append(
+                    f"{name}={getattr(self, name)}: a rollout that leaves out tokens is not drawn "
+                    "from the policy whose log-probabilities PPO compares, and the ratio would be "
+                    f"wrong; set --{name} {off}, and lower --temperature for safer samples"
+                )
+        in_step = self.zero_stage == 3 and self.rollout_gather == "layer"
+        if in_step and self.decode in ("static", "graph"):
+            found.append(
+                f"decode={self.decode} and rollout_gather=layer: ranks that gather each layer "
+                "together cannot replay a step apart; set --decode eager"
+            )
+        return found
+
+    def _problems_of_the_algorithm(self) -> list[str]:
+        found = []
+        if self.algorithm != "ppo" and (self.ppo_epochs != 1 or self.minibatches() != 1):
+            found.append(
+                f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
+                f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
+                f"{self.rollout_size()} (now {self.global_batch_size}), one step a rollout"
+            )
+        if 0 < self.dual_clip <= 1:
+            found.append(f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off")
+        if bool(self.ptx_coef) != bool(self.ptx_data):
+            found.append(
+                f"ptx_coef={self.ptx_coef} and ptx_data={self.ptx_data} need each other; set both"
+            )
+        if self.kl_target > 0 and self.kl_coef == 0:
+            found.append("kl_target multiplies kl_coef=0, which stays 0; set --kl_coef above 0")
+        if self.algorithm == "reinforce" and self.critic_model:
+            found.append(
+                f"algorithm=reinforce has no critic that critic_model={self.critic_model!r} could "
+                "start; leave out --critic_model"
+            )
+        if self.reward_function_coef != 1.0 and not self.reward_function:
+            found.append("reward_function_coef needs a --reward_function that it multiplies")
+        if self.check_only and self.self_check == "off":
+            found.append("check_only asks for the self-check and self_check=off refuses it")
+        return found
+
+    def _problems_of_the_engine(self) -> list[str]:
+        found = []
+        if self.offload_frozen and self.stage_of_reference() == 3:
+            found.append(
+                "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
+                "--reference_zero_stage 0, or --offload all for shards in CPU memory"
+            )
+        if self.hybrid_engine == "deepspeed" and self.rollout_gather == "rollout":
+            found.append(
+                "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
+                "--rollout_gather auto, or --hybrid_engine native"
+            )
+        return found
+
+    def shortened(self) -> "PPOConfig":
+        """The same run with a first rollout of one optimizer step, for --check_only."""
+        return dataclasses.replace(
+            self,
+            prompts_per_rollout=self.global_batch_size,
+            samples_per_prompt=1,
+            ppo_epochs=1,
+            sample_answers=0,
+        )
+
     def rollout_size(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt
 
+    def decoded_at_once(self, world_size: int) -> int:
+        """Sequences that one rank decodes together, at most."""
+        rows = -(-max(self.rollout_size(), self.max_eval_rows) // world_size)
+        longest = self.max_prompt_length + self.max_response_length
+        return (
+            min(max(self.generation_tokens // longest, 1), rows) if self.generation_tokens else rows
+        )
+
     def minibatches(self) -> int:
-        return self.rollout_size() // self.global_batch_size
+        return self.rollout_size() // max(self.global_batch_size, 1)
 
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()

@@ -4,24 +4,28 @@ deepspeed step3_ppo/main.py --model_name_or_path SFT --reward_model RM --prompt_
     --output_dir FOLDER
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-import torch
 
-from step3_ppo import algorithm
 from step3_ppo import rollout as rollouts
+from step3_ppo import self_check
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build, save
+from step3_ppo.state import State
 from step3_ppo.update import train_on
+from step3_ppo.watch import Watch
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
-from utils.distributed import process_group, zero
+from utils.distributed import planner, process_group, resuming, zero
+from utils.distributed.training_state import Checkpoints
 from utils.models import language_model
+from utils.seeding import seed_everything
 
 SHOWN = (
     "score",
@@ -38,62 +42,64 @@ EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no 
 
 
 def load_prompts(config, tokenizer, report):
-    """(ids of training prompts, ids of held-out prompts, held-out prompts)."""
+    """(training prompts, held-out prompts), each a list of rollout.Prompt."""
     bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
     def load(names, role):
         return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
 
-    train, held = splits.train_and_held_out(
+    parts = splits.train_and_held_out(
         config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad
     )
-    limit = config.max_prompt_length
-    _, encoded, counts = batches.encode_prompts(tokenizer, train, limit, bad)
-    held, held_encoded, held_counts = batches.encode_prompts(tokenizer, held, limit, bad)
+    found = []
+    for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
+        kept, ids, counts = batches.encode_prompts(tokenizer, part, config.max_prompt_length, bad)
+        pairs = zip(kept, ids, strict=True)
+        found.append([rollouts.Prompt(i, p.messages, p.row) for p, i in pairs])
+        report.say(counts.line(name))
     bad.finish("prompt_data")
-    report.say(counts.line("prompts"))
-    report.say(held_counts.line("held-out prompts"))
-    return encoded, held_encoded, held
+    return found
 
 
-def evaluate(models, encoded, prompts, config, device) -> tuple[dict[str, float], str]:
-    """Metrics of sampled answers to the held-out prompts, and a few of them for people."""
-    rollout, _ = rollouts.collect(models, encoded, config, device, EVALUATION_NOISE)
-    metrics = {f"eval/{k}": v for k, v in rollouts.measure(rollout).items()}
-    texts = models.tokenizer.batch_decode(
-        rollout.response_ids.where(rollout.response_mask, models.tokenizer.pad_token_id),
-        skip_special_tokens=True,
-    )
+def evaluate(models, prompts, config, device, report, when: str) -> dict[str, float]:
+    """Metrics of sampled answers to the held-out prompts; shows people a few of them."""
+    rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
+    measured = rollouts.measure(rollout, config.kl_estimator)
+    metrics = {f"eval/{name}": value for name, value in measured.items()}
+    texts = rollouts.texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
-    shown = "\n".join(
+    shown = zip(prompts[: config.sample_answers], texts, rollout.scores, strict=False)
+    lines = [
         f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:120]!r}  (score {score:.2f})"
-        for p, text, score in zip(
-            prompts[: config.sample_answers], texts, rollout.scores, strict=False
-        )
-    )
-    return metrics, shown
+        for p, text, score in shown
+    ]
+    if lines:
+        report.say("\n".join([f"answers {when}:", *lines]))
+    return metrics
 
 
-def main() -> None:
-    config = run_config.parse(PPOConfig, __doc__)
-    reporting.quiet_libraries()
-    device = process_group.init(config.timeout_minutes)
+def say_engines(models, config, device, report) -> None:
+    from utils.models import rollout_engines
+
+    rows = config.decoded_at_once(process_group.world_size())
+    report.say(rollout_engines.settle(models.rollout_engine, config, rows))
+    if config.offload_frozen and device.type != "cuda":
+        report.say("offload_frozen: the models are in CPU memory anyway")
+
+
+def start(config, device, resumed_at: int | None):
+    """(report, training prompts, held-out prompts, models, state) of this run."""
     world = process_group.world_size()
     dtype = zero.resolve_dtype(config.dtype, device)
-    torch.manual_seed(config.seed)
-    started = time.time()
-
-    # Build: prompts, models.
-    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard)
-    report.expect(config.max_steps)
+    report = reporting.Report(config.output_dir, config.log_every, config.tensorboard, resumed_at)
     report.say(
-        f"step 3, PPO: {config.max_steps} rollouts of {config.prompts_per_rollout} prompts × "
-        f"{config.samples_per_prompt} samples = {config.minibatches()} minibatches of "
-        f"{config.global_batch_size}, {config.ppo_epochs} epochs; {dtype}, "
-        f"ZeRO-{config.zero_stage} (critic {config.stage_of_critic()}), "
-        + reporting.batch_arithmetic(config, world)
+        f"step 3, {config.algorithm.upper()}: {config.max_steps} rollouts of "
+        f"{config.prompts_per_rollout} prompts × {config.samples_per_prompt} samples = "
+        f"{config.minibatches()} minibatches of {config.global_batch_size}, {config.ppo_epochs} "
+        f"epochs; an action is a {config.action_level}; {dtype}, ZeRO-{config.zero_stage} (critic "
+        f"{config.stage_of_critic()}), " + reporting.batch_arithmetic(config, world)
     )
     run_config.save(config, config.output_dir, world, process_group.is_main())
     language_model.check_positions(
@@ -103,55 +109,105 @@ def main() -> None:
         config.trust_remote_code,
     )
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    prompts, held_encoded, held = load_prompts(config, tokenizer, report)
+    prompts, held = load_prompts(config, tokenizer, report)
+    planner.first_lines("ppo", config, device, report.say)
     models = build(config, tokenizer, dtype, device)
+    say_engines(models, config, device, report)
+    models.old_logprobs.say = report.say
+    if models.ptx is not None:
+        report.say(models.ptx.counts.line("ptx rows"))
+    return report, prompts, held, models, State(kl_coef=config.kl_coef)
 
-    before, shown = evaluate(models, held_encoded, held, config, device)
-    if shown:
-        report.say(f"answers before:\n{shown}")
-    report.log(0, before, show=SHOWN)
+
+def say_result(models, config, report, before: dict, after: dict, counted: dict) -> None:
+    """Write result.json; what the evaluations before and after say, for people."""
+    result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
+    result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()} | counted
+    reporting.save_result(config.output_dir, result)
+    report.say(
+        f"held-out score {result['score_before']:.3f} → {result['score_after']:.3f} at KL "
+        f"{result['kl_after']:.3f}; saved {config.output_dir}/actor"
+        + (", critic" if models.critic is not None else "")
+        + (", actor_ema" if models.ema is not None else "")
+    )
+
+
+def main() -> None:
+    config = run_config.parse(PPOConfig, __doc__)
+    if config.check_only:
+        config = config.shortened()
+    resuming.check_output(config)
+    reporting.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    seed_everything(config.seed, config.deterministic)
+    found = resuming.find(config)
+
+    # Build: prompts, models. Check what must hold, then look at the policy as it is.
+    report, prompts, held, models, state = start(config, device, found and found.step)
+    run = Checkpoints(config, report, found, device)
+    # What holds before the first step (policy = reference) does not in a run taken up later.
+    checked = config if found is None else dataclasses.replace(config, self_check="off")
+    check = self_check.SelfCheck(models, prompts, held, checked, device, report.say)
+    check.before_the_first_step()
+    before = run.once("before", lambda: evaluate(models, held, config, device, report, "before"))
+    if config.score_normalisation == "fixed":
+        state.fix(before["eval/score"], before["eval/score_std"])
+    report.expect(config.max_steps)
+    if found is None:
+        report.log(0, before, show=SHOWN)
+
+    def write_models(folder=config.output_dir) -> None:
+        save(models, config, state, folder)
+
+    watch = Watch(config, report.say, write_models)
+    carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
+    if models.ptx is not None:
+        carried["ptx"] = models.ptx
+    data = batches.fingerprint(p.ids for p in prompts)
+    done = run.follow(check.trained(), carried, write_models, data, models.ema)
 
     # Loop: rollout, advantages, updates.
-    after, kl_coef = before, config.kl_coef
-    for step in range(config.max_steps):
+    after = run.facts.setdefault("after", before)
+    for step in range(done, config.max_steps):
         tick = time.time()
         chosen = batches.rows_of_step(step, config.prompts_per_rollout, len(prompts), config.seed)
         sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
-        rollout, seconds = rollouts.collect(models, sampled, config, device, noise_step=step)
-        experience, metrics = rollouts.make_experience(rollout, config, kl_coef)
-        if config.kl_target > 0:
-            kl_coef = algorithm.adapted_kl_coef(
-                kl_coef, metrics["kl"], config.kl_target, len(sampled), config.kl_horizon
-            )
+        rollout, metrics = rollouts.collect(models, sampled, config, device, noise_step=step)
+        if watch.may_train_on(rollout, step):
+            experience, measured = rollouts.make_experience(rollout, config, state)
+            metrics |= measured
+            state.adapt(metrics["kl"], len(sampled), config)
+            trained = time.time()
+            metrics |= train_on(models, experience, config, device, step, watch)
+            metrics["seconds_train"] = time.time() - trained
+            check.after_the_first_rollout(rollout, metrics)
+            if config.check_only:
+                break
+        else:
+            metrics |= rollouts.measure(rollout, config.kl_estimator)
+        state.rollouts = step + 1
+        stop = watch.reason_to_stop(metrics)
 
-        trained = time.time()
-        metrics |= train_on(models, experience, config, device, step)
-
-        now = time.time()
-        tokens = int(rollout.response_mask.sum())
-        metrics |= seconds | {"seconds_train": now - trained, "seconds": now - tick}
-        for phase in ("generate", "score", "train"):
-            metrics[f"tokens_per_second_{phase}"] = tokens / metrics[f"seconds_{phase}"]
-        last = step + 1 == config.max_steps
+        metrics["seconds"] = time.time() - tick
+        metrics |= rollouts.speeds(rollout, metrics)
+        last = bool(stop) or step + 1 == config.max_steps
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-            after, shown = evaluate(models, held_encoded, held, config, device)
+            after = evaluate(models, held, config, device, report, f"after {step + 1} rollouts")
+            run.facts["after"] = after
             metrics |= after
-            if shown:
-                report.say(f"answers after {step + 1} rollouts:\n{shown}")
+        watch.warn(step, metrics)
         report.log(step + 1, metrics, show=SHOWN)
-        if config.save_every and (step + 1) % config.save_every == 0 and not last:
-            save(models, config)
+        if stop:
+            report.say(f"stopped after {step + 1} rollouts: {stop}")
+            break
+        run.after_step(step + 1, metrics)
 
-    # Save.
-    save(models, config)
-    result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
-    result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()}
-    reporting.save_result(config.output_dir, result | {"seconds": time.time() - started})
-    report.say(
-        f"held-out score {result['score_before']:.3f} → {result['score_after']:.3f} at KL "
-        f"{result['kl_after']:.3f}; saved {config.output_dir}/actor, critic"
-        + (", actor_ema" if models.ema is not None else "")
-    )
+    if config.check_only:
+        report.say("check_only: every check was made; nothing was saved")
+    else:
+        write_models()
+        counted = {"rollouts": state.rollouts, "seconds": run.seconds()}
+        say_result(models, config, report, before, after, counted)
     report.close()
     process_group.shut_down()
 

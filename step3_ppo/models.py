@@ -1,10 +1,15 @@
-"""Actor, critic, reference, reward model and EMA, each built once."""
+"""Actor, critic, reference, reward model, judge and EMA, each built once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from step3_ppo import ptx, scoring
+from step3_ppo.old_logprobs import OldLogprobs
+from step3_ppo.reward_model import RewardModel, differences
 from utils.data import chat_template
-from utils.distributed import checkpoint, zero
+from utils.distributed import checkpoint, process_group, zero
+from utils.distributed.frozen_offload import FrozenOffload
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
@@ -12,69 +17,101 @@ from utils.models.ema import EMA
 
 @dataclass
 class Models:
-    """actor and critic are trained; reference and reward are frozen, maybe sharded."""
+    """actor and critic are trained; reference, reward and judge are frozen, maybe sharded. None
+    where the run has no use for it."""
 
     tokenizer: object
     actor: zero.TrainEngine
-    hybrid: HybridEngine
-    critic: zero.TrainEngine
+    rollout_engine: object  # who samples: see utils/models/rollout_engines.py
+    old_logprobs: OldLogprobs
+    critic: zero.TrainEngine | None
     reference: object
-    reward: object
+    reward: RewardModel | None
+    reward_function: Callable | None
+    judge: RewardModel | None
     ema: EMA | None
+    ptx: ptx.Examples | None
+    frozen_offload: FrozenOffload | None
+
+    @property
+    def hybrid(self) -> HybridEngine:
+        return self.rollout_engine.hybrid
 
 
 def build(config, tokenizer, dtype: str, device) -> Models:
-    check_same_language(tokenizer, config)
-    actor = _train(
-        language_model.load(
-            config,
-            config.model_name_or_path,
-            dtype=dtype,
-            zero_stage=config.zero_stage,
-            tokenizer=tokenizer,
-        ),
+    from utils.models import rollout_engines
+
+    reward_function = scoring.load(config.reward_function) if config.reward_function else None
+    # Data first: a bad row is found before the models take their minutes to load.
+    examples = ptx.load(config, tokenizer) if config.ptx_coef else None
+    other_tokenizers = check_same_language(tokenizer, config)
+    loading = dict(dtype=dtype, tokenizer=tokenizer)
+    name, stage = config.model_name_or_path, config.zero_stage
+    actor, rollout_engine = rollout_engines.build(
         config,
-        dtype,
-        config.zero_stage,
-        config.learning_rate,
-    )
-    critic_stage = config.stage_of_critic()
-    critic = _train(
-        scalar_model.load(
-            config,
-            config.critic_model or config.reward_model,
-            dtype=dtype,
-            zero_stage=critic_stage,
-            tokenizer=tokenizer,
-            head="zero",
+        lambda: language_model.load(config, name, zero_stage=config.zero_stage, **loading),
+        lambda model, tokens: _train(
+            model, config, dtype, config.zero_stage, config.learning_rate, injected_tokens=tokens
         ),
-        config,
+        tokenizer,
         dtype,
-        critic_stage,
-        config.critic_learning_rate or config.learning_rate,
     )
+    if config.logprobs_from == "decode" and rollout_engine.name != "native":
+        raise SystemExit(
+            f"logprobs_from=decode: the {rollout_engine.name} engine tells no log-probabilities; "
+            "set --logprobs_from auto or --hybrid_engine native"
+        )
+    critic = None
+    if config.algorithm != "reinforce":
+        # A reward model of another language cannot read the policy's ids, whatever it knows.
+        like_reward = "" if "reward_model" in other_tokenizers else config.reward_model
+        start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
+        critic = _train(
+            scalar_model.load(config, start, zero_stage=stage, head="zero", **loading),
+            config,
+            dtype,
+            stage,
+            config.critic_learning_rate or config.learning_rate,
+        )
     stage = config.stage_of_reference()
     frozen = dict(config=config, dtype=dtype, zero_stage=stage, device=device)
     reference = zero.frozen(
-        language_model.load(
-            config,
-            config.reference_model or config.model_name_or_path,
-            dtype=dtype,
-            zero_stage=stage,
-            tokenizer=tokenizer,
-        ),
+        language_model.load(config, config.reference_model or name, zero_stage=stage, **loading),
         **frozen,
     )
-    reward = zero.frozen(
-        scalar_model.load(config, config.reward_model, dtype=dtype, zero_stage=stage), **frozen
-    )
+
+    def reward_model(flag: str) -> RewardModel | None:
+        path = getattr(config, flag)
+        if not path:
+            return None
+        its_own = other_tokenizers.get(flag, tokenizer)
+        model = scalar_model.load(config, path, dtype=dtype, zero_stage=stage, tokenizer=its_own)
+        most = getattr(model.classifier.config, "max_position_embeddings", None) or 1_000_000
+        return RewardModel(zero.frozen(model, **frozen), other_tokenizers.get(flag), most)
+
+    reward, judge = reward_model("reward_model"), reward_model("judge_model")
+    frozen_offload = None
+    if config.offload_frozen and device.type == "cuda":
+        scorers = [m.model for m in (reward, judge) if m is not None]
+        frozen_offload = FrozenOffload([reference, *scorers], device)
     ema = EMA(actor.module, config.ema_decay) if config.ema_decay > 0 else None
     return Models(
-        tokenizer, actor, HybridEngine(actor, config.rollout_gather), critic, reference, reward, ema
+        tokenizer=tokenizer,
+        actor=actor,
+        rollout_engine=rollout_engine,
+        old_logprobs=OldLogprobs(config.logprobs_from),
+        critic=critic,
+        reference=reference,
+        reward=reward,
+        reward_function=reward_function,
+        judge=judge,
+        ema=ema,
+        ptx=examples,
+        frozen_offload=frozen_offload,
     )
 
 
-def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
+def _train(model, config, dtype, zero_stage, learning_rate, **more) -> zero.TrainEngine:
     return zero.TrainEngine(
         model,
         config,
@@ -82,36 +119,47 @@ def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
         zero_stage=zero_stage,
         learning_rate=learning_rate,
         total_steps=config.optimizer_steps(),
+        **more,
     )
 
 
-def save(models: Models, config) -> None:
-    """Write actor/, critic/ and actor_ema/ under the output folder. Every rank must call it."""
-    folder, tokenizer = Path(config.output_dir), models.tokenizer
-    actor, critic = models.actor.module, models.critic.module.classifier
+def save(models: Models, config, state, folder) -> None:
+    """Write actor/, critic/, actor_ema/ and state.json to `folder`. Every rank must call it."""
+    folder, tokenizer = Path(folder), models.tokenizer
+    actor = models.actor.module
     checkpoint.save_model(folder / "actor", actor, tokenizer, config)
-    checkpoint.save_model(folder / "critic", critic, tokenizer, config)
+    if models.critic is not None:
+        critic = models.critic.module.classifier
+        checkpoint.save_model(folder / "critic", critic, tokenizer, config)
     if models.ema is not None:
         average = models.ema.state_dict()
         checkpoint.save_model(folder / "actor_ema", actor, tokenizer, config, state_dict=average)
+    if process_group.is_main():
+        state.save(folder)
 
 
-def check_same_language(tokenizer, config) -> None:
-    """The actor's ids go straight into reward model and critic: they must mean the same there."""
-    for flag in ("reward_model", "critic_model", "reference_model"):
+def check_same_language(tokenizer, config) -> dict[str, object]:
+    """Refuse a reference or critic to whom the actor's ids mean other text.
+
+    Reward models may: returns {flag: its tokenizer} of those, whom answers go to as text.
+    """
+    others, problems = {}, []
+    for flag in ("reward_model", "judge_model", "critic_model", "reference_model"):
         path = getattr(config, flag)
         if not path:
             continue
         other = chat_template.load_tokenizer(path, config.trust_remote_code)
-        for what, mine, theirs in (
-            ("vocabulary", tokenizer.get_vocab(), other.get_vocab()),
-            ("chat template", tokenizer.chat_template, other.chat_template),
-            ("stop token", tokenizer.eos_token, other.eos_token),
-            ("pad token", tokenizer.pad_token, other.pad_token),
-        ):
-            if mine != theirs:
-                raise SystemExit(
-                    f"{flag}={path!r} and model_name_or_path={config.model_name_or_path!r} differ "
-                    f"in {what}: the same ids would mean different text; train step 2 from this "
-                    f"SFT model, or give one that shares its tokenizer as --{flag}"
-                )
+        found = differences(tokenizer, other)
+        if not found:
+            continue
+        if flag.startswith(("reward", "judge")):
+            others[flag] = other
+            continue
+        problems.append(
+            f"{flag}={path!r} and model_name_or_path={config.model_name_or_path!r} differ in "
+            f"{', '.join(found)}: the same ids would mean different text; give one that shares the "
+            f"SFT model's tokenizer as --{flag}"
+        )
+    if problems:
+        raise SystemExit("\n".join(problems))
+    return others

@@ -6,6 +6,7 @@ same on any number of ranks.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from dataclasses import dataclass
@@ -13,10 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from step3_ppo import algorithm
+from step3_ppo import algorithm, scoring
 from utils.data import batches
 from utils.distributed import process_group
-from utils.models import generation, language_model, scalar_model
+from utils.models import generation, language_model
+from utils.report import StopRun
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids: the prompt's tokens. messages, row: its turns and the data row, for whoever scores."""
+
+    ids: list[int]
+    messages: tuple[dict, ...]
+    row: dict
 
 
 @dataclass
@@ -31,7 +42,9 @@ class Rollout:
     ref_logprobs: torch.Tensor  # (B,R) fp32
     entropies: torch.Tensor  # (B,R) fp32, nats
     values: torch.Tensor  # (B,R) fp32
-    scores: torch.Tensor  # (B,) fp32, the reward model's, unclipped
+    scores: torch.Tensor  # (B,) fp32, of reward model and reward function, as they came
+    function_scores: torch.Tensor  # (B,) fp32, the reward function's part of them
+    judge_scores: torch.Tensor  # (B,) fp32, the judge's, of held-out answers only
     finished: torch.Tensor  # (B,) bool: ended with the stop token, not at the limit
 
     def select(self, rows) -> "Rollout":
@@ -45,6 +58,15 @@ class Rollout:
             elif part[name].dim() == 2:
                 part[name] = part[name][:, :right]
         return Rollout(**part)
+
+    def not_finite(self) -> list[str]:
+        """Names and counts of what is not a finite number."""
+        found = []
+        for f in dataclasses.fields(self):
+            bad = ~getattr(self, f.name).isfinite()
+            if bad.any():
+                found.append(f"{int(bad.sum())} of {bad.numel()} {f.name}")
+        return found
 
     def lengths(self) -> list[int]:
         return (self.prompt_mask.sum(1) + self.response_mask.sum(1)).tolist()
@@ -67,32 +89,37 @@ def _gather(parts: list[Rollout], order: list[int]) -> Rollout:
     return Rollout(**fields)
 
 
-def sample(models, generator, prompt_ids, prompt_mask, noise, config) -> torch.Tensor:
-    """(B,P) prompts, (B,·) noise → (B,R) responses, R the length of the longest."""
+def sample(models, prompt_ids, prompt_mask, noise, parts, config) -> list[torch.Tensor | None]:
+    """(B,P) prompts, (B,·) noise → (B,R) responses, R the length of the longest, and (B,R) fp32
+    log-probabilities and entropies as the decode loop saw them (None where the engine does not
+    tell). parts: slices of the rows that are decoded together."""
+    from utils.models.rollout_engines import Request, Sampling
+
     stop_id = models.tokenizer.eos_token_id
-    step = config.generation_batch_size or len(prompt_ids)
-    parts = [
-        generation.generate(
-            generator,
-            prompt_ids[i : i + step],
-            prompt_mask[i : i + step],
-            max_new_tokens=config.max_response_length,
-            stop_id=stop_id,
-            pad_id=models.tokenizer.pad_token_id,
-            temperature=config.temperature,
-            noise=noise[i : i + step],
-            all_finished=models.hybrid.all_finished,
-        )
-        for i in range(0, len(prompt_ids), step)
-    ]
-    responses = torch.cat(parts)
+    sampling = Sampling(
+        config.max_response_length,
+        config.temperature,
+        stop_id=stop_id,
+        pad_id=models.tokenizer.pad_token_id,
+        logprobs=models.old_logprobs.source != "forward",
+    )
+    found = []
+    for rows in parts:
+        left = int(prompt_mask[rows].long().argmax(1).min())  # pads that none of them needs
+        request = Request(prompt_ids[rows, left:], prompt_mask[rows, left:], noise[rows])
+        batch = models.rollout_engine.generate(request, sampling)
+        found.append((batch.response_ids, batch.logprobs, batch.entropies))
+    if config.release_decode_memory:
+        models.rollout_engine.release()
+    columns = zip(*found, strict=True)
+    responses, *seen = (None if x[0] is None else torch.cat(x) for x in columns)
     longest = int(generation.mask_through_stop(responses, stop_id).sum(1).max())
-    return responses[:, :longest]
+    return [x if x is None else x[:, :longest] for x in (responses, *seen)]
 
 
 @torch.no_grad()
-def collect(models, encoded: list[list[int]], config, device, noise_step: int):
-    """Sample and score one response for each prompt of `encoded` (id lists, all ranks' rows).
+def collect(models, prompts: list[Prompt], config, device, noise_step: int, judge=False):
+    """Sample and score one response for each of `prompts` (all ranks' rows).
 
     noise_step numbers the call: the same number gives the same samples. Returns (Rollout of all
     rows on every rank, {"seconds_generate", "seconds_score"}).
@@ -100,120 +127,215 @@ def collect(models, encoded: list[list[int]], config, device, noise_step: int):
     rank, world = process_group.rank(), process_group.world_size()
     pad_id, stop_id = models.tokenizer.pad_token_id, models.tokenizer.eos_token_id
     noise = generation.uniform_noise(
-        len(encoded), config.max_response_length, config.seed, noise_step
+        len(prompts), config.max_response_length, config.seed, noise_step
     )
     # Like lengths together, and the same number of rows and so of forward passes on every rank.
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
     per_rank = -(-len(order) // world)
     filled = list(itertools.islice(itertools.cycle(order), per_rank * world))
     mine = filled[rank::world]
+    # The longest of all ranks' i-th rows decides, so that all take as many batches.
+    lengths = [len(prompts[i].ids) for i in filled]
+    widths = [max(lengths[i : i + world]) for i in range(0, len(filled), world)]
+    parts = generation.batches_of(widths, config.max_response_length, config.generation_tokens)
     prompt_ids, prompt_mask = (
-        t.to(device) for t in batches.prompt_batch([encoded[i] for i in mine], pad_id)
+        t.to(device) for t in batches.prompt_batch([prompts[i].ids for i in mine], pad_id)
     )
 
     started = time.time()
     with models.hybrid.generating() as generator:
-        responses = sample(models, generator, prompt_ids, prompt_mask, noise[mine], config)
+        responses, *decoded = sample(models, prompt_ids, prompt_mask, noise[mine], parts, config)
         generated = time.time()
         response_mask = generation.mask_through_stop(responses, stop_id)
         input_ids = torch.cat([prompt_ids, responses], 1)
         mask = torch.cat([prompt_mask, response_mask], 1)
-        length = responses.shape[1]
-        score = dict(temperature=config.temperature, micro_batch_size=config.micro_batch_size)
-        # With the same module and mode that the update uses: dropout is off in both.
-        logprobs, entropies = language_model.response_logprobs(
-            generator, input_ids, mask, length, **score
+        decoded = [None if x is None else x * response_mask for x in decoded]
+        limits = config.micro_batch_size, config.micro_batch_tokens
+        micro = batches.in_step(mask.sum(1).tolist(), *limits)
+        score = functools.partial(
+            in_micro_batches, micro, prompt_ids, prompt_mask, responses, response_mask
         )
-    ref_logprobs, _ = language_model.response_logprobs(
-        models.reference, input_ids, mask, length, **score
-    )
-    values = response_values(models.critic, input_ids, mask, length, config.micro_batch_size)
-    scores = torch.cat(
-        [
-            scalar_model.sequence_scores(models.reward, ids, m)
-            for ids, m in zip(
-                input_ids.split(config.micro_batch_size),
-                mask.split(config.micro_batch_size),
-                strict=True,
-            )
-        ]
-    )
+        if models.old_logprobs.source != "decode":
+            # With the weights that the update starts from; its mode is another, but dropout is 0.
+            scored = score(response_logprobs, generator, config.temperature)
+        if models.old_logprobs.source is None:
+            models.old_logprobs.compare(decoded, scored)
+        logprobs, entropies = decoded if models.old_logprobs.source == "decode" else scored
+    ref_logprobs, _ = score(response_logprobs, models.reference, config.temperature)
+    values, none = torch.zeros_like(logprobs), torch.zeros(len(mine))
+    if models.critic is not None:
+        (values,) = score(response_values, models.critic)
+    finished = (responses == stop_id).any(1)
+    texts = texts_of(models.tokenizer, responses, response_mask)
+    asked = ([prompts[i] for i in mine], texts, finished, input_ids, mask, *limits)
     part = Rollout(
         prompt_ids,
         prompt_mask,
         responses,
         response_mask,
-        logprobs * response_mask,
-        ref_logprobs * response_mask,
-        entropies * response_mask,
-        values * response_mask,
-        scores,
-        (responses == stop_id).any(1),
+        logprobs,
+        ref_logprobs,
+        entropies,
+        values,
+        scores=models.reward.scores(*asked) if models.reward is not None else none,
+        function_scores=none,
+        judge_scores=models.judge.scores(*asked) if judge and models.judge is not None else none,
+        finished=finished,
     )
+    if models.frozen_offload is not None:
+        models.frozen_offload.park()
     own = len(range(rank, len(order), world))  # without the filling
     part = Rollout(**{f.name: getattr(part, f.name)[:own].cpu() for f in dataclasses.fields(part)})
     dealt = [i for r in range(world) for i in order[r::world]]
     rollout = _gather(process_group.gather_objects(part), dealt)
+    if models.reward_function is not None:
+        add_function_scores(rollout, models, prompts, config)
     seconds = {"seconds_generate": generated - started, "seconds_score": time.time() - generated}
     return rollout, seconds
 
 
-def response_values(critic, input_ids, mask, length: int, micro_batch_size: int) -> torch.Tensor:
-    """(B,P+R) → (B,R): V before response token t is drawn, read at the token before it."""
-    pieces = [
-        critic(ids, m)[:, -length - 1 : -1]
-        for ids, m in zip(
-            input_ids.split(micro_batch_size), mask.split(micro_batch_size), strict=True
+def texts_of(tokenizer, responses: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """(B,R) responses and their mask → what they say."""
+    return tokenizer.batch_decode(
+        responses.where(mask, tokenizer.pad_token_id), skip_special_tokens=True
+    )
+
+
+def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> None:
+    """Call --reward_function once, on rank 0, with every row; all ranks get its scores or stop."""
+    answer = None
+    if process_group.is_main():
+        texts = texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
+        try:
+            answer = scoring.call(
+                models.reward_function,
+                config.reward_function,
+                [p.messages[-1]["content"] for p in prompts],
+                texts,
+                [p.row for p in prompts],
+                config.reward_function_timeout,
+            )
+        except scoring.RewardFunctionError as error:
+            answer = str(error)
+    answer = process_group.gather_objects(answer)[0]
+    if isinstance(answer, str):
+        raise StopRun(answer)
+    rollout.function_scores = config.reward_function_coef * torch.tensor(answer, dtype=torch.float)
+    rollout.scores = rollout.scores + rollout.function_scores
+
+
+def in_micro_batches(
+    micro, prompt_ids, prompt_mask, response_ids, response_mask, compute, *args
+) -> list[torch.Tensor]:
+    """compute(ids (b,p+r), mask, r, *args) → tensors (b,r), for each list of b rows in `micro`
+    without the padding that none of them needs → the same (B,R) for all rows, 0 off the mask."""
+    wholes = None
+    for rows in micro:
+        masks = prompt_mask[rows], response_mask[rows]
+        left, right = int(masks[0].long().argmax(1).min()), int(masks[1].sum(1).max())
+        found = compute(
+            torch.cat([prompt_ids[rows][:, left:], response_ids[rows][:, :right]], 1),
+            torch.cat([masks[0][:, left:], masks[1][:, :right]], 1),
+            right,
+            *args,
         )
-    ]
-    return torch.cat(pieces)
+        if wholes is None:
+            wholes = [part.new_zeros(response_mask.shape) for part in found]
+        for whole, part in zip(wholes, found, strict=True):
+            whole[rows, :right] = part * masks[1][:, :right]
+    return wholes
+
+
+def response_logprobs(input_ids, mask, length: int, model, temperature: float):
+    """(B,P+R) → (B,R) log-probabilities and entropies."""
+    settings = dict(temperature=temperature, micro_batch_size=len(input_ids))
+    return language_model.response_logprobs(model, input_ids, mask, length, **settings)
+
+
+def response_values(input_ids, mask, length: int, critic) -> tuple[torch.Tensor]:
+    """(B,P+R) → (B,R): V before response token t is drawn, read at the token before it."""
+    return (critic(input_ids, mask)[:, -length - 1 : -1],)
 
 
 @dataclass
 class Experience:
-    """A rollout with what the updates need, (B,R) fp32 each, 0 off the response mask."""
+    """A rollout with what the updates need. A = R where an action is a token, A = 1 where it is
+    the whole answer. (B,A) fp32 each, 0 off the mask."""
 
     rollout: Rollout
+    mask: torch.Tensor  # (B,A) bool
+    logprobs: torch.Tensor
+    values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
 
 
-def make_experience(
-    rollout: Rollout, config, kl_coef: float
-) -> tuple[Experience, dict[str, float]]:
-    """Scores → token rewards → advantages; and the rollout's metrics."""
-    mask = rollout.response_mask
+def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
+    """Scores → rewards → advantages; and the rollout's metrics."""
+    mask, logprobs, values = rollout.response_mask, rollout.logprobs, rollout.values
     scores = rollout.scores
+    if config.score_normalisation == "running":
+        state.see(scores)
+    if config.score_normalisation != "none":
+        scores = state.normalised(scores)
     if config.missing_eos_penalty > 0:
         scores = torch.where(rollout.finished, scores, -config.missing_eos_penalty)
     if config.score_clip > 0:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     rewards, kl = algorithm.token_rewards(
-        scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef
+        scores, logprobs, rollout.ref_logprobs, mask, state.kl_coef, config.kl_estimator
     )
-    advantages, returns = algorithm.gae(rewards, rollout.values, mask, config.gamma, config.lam)
-    metrics = measure(rollout) | {
-        "kl_coef": kl_coef,
+    if config.action_level == "sequence":
+        rewards, logprobs = (algorithm.one_action(x, mask) for x in (rewards, logprobs))
+        mask, values = mask[:, :1], values[:, :1]
+    if config.whiten_rewards:
+        rewards = algorithm.whiten(rewards, mask, shift_mean=False)
+    # Without a critic values are 0, and with λ = 1 the advantage is the return itself.
+    lam = 1.0 if config.algorithm == "reinforce" else config.lam
+    advantages, returns = algorithm.gae(rewards, values, mask, config.gamma, lam)
+    metrics = measure(rollout, config.kl_estimator) | {
+        "kl_coef": state.kl_coef,
         "reward": rewards.sum(1).mean().item(),
         "advantage_std": advantages[mask].std().item(),
         "return": algorithm.masked_mean(returns, mask).item(),
-        "explained_variance": algorithm.explained_variance(rollout.values, returns, mask).item(),
     }
+    if config.algorithm != "reinforce":
+        metrics["explained_variance"] = algorithm.explained_variance(values, returns, mask).item()
     if config.whiten_advantages:
         advantages = algorithm.whiten(advantages, mask)
-    return Experience(rollout, advantages, returns), metrics
+    return Experience(rollout, mask, logprobs, values, advantages, returns), metrics
 
 
-def measure(rollout: Rollout) -> dict[str, float]:
-    """What can be said of a rollout without training. KLs are per response, in nats."""
+def measure(rollout: Rollout, kl_estimator: str) -> dict[str, float]:
+    """What can be said of a rollout without training. KLs are per response, in nats; `kl` is the
+    estimate that the reward is charged for."""
     mask = rollout.response_mask
-    k1, _, k3 = algorithm.kl_estimates(rollout.logprobs, rollout.ref_logprobs)
-    return {
+    estimates = algorithm.kl_estimates(rollout.logprobs, rollout.ref_logprobs)
+    kls = {
+        name: (estimate * mask).sum(1).mean().item()
+        for name, estimate in zip(algorithm.KL_ESTIMATORS, estimates, strict=True)
+    }
+    metrics = {
         "score": rollout.scores.mean().item(),
-        "score_std": rollout.scores.std().item(),
-        "kl": (k1 * mask).sum(1).mean().item(),
-        "kl_k3": (k3 * mask).sum(1).mean().item(),
+        "score_std": rollout.scores.std(correction=0).item(),
+        "kl": kls[kl_estimator],
         "entropy": algorithm.masked_mean(rollout.entropies, mask).item(),
         "response_length": mask.sum(1).float().mean().item(),
         "eos_share": rollout.finished.float().mean().item(),
+    }
+    if rollout.function_scores.any():
+        metrics["score_function"] = rollout.function_scores.mean().item()
+        metrics["score_model"] = metrics["score"] - metrics["score_function"]
+    if rollout.judge_scores.any():
+        metrics["judge"] = rollout.judge_scores.mean().item()
+    return metrics | {f"kl_{name}": value for name, value in kls.items()}
+
+
+def speeds(rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:
+    """Response tokens a second of each phase that was timed."""
+    tokens = int(rollout.response_mask.sum())
+    return {
+        f"tokens_per_second_{phase}": tokens / seconds[f"seconds_{phase}"]
+        for phase in ("generate", "score", "train")
+        if f"seconds_{phase}" in seconds
     }

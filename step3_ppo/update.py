@@ -1,15 +1,17 @@
 """The updates on one rollout: optimizer steps of actor and critic on its minibatches."""
 
+import math
+
 import torch
 
-from step3_ppo import algorithm
+from step3_ppo import algorithm, ptx
 from step3_ppo.rollout import Experience
 from utils.data import batches
 from utils.distributed import process_group
 from utils.models import language_model
 
 
-def train_on(models, experience: Experience, config, device, step: int) -> dict[str, float]:
+def train_on(models, experience: Experience, config, device, step: int, watch) -> dict[str, float]:
     """Every epoch and minibatch of rollout number `step`; returns the mean of their metrics."""
     updates = []
     for epoch in range(config.ppo_epochs):
@@ -20,67 +22,93 @@ def train_on(models, experience: Experience, config, device, step: int) -> dict[
                 config.rollout_size(),
                 seed=config.seed + 1 + step * config.ppo_epochs + epoch,
             )
-            metrics = step_actor(models.actor, experience, rows, config, device)
+            metrics = step_actor(models, experience, rows, config, device)
             if models.ema is not None:
                 models.ema.update()
-            metrics |= step_critic(models.critic, experience, rows, config, device)
+            if models.critic is not None:
+                metrics |= step_critic(models.critic, experience, rows, config, device)
+            watch.after_update(metrics, experience, rows, step)
             updates.append(metrics)
-    return {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    return mean_of(updates) | {
+        f"first_{name}": updates[0][name]
+        for name in ("ratio", "approx_kl", "value_gap")
+        if name in updates[0]
+    }
+
+
+def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means of each metric over the updates where it is finite; NaN where it never is."""
+    means = {}
+    for name in updates[0]:
+        found = [u[name] for u in updates if math.isfinite(u[name])]
+        means[name] = sum(found) / len(found) if found else float("nan")
+    return means
 
 
 def micro_batches(experience: Experience, rows: list[int], config, device):
-    """This rank's share of minibatch `rows`, `micro_batch_size` rows at a time, like lengths
-    together. Yields (part of the rollout, input_ids, mask, advantages, returns) on the device."""
+    """This rank's share of minibatch `rows`, a micro-batch at a time, like lengths together.
+
+    Yields (input_ids (b,P+R), mask (b,P+R), R, the experience of these rows on the device).
+    """
     lengths = experience.rollout.lengths()
-    rank, world = process_group.rank(), process_group.world_size()
-    for micro in batches.deal(rows, lengths, rank, world, config.micro_batch_size):
+    for micro in batches.deal(rows, lengths, *batches.shares(config)):
         part = experience.rollout.select(micro)
         width = part.response_ids.shape[1]
         yield (
-            part,
             torch.cat([part.prompt_ids, part.response_ids], 1).to(device),
             torch.cat([part.prompt_mask, part.response_mask], 1).to(device),
-            experience.advantages[micro][:, :width].to(device),
-            experience.returns[micro][:, :width].to(device),
+            width,
+            Experience(
+                part,
+                *(
+                    getattr(experience, name)[micro][:, :width].to(device)
+                    for name in ("mask", "logprobs", "values", "advantages", "returns")
+                ),
+            ),
         )
 
 
-def step_actor(engine, experience: Experience, rows: list[int], config, device) -> dict:
-    """Policy update on global rows `rows`; returns metrics as means over their tokens."""
-    tokens = int(experience.rollout.response_mask[rows].sum())  # of all ranks
+def step_actor(models, experience: Experience, rows: list[int], config, device) -> dict:
+    """Policy update on global rows `rows`; returns metrics as means over their actions."""
+    actor = models.actor
+    actions = int(experience.mask[rows].sum())  # of all ranks: tokens, or whole answers
     totals: dict[str, float] = {}
-    for part, ids, mask, advantages, _ in micro_batches(experience, rows, config, device):
-        length = part.response_ids.shape[1]
-        logits = language_model.response_logits(engine, ids, mask, length)
-        new_logprobs = language_model.token_logprobs(logits, ids[:, -length:], config.temperature)
-        loss, stats = algorithm.policy_loss(
-            new_logprobs,
-            part.logprobs.to(device),
-            advantages,
-            mask[:, -length:],
-            config.clip_ratio,
-        )
-        engine.backward(loss, normaliser=tokens)
+    for ids, mask, length, part in micro_batches(experience, rows, config, device):
+        new_logprobs = language_model.new_logprobs(actor, ids, mask, length, config.temperature)
+        if config.action_level == "sequence":
+            new_logprobs = algorithm.one_action(new_logprobs, mask[:, -length:])
+        taken = (new_logprobs, part.logprobs, part.advantages, part.mask)
+        if config.algorithm == "ppo":
+            clips = (config.clip_ratio, config.clip_ratio_high, config.dual_clip)
+            loss, stats = algorithm.policy_loss(*taken, *clips)
+        else:
+            loss, stats = algorithm.policy_gradient_loss(*taken)
+        actor.backward(loss, normaliser=actions)
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in stats.items()}
-    return _finish(engine, totals, tokens, device, "actor")
+    extra = {}
+    if models.ptx is not None:
+        pad_id = models.tokenizer.pad_token_id
+        extra["ptx_loss"] = ptx.add_gradient(actor, models.ptx, config, pad_id, device)
+    return _finish(actor, totals, actions, device, "actor") | extra
 
 
 def step_critic(engine, experience: Experience, rows: list[int], config, device) -> dict:
-    """Value update on global rows `rows`; returns metrics as means over their tokens."""
-    tokens = int(experience.rollout.response_mask[rows].sum())  # of all ranks
+    """Value update on global rows `rows`; returns metrics as means over their actions."""
+    actions = int(experience.mask[rows].sum())  # of all ranks
+    clip_value = config.clip_value if config.algorithm == "ppo" else math.inf
     totals: dict[str, float] = {}
-    for part, ids, mask, _, returns in micro_batches(experience, rows, config, device):
-        length = part.response_ids.shape[1]
-        new_values = engine(ids, mask)[:, -length - 1 : -1]
+    for ids, mask, length, part in micro_batches(experience, rows, config, device):
+        new_values = engine(ids, mask)[:, -length - 1 : -1][:, : part.mask.shape[1]]
         loss, stats = algorithm.value_loss(
-            new_values, part.values.to(device), returns, mask[:, -length:], config.clip_value
+            new_values, part.values, part.returns, part.mask, clip_value
         )
-        engine.backward(loss, normaliser=tokens)
+        stats["value_gap"] = ((new_values - part.values).abs() * part.mask).sum().detach()
+        engine.backward(loss, normaliser=actions)
         totals = {k: totals.get(k, 0.0) + float(v) for k, v in stats.items()}
-    return _finish(engine, totals, tokens, device, "critic")
+    return _finish(engine, totals, actions, device, "critic")
 
 
-def _finish(engine, totals: dict, tokens: int, device, who: str) -> dict[str, float]:
+def _finish(engine, totals: dict, actions: int, device, who: str) -> dict[str, float]:
     sums = process_group.sum_over_ranks(totals.values(), device)
-    metrics = {name: total / tokens for name, total in zip(totals, sums, strict=True)}
+    metrics = {name: total / actions for name, total in zip(totals, sums, strict=True)}
     return metrics | {f"{who}_{name}": value for name, value in engine.step().items()}

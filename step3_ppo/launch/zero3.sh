@@ -7,4 +7,4 @@ launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
     --prompt_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
     --output_dir "${OUTPUT:-output/step3_ppo}" \
     --zero_stage 3 --dtype bf16 --gradient_checkpointing --prompts_per_rollout 256 --global_batch_size 128 \
-    --micro_batch_size 4 --generation_batch_size 64 "$@"
+    --micro_batch_size 4 --generation_tokens 32768 "$@"

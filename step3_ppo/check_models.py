@@ -1,0 +1,306 @@
+"""The self-check's questions about models: generation, padding, modes, gradients, averages.
+
+A check takes the running SelfCheck, returns what it measured, or raises Fault (the run stops,
+unless --self_check warn) or Doubt (a warning).
+"""
+
+import dataclasses
+
+import torch
+
+from utils.distributed import process_group, zero
+from utils.models import generation, language_model, scalar_model
+
+PROBE_COPIES, PROBE_TOKENS, PROBE_NOISE = 4, 32, 2**31 + 7  # a noise that no rollout draws
+
+
+class Fault(Exception):
+    """What is wrong, the values, the likely cause, and what mends it."""
+
+
+class Doubt(Exception):
+    """As Fault, of what may be meant."""
+
+
+def checksum(model) -> float:
+    return sum(
+        float(getattr(p, "ds_tensor", p).detach().double().abs().sum()) for p in model.parameters()
+    )
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """(mean, maximum) of |a − b| relative to 1 + |a|; infinite where either is not finite."""
+    gap = ((a.float() - b.float()).abs() / (1 + a.float().abs())).nan_to_num(torch.inf, torch.inf)
+    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)
+
+
+def _worst(*gaps: float) -> list[float]:
+    """The largest of each over the ranks: one that stopped alone would leave the others waiting."""
+    return [max(gap) for gap in zip(*process_group.gather_objects(gaps), strict=True)]
+
+
+def _must_agree(check, a, b, what: str, cause: str) -> str:
+    mean, most = _worst(*_apart(a, b))
+    if mean > check.tolerance or most > 10 * check.tolerance:
+        raise Fault(
+            f"{what} differ by {mean:.2g} on average and {most:.2g} at most (allowed "
+            f"{check.tolerance:.0e} and {10 * check.tolerance:.0e}): {cause}"
+        )
+    return f"{what} within {most:.1e}"
+
+
+@torch.no_grad()
+def train_forward(check, rollout, critic: bool = False, logits: bool = False) -> torch.Tensor:
+    """(B,R) log-probabilities (or values, or logits (B,R,V)) by the forward pass that updates
+    take, in train mode."""
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1).to(check.device)
+    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1).to(check.device)
+    length, pieces = rollout.response_ids.shape[1], []
+    micro = check.config.micro_batch_size
+    for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
+        if critic:
+            pieces.append(check.models.critic(i, m)[:, -length - 1 : -1])
+        elif logits:
+            pieces.append(language_model.response_logits(check.models.actor, i, m, length))
+        else:
+            settings = (length, check.config.temperature)
+            pieces.append(language_model.new_logprobs(check.models.actor, i, m, *settings))
+    return torch.cat(pieces)
+
+
+def generator_equals_model(check) -> str:
+    """Greedy tokens and the log-probabilities of sampled ones, decode loop against training."""
+    from utils.models.rollout_engines import Request, Sampling
+
+    probe, models, temperature = check.probe, check.models, check.config.temperature
+    ids, mask = probe.prompt_ids.to(check.device), probe.prompt_mask.to(check.device)
+    limit = min(check.config.max_response_length, PROBE_TOKENS)
+    noise = generation.uniform_noise(len(ids), limit, check.config.seed, PROBE_NOISE + 1)
+    drawn, engine = {}, models.rollout_engine
+    settings = Sampling(
+        limit,
+        temperature,
+        stop_id=models.tokenizer.eos_token_id,
+        pad_id=models.tokenizer.pad_token_id,
+        logprobs=True,
+    )
+    with models.hybrid.generating() as generator:
+        stale = _stale_weights(models.actor.module, generator)
+        drawn["greedy"] = engine.generate(Request(ids, mask), settings)
+        drawn["sampled"] = engine.generate(Request(ids, mask, noise), settings)
+    stale = sorted(set().union(*process_group.gather_objects(stale)))
+    if stale:
+        raise Fault(
+            f"{len(stale)} weights of the generator are not those of the trained model (first "
+            f"{stale[0]}): it is stale or damaged; see utils/distributed/hybrid_engine.py"
+        )
+    short = 0.0
+    for kind, batch in drawn.items():
+        responses = batch.response_ids
+        kept = generation.mask_through_stop(responses, settings.stop_id)
+        part = dataclasses.replace(probe, response_ids=responses, response_mask=kept)
+        logprobs = train_forward(check, part)[kept]
+        if kind == "greedy":
+            logits = train_forward(check, part, logits=True).float() / temperature
+            best = logits.log_softmax(-1).amax(-1)[kept]
+            short = _worst(float((best - logprobs).max()))[0]
+            if short > 10 * check.tolerance:
+                raise Fault(
+                    f"greedy tokens of the decode loop are up to {short:.2g} nats below the best "
+                    "token of the training forward: cache, position ids or left padding are wrong "
+                    "for this model; see utils/models/generation.py"
+                )
+    if batch.logprobs is None:
+        return (
+            f"greedy tokens equal up to {short:.1e} nats ({engine.name} tells no log-probabilities)"
+        )
+    found = _must_agree(
+        check,
+        logprobs,
+        batch.logprobs[kept],
+        "log-probabilities of sampled tokens, decode loop and training forward,",
+        "cache, position ids, left padding or temperature; see utils/models/generation.py",
+    )
+    return f"greedy tokens equal up to {short:.1e} nats, {found}"
+
+
+@torch.no_grad()
+def _stale_weights(module, generator) -> list[str]:
+    """Names of the generator's weights that are not bit for bit those of `module`."""
+    twins, found = dict(generator.named_parameters()), []
+    if generator is module:
+        return found
+    for name, p in module.named_parameters():
+        with zero.gathered([p]):
+            if not torch.equal(p.detach(), twins[name].detach()):
+                found.append(name)
+    return found
+
+
+@torch.no_grad()
+def padding_invariance(check) -> str:
+    """Log-probabilities, values and scores of a row alone and with pads on either side."""
+    models, pads, most = check.models, 14, 0.0
+    pad_id = models.tokenizer.pad_token_id
+    for row in range(0, len(check.probe.scores), PROBE_COPIES * process_group.world_size()):
+        one = check.probe.select([row])
+        alone = torch.cat([one.prompt_ids, one.response_ids], 1)[0].tolist()
+        start, end = one.prompt_ids.shape[1], len(alone)
+        lefts = (0, 1, 7, pads)
+        padded = [[pad_id] * left + alone + [pad_id] * (pads - left) for left in lefts]
+        flags = [[False] * n + [True] * end + [False] * (pads - n) for n in lefts]
+
+        def read(model, kind, ids, mask, lefts=(0,), start=start, end=end):
+            ids, mask = torch.tensor(ids).to(check.device), torch.tensor(mask).to(check.device)
+            if kind == "score":
+                return scalar_model.sequence_scores(model, ids, mask)[:, None]
+            if kind == "value":
+                found = model(ids, mask)
+            else:
+                found = language_model.new_logprobs(model, ids, mask, ids.shape[1] - 1, 1.0)
+            return torch.stack([found[i, n + start - 1 : n + end - 1] for i, n in enumerate(lefts)])
+
+        asked = [("actor", "logprob", models.actor), ("reference", "logprob", models.reference)]
+        if models.critic is not None:
+            asked.append(("critic", "value", models.critic))
+        if models.reward is not None and models.reward.tokenizer is None:
+            asked.append(("reward model", "score", models.reward.model))
+        for name, kind, model in asked:
+            plain = read(model, kind, [alone], [[True] * end])
+            moved = read(model, kind, padded, flags, lefts)
+            _must_agree(
+                check,
+                plain.expand_as(moved),
+                moved,
+                f"the {name}'s {kind}s of one row with 0, 1, 7 and {pads} left pads",
+                "attention mask or position ids do not follow the padding; see "
+                "language_model.forward_inputs, or another --attn_implementation",
+            )
+            most = max(most, _apart(plain.expand_as(moved), moved)[1])
+    return f"every model within {most:.1e} for 0 to {pads} pads on either side"
+
+
+def dropout_is_off(check) -> str:
+    """Two passes of the same rows, in the mode that updates use, must be one."""
+    for name in check.trained():
+        first, second = (train_forward(check, check.probe, name == "critic") for _ in range(2))
+        _must_agree(
+            check,
+            first,
+            second,
+            f"two passes of the {name}",
+            "dropout is on, so old and new log-probabilities differ by noise; see "
+            "language_model.prepare_training and the model's config (…dropout)",
+        )
+    return f"two passes of {' and '.join(check.trained())} are equal"
+
+
+def on_policy_at_the_start(check) -> str:
+    """What rollouts store is what updates recompute; KL is 0 where actor and reference are one."""
+    probe = check.probe
+    kept = probe.response_mask
+    logprobs = train_forward(check, probe).cpu()
+    found = [
+        _must_agree(
+            check,
+            probe.logprobs[kept],
+            logprobs[kept],
+            "stored and recomputed log-probabilities",
+            "the ratio would not start at 1; dropout, temperature or another mode of the model",
+        )
+    ]
+    if check.models.critic is not None:
+        values = train_forward(check, probe, critic=True).cpu()
+        what, cause = "stored and recomputed values", "the value clip would not start at 0"
+        found.append(_must_agree(check, probe.values[kept], values[kept], what, cause))
+    same = check.config.reference_model in ("", check.config.model_name_or_path)
+    if same:
+        what = "log-probabilities of actor and reference"
+        cause = "the KL would not start at 0, though both are loaded from the same folder"
+        refs, own = probe.ref_logprobs[kept], probe.logprobs[kept]
+        found.append(_must_agree(check, own, refs, what, cause))
+    return "; ".join(found)
+
+
+def on_policy_at_the_first_update(check) -> str:
+    """The first minibatch of the first epoch: ratio 1, KL 0, values as stored."""
+    found = {
+        name: check.metrics.get(f"first_{name}") for name in ("ratio", "approx_kl", "value_gap")
+    }
+    if found["ratio"] is None:
+        raise Doubt("the first optimizer step was skipped; see the lines above")
+    gaps = {"ratio": abs(found["ratio"] - 1.0), "approx_kl": found["approx_kl"]}
+    if found["value_gap"] is not None:
+        gaps["value_gap"] = found["value_gap"]
+    # An answer's log-probability is a sum over its tokens, whose roundings add up as a random walk.
+    sequence = check.config.action_level == "sequence"
+    steps = check.metrics["response_length"] if sequence else 1.0
+    # KL is of second order in what log-probabilities differ by.
+    limits = {"ratio": steps**0.5, "approx_kl": steps * check.tolerance, "value_gap": 10.0}
+    text = ", ".join(f"{name} {value:.3g}" for name, value in found.items() if value is not None)
+    for name, gap in gaps.items():
+        if not gap <= limits[name] * 10 * check.tolerance:
+            raise Fault(
+                f"first minibatch, first epoch: {text}; {name} should be {int(name == 'ratio')}: "
+                "the update does not see the policy that sampled (dropout, temperature, stale or "
+                "shuffled rows)"
+            )
+    return f"first minibatch: {text}"
+
+
+def generator_after_the_step(check) -> str:
+    """Fresh weights reach the generator."""
+    return generator_equals_model(check)
+
+
+def average_moves(check) -> str:
+    """The EMA has moved with the weights, and as much less far as its decay says."""
+    ema = check.models.ema
+    if ema is None:
+        return "no average is kept (--ema_decay 0)"
+    own = dict(check.models.actor.module.named_parameters())
+    moved, followed = 0.0, 0.0
+    for name, (shadow, weight) in check.watched.items():
+        now = getattr(own[name], "ds_tensor", own[name]).detach().float()
+        moved = max(moved, float((now - weight).abs().max()))
+        followed = max(followed, float((ema.shadow[name] - shadow).abs().max()))
+    if moved == 0.0:
+        return "the weights themselves have not moved yet at this learning rate and dtype"
+    # After n steps an average has come at most 1 − decayⁿ of the way to the furthest place where
+    # the weights were; thrice that leaves room for their way back and for rounding.
+    decay = check.config.ema_decay
+    share = min(1.0, 3 * (1 - decay ** (check.config.ppo_epochs * check.config.minibatches())))
+    if not 0.0 < followed <= moved * share * (1 + 1e-3):
+        raise Fault(
+            f"the weights moved by up to {moved:.2e} and their average by {followed:.2e}: what is "
+            f"saved as actor_ema is not their average at --ema_decay {decay}; see "
+            "utils/models/ema.py"
+        )
+    return f"weights moved by up to {moved:.1e}, their average by {followed:.1e}"
+
+
+def gradients_reach(check) -> str:
+    """Every weight that should train has had a gradient; no frozen one has, nor has it changed."""
+    counts = []
+    for name, engine in check.trained().items():
+        weights = [n for n, _ in engine.module.named_parameters()]
+        missing = [n for n in weights if n not in check.gradients[name]]
+        if missing:
+            raise Fault(
+                f"{len(missing)} of {len(weights)} weights of the {name} had no gradient (first "
+                f"{missing[0]}): they are frozen or not on the path to the loss and will not train"
+            )
+        counts.append(f"{len(weights)} of the {name}")
+    for name, model in check.frozen().items():
+        trained = [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None]
+        if trained:
+            raise Fault(f"the {name} is to be frozen, and {trained[0]} is trained")
+        now = checksum(model)
+        if now != check.sums[name]:
+            raise Fault(
+                f"the {name} is to be frozen, and its weights changed (sum of magnitudes "
+                f"{check.sums[name]:.9g} → {now:.9g}): does it share tensors with a trained model?"
+            )
+    return (
+        f"gradients reached all {' and all '.join(counts)}; {', '.join(check.frozen())} unchanged"
+    )

@@ -1,0 +1,379 @@
+"""Finding the function of `--reward_function`, and calling it so that it cannot hang a run.
+
+A reward function is user code: it may be slow, fail on one row of a thousand or return what is no
+score. What is said of it names the row, for the run that it ends may be hours old.
+"""
+
+import faulthandler
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import numbers
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+FORMS = "package.module:function or path/to/file.py:function"
+CALLED_WITH = ("prompts", "responses", "rows")
+SHOWN_TEXT = 200  # characters of a prompt or response in a message
+SHOWN_NAMES = 20
+SLOW_ROW = 1.0  # seconds; a row that is done sooner is never called slow
+SEARCH_EXTRA = 10.0  # seconds that the search for a row may take beyond twice the timeout
+GRACE = 10.0  # seconds beyond its time after which a call that blocks Python ends the process
+
+
+class RewardFunctionError(Exception):
+    """A reward function raised, was too slow or returned what is no score."""
+
+
+# Finding it.
+
+
+def load(name: str) -> Callable:
+    """The function that `name` means: package.module:function or path/to/file.py:function.
+
+    Modules are found as Python finds them and from the current folder, files relative to it; what
+    stands beside a file can be imported by it. Raises SystemExit with what is wrong and the flag.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise _unusable(name, f"names no function; give {FORMS}")
+    if place.endswith(".py") or os.sep in place:
+        module = _file(name, Path(place))
+    else:
+        module = _module(name, place)
+    advice = f"callable there: {_callables(module)}"
+    try:
+        function = getattr(module, attribute)
+    except AttributeError:
+        raise _unusable(name, f"there is no {attribute!r} in {place}; {advice}") from None
+    if not callable(function):
+        kind = type(function).__name__
+        raise _unusable(name, f"{attribute!r} is a value of type {kind}, not callable; {advice}")
+    _check_parameters(name, function)
+    return function
+
+
+def _callables(module: ModuleType) -> str:
+    """The public callables that a module defines; where it defines none, those it imports."""
+    public = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
+    own = [n for n, v in public.items() if getattr(v, "__module__", None) == module.__name__]
+    names = own or list(public)
+    return ", ".join(names[:SHOWN_NAMES]) + (" …" if len(names) > SHOWN_NAMES else "") or "nothing"
+
+
+def _unusable(name: str, why: str) -> SystemExit:
+    return SystemExit(f"--reward_function {name!r}: {why}")
+
+
+def _file(name: str, path: Path) -> ModuleType:
+    """The module in a file, under a name that no other module has."""
+    path = path.expanduser().absolute()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise _unusable(name, f"the file {path} {what}; give {FORMS}")
+    if path.suffix != ".py":
+        raise _unusable(name, f"the file {path} does not end in .py; give {FORMS}")
+    module_name = f"reward_function_{hashlib.sha1(os.fsencode(path)).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    _search_also(path.parent)
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a script without a main guard may call exit()
+        del sys.modules[module_name]
+        raise _broken(name, error, str(path)) from error
+    return module
+
+
+def _module(name: str, place: str) -> ModuleType:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise _unusable(name, f"{place!r} is neither a module's name nor a file's; give {FORMS}")
+    _search_also(Path.cwd())
+    try:
+        return importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        # Only if this very module, or a package it is in, is what Python did not find.
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{place}.".startswith(f"{missing}."):
+            why = f"there is no module {missing!r}, in {Path.cwd()} or where Python looks"
+            raise _unusable(name, f"{why}; give {FORMS}") from None
+        raise _broken(name, error, place) from error
+
+
+def _search_also(folder: Path) -> None:
+    # At the end: a user's file must not take the place of an installed module of the same name.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _broken(name: str, error: BaseException, place: str) -> SystemExit:
+    """Importing the user's own code failed: the error keeps its words, and its line is named."""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        machinery = ("<frozen importlib", importlib.__file__, __file__)
+        frames = [f for f in frames if not f.filename.startswith(machinery)]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else place
+    return _unusable(name, f"importing it failed with {_said(error)} ({where})")
+
+
+def _check_parameters(name: str, function: Callable) -> None:
+    """Refuse at once what cannot be called with three lists."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins have none
+        return
+    try:
+        signature.bind(*CALLED_WITH)
+    except TypeError as error:
+        raise _unusable(
+            name, f"takes {signature}, but is called with ({', '.join(CALLED_WITH)}): {error}"
+        ) from None
+
+
+# Calling it.
+
+
+@dataclass
+class _Call:
+    """How a call went: still running, failed with `error`, or done with `value`."""
+
+    running: bool = True
+    value: object = None
+    error: BaseException | None = None
+
+
+@dataclass
+class _Batch:
+    """What a function is called with; all three of one length."""
+
+    prompts: list[str]
+    responses: list[str]
+    rows: list[dict]
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def row(self, i: int) -> "_Batch":
+        return _Batch([self.prompts[i]], [self.responses[i]], [self.rows[i]])
+
+    def shown(self, i: int) -> str:
+        """Row i, for a message."""
+        return f"  prompt:   {_short(self.prompts[i])}\n  response: {_short(self.responses[i])}"
+
+
+def call(
+    function: Callable,
+    name: str,
+    prompts: list[str],
+    responses: list[str],
+    rows: list[dict],
+    timeout: float,
+) -> list[float]:
+    """The scores of a batch by one call of `function`: len(responses) finite floats.
+
+    name is what --reward_function says, for messages. timeout in seconds, 0: none. The function
+    gets copies, and runs in a daemon thread: one that is stuck is left behind, and the caller, who
+    ends the process, does not wait for it. (In that thread signal.alarm does not work.)
+
+    Raises RewardFunctionError, and only then calls the function again, row by row, to name the row
+    that is to blame.
+    """
+    batch = _Batch(prompts, responses, rows)
+    went = _within(timeout, function, batch)
+    if went.running:
+        raise RewardFunctionError(_too_slow(function, name, batch, timeout))
+    if went.error is not None:
+        message = _raised(function, name, batch, timeout, went.error)
+        raise RewardFunctionError(message) from went.error
+    return _checked(went.value, name, batch)
+
+
+def _within(seconds: float, function: Callable, batch: _Batch) -> _Call:
+    """Call `function` in a thread of its own and wait at most so many seconds, 0: for ever."""
+    went = _Call()
+    # Which GPU is current and whether gradients are kept belong to a thread, not to the process.
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    gradients = torch.is_grad_enabled()
+    # Copies: a function that changes its arguments must not change the data of later steps.
+    arguments = list(batch.prompts), list(batch.responses), [dict(row) for row in batch.rows]
+
+    def work() -> None:
+        try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
+            with torch.set_grad_enabled(gradients):
+                went.value = function(*arguments)
+        except BaseException as error:  # exit() too: a thread would swallow it
+            went.error = error
+        went.running = False
+
+    if seconds:
+        # Code that holds Python's lock (a regular expression that backtracks for ever) lets no
+        # other thread run, this one included. Then a thread outside Python prints where all stand
+        # and ends the process.
+        faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds or None)
+    if seconds:
+        faulthandler.cancel_dump_traceback_later()
+    return went
+
+
+# What went wrong.
+
+
+def _raised(
+    function: Callable, name: str, batch: _Batch, timeout: float, error: BaseException
+) -> str:
+    """The message for an exception: with the first row that raises the same alone, if one does."""
+
+    def the_same(alone: _Call) -> bool:
+        # In kind and place: a function may fail on any single row for a reason of its own, such
+        # as a standard deviation over the batch.
+        return alone.error is not None and _kind(function, alone.error) == _kind(function, error)
+
+    i, alone = _first_row(function, batch, timeout, timeout or math.inf, the_same)
+    head, shown = "", ""
+    if alone is not None:
+        head, shown, error = f" on row {i + 1} of {len(batch)}", f"\n{batch.shown(i)}", alone.error
+    elif i == len(batch):
+        shown = f"\n  no row of the {i} fails like this alone, only the batch of them does"
+    else:
+        shown = f"\n  which row it is was not found: the search was given up at row {i + 1}"
+    place = _place(function, error)
+    return (
+        f"reward function {name!r} failed{head}: {_said(error)}"
+        + (f"\n  at {place}" if place else "")
+        + f"{shown}\nmend the function or its data, or set another --reward_function"
+    )
+
+
+def _too_slow(function: Callable, name: str, batch: _Batch, timeout: float) -> str:
+    """The message for a timeout: with the first row that alone takes more than its share."""
+    share = max(timeout / max(len(batch), 1), SLOW_ROW)
+    i, alone = _first_row(function, batch, timeout, share, lambda alone: alone.running)
+    if alone is not None:
+        shown = f"row {i + 1} alone takes longer than {share:g} s\n{batch.shown(i)}"
+    elif i == len(batch):
+        shown = f"no single row is slow: none takes longer than {share:g} s alone"
+    else:
+        shown = f"no slow row was found: the search was given up at row {i + 1}"
+    return (
+        f"reward function {name!r} took longer than {timeout:g} s for {len(batch)} responses\n"
+        f"  {shown}\nmake the function faster, or raise --reward_function_timeout (0: no limit)"
+    )
+
+
+def _first_row(
+    function: Callable, batch: _Batch, timeout: float, limit: float, blamed: Callable
+) -> tuple[int, _Call | None]:
+    """The first row whose call alone, of at most `limit` seconds, is blamed: (its index, the call).
+
+    (len(batch), None) where no row is, (i, None) where the time for the search ended at row i.
+    """
+    stop = time.monotonic() + 2 * timeout + SEARCH_EXTRA
+    for i in range(len(batch)):
+        left = stop - time.monotonic()
+        if left <= 0:
+            return i, None
+        alone = _within(min(limit, left), function, batch.row(i))
+        if alone.running and left < limit:
+            return i, None
+        if blamed(alone):
+            return i, alone
+    return len(batch), None
+
+
+def _kind(function: Callable, error: BaseException) -> tuple:
+    return type(error), _place(function, error)
+
+
+def _place(function: Callable, error: BaseException) -> str:
+    """`file:line in name: source` of the last line in the function's own file that was running."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is `work`
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    own = [f for f in frames if code and f.filename == code.co_filename]
+    for frame in reversed(own or frames):
+        return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}".rstrip(": ")
+    return ""  # a builtin, or it could not be called at all
+
+
+def _said(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text[:1000]}" if text else type(error).__name__
+
+
+def _short(text: str) -> str:
+    """repr of a text, of the beginning where it is long."""
+    if len(text) <= SHOWN_TEXT:
+        return repr(text)
+    return f"{text[:SHOWN_TEXT]!r}… ({len(text)} characters)"
+
+
+def _checked(result: object, name: str, batch: _Batch) -> list[float]:
+    """What a function returned as floats; RewardFunctionError where it is no score a response."""
+    advice = f"return a list of {len(batch)} finite numbers, one a response"
+    if isinstance(result, (torch.Tensor, np.ndarray)):
+        if result.ndim != 1:
+            shape = tuple(result.shape)
+            raise RewardFunctionError(
+                f"reward function {name!r} returned an array of shape {shape}; {advice}"
+            )
+        result = result.tolist()
+    if not isinstance(result, (list, tuple)):
+        raise RewardFunctionError(
+            f"reward function {name!r} returned {_short(str(result))} of type "
+            f"{type(result).__name__}; {advice}"
+        )
+    if len(result) != len(batch):
+        raise RewardFunctionError(
+            f"reward function {name!r} returned {len(result)} scores for {len(batch)} responses; "
+            + advice
+        )
+    scores = []
+    for i, value in enumerate(result):
+        try:
+            scores.append(_score(value))
+        except ValueError as problem:
+            raise RewardFunctionError(
+                f"reward function {name!r} returned {problem} for row {i + 1} of {len(batch)}\n"
+                f"{batch.shown(i)}\n{advice}"
+            ) from None
+    return scores
+
+
+def _score(value: object) -> float:
+    """A value as a float; ValueError that says what it is where it is no finite number."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"{_short(str(value))} of type {type(value).__name__}")
+    try:
+        score = float(value)
+    except OverflowError:
+        raise ValueError("an integer beyond the range of fp32") from None
+    if not math.isfinite(score):
+        raise ValueError(f"{score}, not a finite number,")
+    if abs(score) > torch.finfo(torch.float32).max:  # scores are kept in fp32
+        raise ValueError(f"{score}, beyond the range of fp32,")
+    return score

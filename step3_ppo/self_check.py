@@ -1,0 +1,127 @@
+"""What must hold before PPO may train, one function a check. The worst failures are silent.
+
+A check returns what it measured, or raises Fault (the run stops, unless --self_check warn) or Doubt
+(a warning). The first part runs before the first step on a probe of a few held-out prompts; the
+second looks at the run's own first rollout and the optimizer steps on it, so that no state has to
+be put back. Every rank runs every check on the same rows and takes part in every collective.
+"""
+
+import dataclasses
+
+from step3_ppo import check_data, check_models
+from step3_ppo import rollout as rollouts
+from step3_ppo.check_models import PROBE_COPIES, PROBE_NOISE, PROBE_TOKENS, Doubt, Fault
+from utils.distributed import process_group, zero
+from utils.report import StopRun
+
+PROBE_PROMPTS = 8
+# Mean difference, relative to 1 + |x|, that rounding explains; one token may have ten times it.
+TOLERANCE = {"fp32": 5e-5, "fp16": 4e-3, "bf16": 2e-2}
+
+
+BEFORE = {
+    "generator equals model": check_models.generator_equals_model,
+    "padding changes nothing": check_models.padding_invariance,
+    "dropout is off": check_models.dropout_is_off,
+    "on-policy at the start": check_models.on_policy_at_the_start,
+    "samples follow the policy": check_data.samples_follow_the_policy,
+    "ranks and rows draw apart": check_data.ranks_and_rows_draw_apart,
+    "stop token": check_data.stop_token,
+    "same language": check_data.same_language,
+    "reward model": check_data.reward_model_sanity,
+    "data": check_data.prompts_are_apart,
+}
+AFTER = {
+    "on-policy at the first update": check_models.on_policy_at_the_first_update,
+    "generator equals the stepped model": check_models.generator_after_the_step,
+    "gradients": check_models.gradients_reach,
+    "average": check_models.average_moves,
+}
+
+
+class SelfCheck:
+    """Runs the checks. prompts, held: lists of rollout.Prompt; say: prints on the main rank."""
+
+    def __init__(self, models, prompts, held, config, device, say):
+        self.models, self.prompts, self.held = models, prompts, held
+        self.config, self.device, self.say = config, device, say
+        self.tolerance = TOLERANCE[zero.resolve_dtype(config.dtype, device)]
+        self.probe = self.rollout = None
+        self.metrics: dict[str, float] = {}
+        self.gradients: dict[str, set[str]] = {"actor": set(), "critic": set()}
+        self.hooks: list = []
+        self.sums: dict[str, float] = {}
+        self.watched: dict[str, tuple] = {}
+
+    def trained(self) -> dict:
+        engines = {"actor": self.models.actor, "critic": self.models.critic}
+        return {name: engine for name, engine in engines.items() if engine is not None}
+
+    def frozen(self) -> dict:
+        found = {"reference": self.models.reference}
+        for name, one in (("reward model", self.models.reward), ("judge", self.models.judge)):
+            if one is not None:
+                found[name] = one.model
+        return {name: getattr(model, "module", model) for name, model in found.items()}
+
+    def before_the_first_step(self) -> None:
+        """The first part. Raises StopRun with every fault, where --self_check is on."""
+        if self.config.self_check == "off":
+            return
+        short = min(self.config.max_response_length, PROBE_TOKENS)
+        small = dataclasses.replace(self.config, max_response_length=short)
+        ordered = sorted(self.held, key=lambda p: len(p.ids))
+        some = ordered[:: -(-len(ordered) // PROBE_PROMPTS)]
+        asked = [p for p in some for _ in range(PROBE_COPIES * process_group.world_size())]
+        self.probe, _ = rollouts.collect(self.models, asked, small, self.device, PROBE_NOISE)
+        self._run(BEFORE, "before the first step")
+        for name, engine in self.trained().items():
+            for weight, p in engine.module.named_parameters():
+                if p.requires_grad:
+                    seen = self.gradients[name]
+                    self.hooks.append(p.register_hook(lambda _, w=weight, s=seen: s.add(w)))
+        self.sums = {name: check_models.checksum(model) for name, model in self.frozen().items()}
+        self.watched = self._averages()
+
+    def after_the_first_rollout(self, rollout, metrics: dict[str, float]) -> None:
+        """The second part, once."""
+        if self.config.self_check == "off" or self.rollout is not None:
+            return
+        self.rollout, self.metrics = rollout, metrics
+        for hook in self.hooks:
+            hook.remove()
+        self._run(AFTER, "after the first rollout's updates")
+        self.probe, self.watched = None, {}
+
+    def _averages(self) -> dict[str, tuple]:
+        """A few matrices of the EMA and of the actor, by name: (shadow, weight), copies."""
+        if self.models.ema is None:
+            return {}
+        own = {n: p for n, p in self.models.actor.module.named_parameters() if zero.rank_of(p) > 1}
+        own = {n: getattr(p, "ds_tensor", p).detach() for n, p in own.items()}
+        few = sorted((n for n in own if own[n].numel()), key=lambda n: (own[n].numel(), n))[:4]
+        shadow = self.models.ema.shadow
+        return {n: (shadow[n].clone(), own[n].float().clone()) for n in few}
+
+    def _run(self, checks: dict, when: str) -> None:
+        self.say(f"self-check, {when}:")
+        faults = []
+        for name, check in checks.items():
+            try:
+                verdict = ("passed", check(self))
+            except Doubt as doubt:
+                verdict = ("DOUBT", str(doubt))
+            except Fault as fault:
+                verdict = ("FAULT", str(fault))
+            # One rank's fault is everybody's: all ranks stop, at the same place.
+            verdicts = process_group.gather_objects(verdict)
+            level, text = min(verdicts, key=lambda v: ("FAULT", "DOUBT", "passed").index(v[0]))
+            self.say(f"  {level}  {name}: {text}")
+            if level == "FAULT":
+                faults.append(f"{name}: {text}")
+        if faults and self.config.self_check == "on":
+            raise StopRun(
+                f"the self-check found {len(faults)} fault{'s'[: len(faults) > 1]}, nothing was "
+                "trained on past this point (--self_check warn goes on all the same):\n  - "
+                + "\n  - ".join(faults)
+            )

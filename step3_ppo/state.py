@@ -1,0 +1,67 @@
+"""What PPO carries from rollout to rollout beside the weights: saved with them as state.json,
+and in every checkpoint."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from step3_ppo import algorithm
+from utils import whole_files
+from utils.report import StopRun
+
+
+@dataclass
+class State:
+    """score_mean and score_variance are of the `score_count` scores seen so far (running), or of
+    the held-out answers before training (fixed)."""
+
+    kl_coef: float
+    rollouts: int = 0
+    score_mean: float = 0.0
+    score_variance: float = 1.0
+    score_count: int = 0
+
+    def see(self, scores: torch.Tensor) -> None:
+        """Take (B,) scores into the running mean and variance (Chan et al. 1979)."""
+        new, mean = len(scores), scores.double().mean().item()
+        variance = scores.double().var(correction=0).item()
+        count = self.score_count + new
+        apart = mean - self.score_mean
+        total = self.score_variance * self.score_count + variance * new
+        total += apart**2 * self.score_count * new / count
+        self.score_mean += apart * new / count
+        self.score_variance, self.score_count = total / count, count
+
+    def fix(self, mean: float, deviation: float) -> None:
+        """Normalise by these from now on."""
+        if deviation < 1e-6:
+            raise StopRun(
+                f"score_normalisation=fixed: the held-out answers all score {mean:.4g}, and a "
+                "deviation of 0 is nothing to divide by; set --score_normalisation running"
+            )
+        self.score_mean, self.score_variance = mean, deviation**2
+
+    def normalised(self, scores: torch.Tensor) -> torch.Tensor:
+        """(B,) → (B,) with the mean taken off and divided by the standard deviation."""
+        return (scores - self.score_mean) / (self.score_variance**0.5 + 1e-8)
+
+    def adapt(self, kl: float, sequences: int, config) -> None:
+        """Move the KL coefficient towards --kl_target, after a rollout of mean KL `kl`."""
+        if config.kl_target > 0:
+            self.kl_coef = algorithm.adapted_kl_coef(
+                self.kl_coef, kl, config.kl_target, sequences, config.kl_horizon
+            )
+
+    def carry(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def take_up(self, saved: dict) -> None:
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+    def save(self, folder: str) -> None:
+        text = json.dumps(self.carry(), indent=2)
+        whole_files.write_text(Path(folder, "state.json"), text + "\n")
