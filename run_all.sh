@@ -11,11 +11,14 @@
 #   --sft_data A [B …]           demonstrations
 #   --preference_data A [B …]    comparisons
 #   --prompt_data A [B …]        prompts of step 3 (default: those of the comparisons)
-#   --rounds N                   repeat collect → reward → PPO N times (embedded task)
+#   --rounds N                   repeat collect → reward → PPO N times (embedded task; tiny: 2)
 #   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG value   for one step
 #   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …)
 #
-# Flags are checked before anything runs. Files of an earlier run in the same folder are written over.
+# Flags are checked before anything runs. The same command again goes on where the last one stopped:
+# stages that are finished are passed over, a step goes on from its newest checkpoint. --overwrite
+# begins anew and deletes what an earlier run made in the same folder. SIGTERM or SIGUSR1 saves at the
+# next step boundary and ends with exit code 75.
 #
 # LAUNCH holds flags of the deepspeed launcher, e.g. LAUNCH="--hostfile hosts".
 set -uo pipefail
@@ -27,8 +30,8 @@ done
 RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL="" MAX_RANKS=0
 SFT_DATA=() PREFERENCE_DATA=() PROMPT_DATA=()
 COMMON_FLAGS=() SCRATCH_FLAGS=() SFT_FLAGS=() COLLECT_FLAGS=() REWARD_FLAGS=() PPO_FLAGS=()
-my_model="" my_sft=() my_preference=() my_prompts=()
-my_common=() my_sft_flags=() my_collect=() my_reward=() my_ppo=() seed=42
+my_model="" my_rounds="" my_sft=() my_preference=() my_prompts=()
+overwrite=0 my_common=() my_sft_flags=() my_collect=() my_reward=() my_ppo=() seed=42
 
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then RECIPE=$1; shift; fi
 while [ $# -gt 0 ]; do
@@ -44,11 +47,12 @@ while [ $# -gt 0 ]; do
                 exit 2
             } ;;&
         --output_dir) OUTPUT=${values[*]} ;;
-        --rounds) ROUNDS=${values[*]} ;;
+        --rounds) my_rounds=${values[*]} ;;
         --model_name_or_path) my_model=${values[*]} ;;
         --sft_data) my_sft=("${values[@]}") ;;
         --preference_data) my_preference=("${values[@]}") ;;
         --prompt_data) my_prompts=("${values[@]}") ;;
+        --overwrite) [ "${values[*]:-true}" = true ] && overwrite=1 ;;
         --sft.*) my_sft_flags+=("--${flag#--sft.}" "${values[@]}") ;;
         --collect.*) my_collect+=("--${flag#--collect.}" "${values[@]}") ;;
         --reward.*) my_reward+=("--${flag#--reward.}" "${values[@]}") ;;
@@ -67,11 +71,12 @@ fi
     exit 2
 }
 . "$ROOT/recipes/$RECIPE.sh"
-MODEL=${my_model:-$MODEL}
+MODEL=${my_model:-$MODEL} ROUNDS=${my_rounds:-$ROUNDS}
 [ ${#my_sft[@]} -eq 0 ] || SFT_DATA=("${my_sft[@]}")
 [ ${#my_preference[@]} -eq 0 ] || PREFERENCE_DATA=("${my_preference[@]}")
 PROMPT_DATA=("${my_prompts[@]}")
 OUTPUT=${OUTPUT:-output/$RECIPE}
+[ "$overwrite" = 1 ] && COMMON_FLAGS+=(--overwrite) || COMMON_FLAGS+=(--resume auto)
 # Of a flag given twice the last counts: the recipe's for all steps, the recipe's for this step, the
 # user's for all, the user's for this step.
 SFT_FLAGS=("${COMMON_FLAGS[@]}" "${SFT_FLAGS[@]}" "${my_common[@]}" "${my_sft_flags[@]}")
@@ -94,6 +99,11 @@ stage() { # stage NAME command …: stops the run at the first failure, with its
     printf '\n=== %s\n' "$name"
     "$@"
     code=$?
+    echo "$((spent + SECONDS - started))" >"$OUTPUT/.seconds"
+    if [ $code -eq 75 ]; then
+        echo "run_all.sh: $name stopped as asked and is saved in $OUTPUT; the same command goes on" >&2
+        exit $code
+    fi
     if [ $code -ne 0 ]; then
         echo "run_all.sh: $name failed with exit code $code; what was written stays in $OUTPUT" >&2
         exit $code
@@ -111,18 +121,36 @@ check() { WORLD_SIZE=${ranks:-1} "$PYTHON" "$ROOT/$1" --check_config "${@:2}" ||
     echo "run_all.sh: --rounds $ROUNDS and --seed $seed must be whole numbers" >&2
     exit 2
 }
-check step1_sft/main.py --model_name_or_path m --sft_data d --output_dir o "${SFT_FLAGS[@]}"
-check step2_reward/main.py --model_name_or_path m --preference_data d --output_dir o "${REWARD_FLAGS[@]}"
-check step3_ppo/main.py --model_name_or_path m --reward_model r --prompt_data d --output_dir o "${PPO_FLAGS[@]}"
+check step1_sft/main.py --model_name_or_path m --sft_data "${SFT_DATA[@]:-d}" --output_dir o "${SFT_FLAGS[@]}"
+check step2_reward/main.py --model_name_or_path m --preference_data "${PREFERENCE_DATA[@]:-d}" --output_dir o "${REWARD_FLAGS[@]}"
+check step3_ppo/main.py --model_name_or_path m --reward_model r --prompt_data "${PROMPT_DATA[@]:-d}" --output_dir o "${PPO_FLAGS[@]}"
 [ "$EMBEDDED" = 0 ] || check step2_reward/collect.py --policy m --prompt_data d --output_file o/c.jsonl "${COLLECT_FLAGS[@]}"
-mkdir -p "$OUTPUT"
+if [ "$overwrite" = 1 ]; then
+    rm -rf "$OUTPUT"/{data,base_model,step1_sft,step2_reward,step3_ppo,summary.json,summary.txt,.seed,.seconds}
+    rm -rf "$OUTPUT"/round[0-9]*
+fi
+mkdir -p "$OUTPUT" || exit
+made_with=$(cat "$OUTPUT/.seed" 2>/dev/null || echo "$seed") spent=$(cat "$OUTPUT/.seconds" 2>/dev/null || echo 0)
+[ "$made_with" = "$seed" ] || {
+    echo "run_all.sh: $OUTPUT was begun with --seed $made_with, not $seed; --overwrite begins anew" >&2
+    exit 2
+}
+echo "$seed" >"$OUTPUT/.seed"
+trap 'exit 75' TERM USR1 # during a stage without steps; it is done again
+# What has no checkpoints is made under another name, so that what has its name is whole.
 if [ "$EMBEDDED" = 1 ]; then
-    stage "data" in_root -m utils.data.toy_tasks --output_dir "$OUTPUT/data" --seed "$seed"
+    [ -d "$OUTPUT/data" ] || {
+        stage "data" in_root -m utils.data.toy_tasks --output_dir "$OUTPUT/data.writing" --seed "$seed"
+        mv "$OUTPUT/data.writing" "$OUTPUT/data" || exit
+    }
     SFT_DATA=("$OUTPUT/data/sft.jsonl") PROMPT_DATA=("$OUTPUT/data/prompts.jsonl")
 fi
 if [ -z "$MODEL" ]; then
-    stage "base model" in_root -m utils.models.from_scratch --output_dir "$OUTPUT/base_model" \
-        --data "${SFT_DATA[@]}" "${PREFERENCE_DATA[@]}" --seed "$seed" "${SCRATCH_FLAGS[@]}"
+    [ -d "$OUTPUT/base_model" ] || {
+        stage "base model" in_root -m utils.models.from_scratch --output_dir "$OUTPUT/base_model.writing" \
+            --data "${SFT_DATA[@]}" "${PREFERENCE_DATA[@]}" --seed "$seed" "${SCRATCH_FLAGS[@]}"
+        mv "$OUTPUT/base_model.writing" "$OUTPUT/base_model" || exit
+    }
     MODEL="$OUTPUT/base_model"
 fi
 stage "step 1: SFT" launch step1_sft/main.py --model_name_or_path "$MODEL" \
@@ -143,10 +171,21 @@ for round in $(seq 1 "$ROUNDS"); do
         --output_dir "$folder/step2_reward" "${REWARD_FLAGS[@]}"
     stage "step 3: PPO" launch step3_ppo/main.py --model_name_or_path "$policy" \
         --reward_model "$folder/step2_reward" --prompt_data "${PROMPT_DATA[@]}" \
-        --reference_model "$OUTPUT/step1_sft" --output_dir "$folder/step3_ppo" "${PPO_FLAGS[@]}"
+        --preference_data "${PREFERENCE_DATA[@]}" --reference_model "$OUTPUT/step1_sft" \
+        --output_dir "$folder/step3_ppo" "${PPO_FLAGS[@]}"
     policy="$folder/step3_ppo/actor"
 done
 extra=()
 [ "$EMBEDDED" = 0 ] || extra=(--verifier_data "$OUTPUT/data/held_out.jsonl")
-stage "evaluation" in_root -m evaluation.summary --output_dir "$OUTPUT" --seed "$seed" \
-    --seconds $((SECONDS - started)) "${extra[@]}"
+evaluate() {
+    in_root -m evaluation.summary --output_dir "$OUTPUT" --seed "$seed" \
+        --seconds $((spent + SECONDS - started)) "${extra[@]}" | tee "$OUTPUT/summary.writing"
+    return "${PIPESTATUS[0]}"
+}
+if [ -f "$OUTPUT/summary.txt" ]; then
+    printf '\n=== finished before (--overwrite begins anew)\n'
+    cat "$OUTPUT/summary.txt"
+else
+    stage "evaluation" evaluate
+    mv "$OUTPUT/summary.writing" "$OUTPUT/summary.txt"
+fi

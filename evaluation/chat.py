@@ -16,6 +16,7 @@ import torch
 from evaluation import checkpoints
 from utils import config as run_config
 from utils import report as reporting
+from utils import terminal
 from utils.config import setting
 from utils.data import rows
 
@@ -30,7 +31,7 @@ class ChatConfig:
     max_new_tokens: int = setting(128, "tokens an answer at most")
     dtype: str = setting(
         "auto",
-        "of the weights; auto: bf16 on GPUs that have it, else fp32",
+        "of the weights; auto: bf16 where the GPU or CPU computes it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
@@ -48,6 +49,7 @@ class ChatConfig:
             found.append(f"temperature={self.temperature} must not be negative; set --temperature")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} must lie in (0, 1]; set --top_p")
+        found += run_config.seed_problems(self.seed)
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens={self.max_new_tokens}: set --max_new_tokens ≥ 1")
         if self.dtype == "fp16" and not torch.cuda.is_available():
@@ -62,7 +64,7 @@ def answer(model, tokenizer, messages, room: int) -> str:
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False):
-            print(checkpoints.visible(text), end="\n" if stream_end else "", flush=True)
+            print(terminal.visible(text), end="\n" if stream_end else "", flush=True)
 
     ids = checkpoints.encode_prompt(tokenizer, messages, "this conversation")
     if len(ids) > room:

@@ -1,15 +1,15 @@
 """A chat checkpoint as plain transformers sees it: is it one, load it, prompt it, show text."""
 
 import json
+import os
 import sys
-import unicodedata
 from pathlib import Path
 
 import torch
 
 from utils.data import chat_template, rows
 from utils.distributed import zero
-from utils.models import language_model
+from utils.models import language_model, loading
 
 
 def looks_local(name: str) -> bool:
@@ -29,7 +29,7 @@ def looks_local(name: str) -> bool:
 def folder_problems(path: str, setting_name: str) -> list[str]:
     """What keeps `path` from being the kind of model that --`setting_name` takes."""
     folder = Path(path)
-    if not folder.exists():
+    if not os.path.exists(path):  # also where the name is too long for any folder
         if looks_local(path):
             return [f"{setting_name}: {path!r} does not exist; set --{setting_name} to a folder"]
         return []  # a hub name
@@ -62,7 +62,7 @@ def load_checkpoint(
     dtype: str,
     trust_remote_code: bool,
     device_map: str = "",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = "auto",
 ):
     """(model in eval mode on its device or devices, tokenizer) of a folder or hub name.
 
@@ -72,26 +72,17 @@ def load_checkpoint(
 
     tokenizer = chat_template.load_tokenizer(path, trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=zero.DTYPES[zero.resolve_dtype(dtype, device)],
-            device_map=device_map or None,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"cannot load a language model from {path!r}: {error}") from error
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:5])
-        raise SystemExit(
-            f"{path!r} lacks weights of {type(model).__name__}, which would stay random: {names} "
-            f"({len(info['missing_keys'])} in all); is it the right folder?"
-        )
+    model = loading.load_whole(
+        AutoModelForCausalLM,
+        path,
+        dtype=zero.DTYPES[zero.resolve_dtype(dtype, device)],
+        device_map=device_map or None,
+        attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     have = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > have:
-        language_model.fit_to_tokenizer(model, tokenizer)
+        language_model.fit_to_tokenizer(model, tokenizer, path)
         print(f"{path}: chat template needs {len(tokenizer) - have} new tokens, untrained")
     return (model if device_map else model.to(device)).eval(), tokenizer
 
@@ -132,10 +123,3 @@ def encode_prompt(tokenizer, messages, where: str) -> list[int]:
         raise SystemExit(
             f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {error}"
         ) from error
-
-
-def visible(text: str) -> str:
-    """Control characters spelled out, so that a model's text cannot steer the terminal."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text
-    )

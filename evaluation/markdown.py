@@ -2,7 +2,7 @@
 
 import re
 
-from evaluation.checkpoints import visible
+from utils.terminal import visible
 
 
 def fence(text: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from evaluation import checkpoints, markdown
 from utils import config as run_config
 from utils import report as reporting
+from utils import terminal, whole_files
 from utils.config import setting
 from utils.data import batches, chat_template, instructions, rows
 from utils.distributed import zero
@@ -59,17 +60,18 @@ class PromptEvalConfig:
     output_dir: str = setting("", "write answers.jsonl and answers.md there; empty: print only")
     dtype: str = setting(
         "auto",
-        "of the weights; auto: bf16 on GPUs that have it, else fp32",
+        "of the weights; auto: bf16 where the GPU or CPU computes it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     device_map: str = setting(
         "", "empty: one device; auto: spread over all GPUs", choices=("", "auto")
     )
-    attn_implementation: str = setting("sdpa", "transformers' attention: sdpa, eager, …")
+    attn_implementation: str = setting("auto", "sdpa, eager, …; auto: transformers' choice")
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
-    # Not a setting: scalar_model.load asks for it.
+    # Not settings: scalar_model.load asks for them.
     gradient_checkpointing = False
+    packing = "off"
 
     def of_strategy(self) -> dict:
         """The settings that the chosen strategy reads."""
@@ -112,8 +114,9 @@ class PromptEvalConfig:
                 found.append(f"{name}={getattr(self, name)} must be at least 1; set --{name}")
         if self.max_prompts < 0:
             found.append(f"max_prompts={self.max_prompts} must not be negative; set --max_prompts")
-        if self.output_dir and Path(self.output_dir).is_file():
-            found.append(f"output_dir={self.output_dir} is a file; set --output_dir to a folder")
+        found += run_config.seed_problems(self.seed)
+        if self.output_dir and (problem := run_config.folder_problem(self.output_dir)):
+            found.append(f"output_dir={self.output_dir!r}: {problem}; set --output_dir")
         if self.dtype == "fp16" and not torch.cuda.is_available():
             found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
         return found
@@ -269,7 +272,9 @@ def score_all(config, answers: list[Answer]) -> None:
     tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = zero.resolve_dtype(config.dtype, device)
-    model = scalar_model.load(config, config.reward_model, dtype=dtype, zero_stage=0)
+    model = scalar_model.load(
+        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=tokenizer
+    )
     model.to(device).eval()
     limit = getattr(
         model.classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize
@@ -313,10 +318,8 @@ def as_text(questions, results) -> str:
     marks = {2: "\n══ ", 3: "── ", 4: "→ "}
     lines = []
     for level, heading, text in blocks(questions, results):
-        lines.append(marks[level] + checkpoints.visible(heading))
-        lines += (
-            ["    " + line for line in checkpoints.visible(text).split("\n")] if level > 2 else []
-        )
+        lines.append(marks[level] + terminal.visible(heading))
+        lines += ["    " + line for line in terminal.visible(text).split("\n")] if level > 2 else []
     return "\n".join(lines)
 
 
@@ -349,7 +352,7 @@ def summary_table(results: dict[str, list[list[Answer]]], seconds: dict[str, flo
 def write(config, questions, results, summary: str) -> None:
     """answers.jsonl, a line per prompt, checkpoint and turn; answers.md for people."""
     folder = Path(config.output_dir)
-    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
+    with whole_files.writing(folder / "answers.jsonl") as file:
         for i, question in enumerate(questions):
             for answer in (a for groups in results.values() for a in groups[i]):
                 record = {"prompt": question.turns[answer.turn - 1], "where": question.where}
@@ -358,7 +361,7 @@ def write(config, questions, results, summary: str) -> None:
                     record[name] = getattr(answer, name)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     page = as_markdown(config, questions, results, summary)
-    (folder / "answers.md").write_text(page, encoding="utf-8")
+    whole_files.write_text(folder / "answers.md", page)
     print(f"written: {folder / 'answers.jsonl'}, {folder / 'answers.md'}", flush=True)
 
 
@@ -370,7 +373,8 @@ def main() -> None:
     except rows.DataError as error:
         raise SystemExit(str(error)) from error
     if config.output_dir:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        with whole_files.naming(config.output_dir):
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     results, seconds = {}, {}
     for checkpoint in config.checkpoints:
         results[checkpoint], seconds[checkpoint] = answer_all(config, checkpoint, questions)
@@ -383,4 +387,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    reporting.run(main)

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from utils import whole_files
+
 STEPS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo"}
 POLICIES = {"sft": "step1_sft", "ppo": "step3_ppo/actor", "ppo_ema": "step3_ppo/actor_ema"}
 
@@ -73,6 +75,7 @@ def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> di
             "score_before": ppo["score_before"],
             "score_after": ppo["score_after"],
             "score_std_before": ppo["score_std_before"],
+            "kl_before": ppo["kl_before"],
             "kl": ppo["kl_after"],
             "kl_k3": ppo["kl_k3_after"],
             "response_length_before": ppo["response_length_before"],
@@ -112,7 +115,11 @@ def closing_table(summary: dict) -> str:
             f"{ppo['score_before']:.3f} (std {ppo['score_std_before'] or 0:.3f})",
             f"{ppo['score_after']:.3f}",
         ),
-        ("PPO KL to the reference, nats a response", "0", f"{ppo['kl']:.3f}"),
+        (
+            "PPO KL to the reference, nats a response",
+            f"{ppo['kl_before']:.3f}",
+            f"{ppo['kl']:.3f}",
+        ),
     ]
     if "verifier" in summary:
         v = summary["verifier"]
@@ -156,7 +163,8 @@ def plot(output: Path) -> None:
     axes[1][1].legend()
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.savefig(output / "curves.png", dpi=110)
+    with whole_files.placing(output / "curves.png") as beside:
+        figure.savefig(beside, dpi=110, format="png")
     pyplot.close(figure)
 
 
@@ -173,11 +181,13 @@ def main() -> None:
     output = Path(arguments.output_dir)
     summary = summarise(output, arguments.verifier_data, arguments.seed, arguments.seconds)
     text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (output / "summary.json").write_text(text + "\n", encoding="utf-8")
+    whole_files.write_text(output / "summary.json", text + "\n")
     plot(output)
     print(closing_table(summary))
     print(f"written: {output}/summary.json, {output}/curves.png")
 
 
 if __name__ == "__main__":
-    main()
+    from utils.report import run
+
+    run(main)

@@ -8,6 +8,6 @@ SFT_FLAGS=(--learning_rate 1e-5 --global_batch_size 128 --micro_batch_size 4 --e
 REWARD_FLAGS=(--learning_rate 9e-6 --global_batch_size 64 --micro_batch_size 2 --epochs 1
     --max_length 2048)
 PPO_FLAGS=(--learning_rate 5e-7 --critic_learning_rate 9e-6 --prompts_per_rollout 512
-    --global_batch_size 128 --micro_batch_size 2 --generation_batch_size 32 --max_steps 300
+    --global_batch_size 128 --micro_batch_size 2 --generation_tokens 65536 --release_decode_memory --max_steps 300
     --max_prompt_length 1024 --max_response_length 1024 --missing_eos_penalty 1 --score_clip 5
     --eval_every 25 --save_every 25)

@@ -8,6 +8,6 @@ SFT_FLAGS=(--learning_rate 1e-5 --global_batch_size 64 --micro_batch_size 8 --ep
 REWARD_FLAGS=(--learning_rate 9e-6 --global_batch_size 64 --micro_batch_size 4 --epochs 1
     --max_length 1024 --gradient_checkpointing)
 PPO_FLAGS=(--learning_rate 1e-6 --critic_learning_rate 5e-6 --prompts_per_rollout 256
-    --global_batch_size 64 --micro_batch_size 8 --generation_batch_size 128 --max_steps 200
+    --global_batch_size 64 --micro_batch_size 8 --generation_tokens 131072 --max_steps 200
     --max_prompt_length 512 --max_response_length 512 --missing_eos_penalty 1 --score_clip 5
     --eval_every 25 --save_every 50)
