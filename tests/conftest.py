@@ -74,7 +74,11 @@ def run_ranks(
                 text=True,
             )
         )
-    outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()  # a rank that waits for ever would outlive the tests
     codes = [p.returncode for p in processes]
     assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n---\n".join(outputs)
     return "\n".join(outputs)
@@ -84,3 +88,18 @@ def metrics_of(folder: Path, name: str) -> list[float]:
     """The values of one metric over the steps of a run."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+@pytest.fixture(scope="session")
+def chain(tiny, tmp_path_factory) -> Path:
+    """Steps 1 and 2 once, for step 3 to start from."""
+    from test_steps import collect, reward, sft
+
+    folder = tmp_path_factory.mktemp("chain")
+    jobs = [
+        sft(tiny, folder / "sft", "--max_steps", 60),
+        collect(tiny, folder / "sft"),
+        reward(tiny, folder / "sft", folder / "reward", "--max_steps", 30),
+    ]
+    run_ranks(jobs, 1)
+    return folder

@@ -11,7 +11,7 @@ from step1_sft.config import SFTConfig
 from utils.data import chat_template
 from utils.distributed import checkpoint, process_group, zero
 from utils.distributed.hybrid_engine import HybridEngine
-from utils.models import generation, language_model
+from utils.models import generation, language_model, vocabulary_head
 from utils.models.ema import EMA
 
 DECAY = 0.9
@@ -31,9 +31,10 @@ def whole(module):
 def train_one_step(engine, ids, step):
     mask = torch.ones_like(ids, dtype=torch.bool)
     rows = ids[process_group.rank() :: process_group.world_size()].roll(step, 1)
-    logits = engine(**language_model.forward_inputs(engine.module, rows, mask[: len(rows)])).logits
-    loss = -language_model.token_logprobs(logits[:, :-1], rows[:, 1:]).sum()
-    engine.backward(loss, normaliser=ids.numel())
+    wanted = mask[: len(rows)]
+    logprobs, _ = language_model.wanted_logprobs(engine, rows, wanted, wanted)
+    assert not vocabulary_head.of(engine.module).changes_logits
+    engine.backward(-logprobs.sum(), normaliser=ids.numel())
     return engine.step()
 
 
@@ -49,7 +50,9 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
         lr_schedule="constant",
     )
     tokenizer = chat_template.load_tokenizer(folder)
-    tokenizer.add_tokens([f"<new {i}>" for i in range(530 - len(tokenizer))])  # 512 rows before
+    tokenizer.add_tokens(
+        [f"<new {i}>" for i in range(530 - len(tokenizer))], special_tokens=True
+    )  # 512 rows before
     model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
     engine = zero.TrainEngine(
         model, config, dtype=dtype, zero_stage=stage, learning_rate=1e-2, total_steps=9

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils import report as reporting  # noqa: E402
 from utils.distributed import process_group  # noqa: E402
 
 
@@ -25,9 +26,13 @@ def main() -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.argv = [program, *argv]
-        module.main()
+        try:
+            module.main()
+        except SystemExit as ended:
+            if ended.code != 0:  # 0: the run is finished already
+                raise
     leave()
 
 
 if __name__ == "__main__":
-    main()
+    reporting.run(main)

@@ -40,7 +40,7 @@ def autograd(function, x):
     return gradient
 
 
-def close(actual, expected, tolerance=1e-12):
+def assert_close(actual, expected, tolerance=1e-12):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
@@ -91,7 +91,7 @@ def test_gae_is_the_double_sum(gamma, lam, lengths, width):
     for got, expected in zip(
         actual, gae_by_sums(rewards, values, lengths, gamma, lam), strict=True
     ):
-        close(got, expected)
+        assert_close(got, expected)
 
 
 def test_gae_worked_case():
@@ -100,16 +100,16 @@ def test_gae_worked_case():
     mask = torch.ones(2, 5, dtype=torch.bool)
     advantages, returns = algorithm.gae(rewards, values, mask, 0.99, 0.95)
     expected = [[0.9801, 0.2000, 0.4423, 0.7085, 1.0], [0.6623, -0.0326, 0.1886, 0.4323, 0.7]]
-    close(advantages, torch.tensor(expected), 5.1e-5)
+    assert_close(advantages, torch.tensor(expected), 5.1e-5)
     expected = [[0.9801, 1.0, 1.0423, 1.1085, 1.2], [0.6623, 0.6674, 0.6886, 0.7323, 0.8]]
-    close(returns, torch.tensor(expected), 5.1e-5)
+    assert_close(returns, torch.tensor(expected), 5.1e-5)
 
 
 def test_gae_with_lambda_one_returns_the_discounted_rewards():
     rewards, values = normal(1, 6, seed=3), normal(1, 6, seed=4)
     _, returns = algorithm.gae(rewards, values, prefix_mask([6], 6), 0.9, 1.0)
     expected = [sum(0.9**k * rewards[0, t + k].item() for k in range(6 - t)) for t in range(6)]
-    close(returns[0], torch.tensor(expected, dtype=torch.float64))
+    assert_close(returns[0], torch.tensor(expected, dtype=torch.float64))
 
 
 # Whitening.
@@ -127,7 +127,7 @@ def test_whiten_gives_mean_0_and_variance_1_over_the_mask(lengths, width):
     assert (white[~mask] == 0).all()
     # The order of the values stays, and so do their distances.
     a, b = white[0, 0] - white[0, 1], white[0, 0] - white[0, 2]
-    close(a / b, (x[0, 0] - x[0, 1]) / (x[0, 0] - x[0, 2]), 1e-9)
+    assert_close(a / b, (x[0, 0] - x[0, 1]) / (x[0, 0] - x[0, 2]), 1e-9)
     assert torch.sign(a) == torch.sign(x[0, 0] - x[0, 1])
 
 
@@ -227,7 +227,7 @@ def test_policy_loss_gradient():
     mask = prefix_mask(lengths, 7)
     actual = autograd(lambda x: algorithm.policy_loss(x, old, advantages, mask, CLIP)[0], new)
     numeric = central_difference(lambda x: policy_loss_by_loop(x, old, advantages, lengths), new)
-    close(actual, numeric, 1e-7)
+    assert_close(actual, numeric, 1e-7)
     # The clip stops only moves that already went far in the direction of the advantage.
     seen = set()
     for b, n in enumerate(lengths):
@@ -244,7 +244,7 @@ def test_policy_loss_gradient_at_ratio_1_is_the_policy_gradient():
     _, old, advantages, lengths = policy_case()
     mask = prefix_mask(lengths, 7)
     gradient = autograd(lambda x: algorithm.policy_loss(x, old, advantages, mask, CLIP)[0], old)
-    close(gradient, -advantages * mask)
+    assert_close(gradient, -advantages * mask)
 
 
 def test_policy_loss_at_ratio_1():
@@ -295,7 +295,7 @@ def test_value_loss_gradient():
     new, values, returns, lengths = value_case()
     mask = prefix_mask(lengths, 6)
     actual = autograd(lambda x: algorithm.value_loss(x, values, returns, mask, CLIP)[0], new)
-    close(
+    assert_close(
         actual,
         central_difference(lambda x: value_loss_by_loop(x, values, returns, lengths), new),
         1e-7,

@@ -1,6 +1,7 @@
 """Which rows a step takes, how they are dealt and padded, what becomes of long ones."""
 
 import copy
+import itertools
 from collections import Counter
 from itertools import chain
 
@@ -89,6 +90,43 @@ def test_deal_partitions_the_batch_evenly(world, micro, accumulation, lengths, s
     for k in range(accumulation - 1):
         longest = max(lengths[row] for d in dealt for row in d[k])
         assert longest <= min(lengths[row] for d in dealt for row in d[k + 1])
+
+
+@given(
+    world=st.integers(1, 4),
+    groups=st.integers(1, 8),
+    tokens=st.integers(1, 60),
+    lengths=st.lists(st.integers(1, 20), min_size=40, max_size=50),
+    counts=st.lists(st.integers(1, 4), min_size=50, max_size=50),
+    missing=st.integers(0, 3),
+)
+def test_deal_by_tokens(world, groups, tokens, lengths, counts, missing):
+    """As many rows as the budget holds, as many micro-batches on every rank."""
+    rows = batches.rows_of_step(0, max(1, world * groups - missing % world), len(lengths), seed=1)
+    dealt = [batches.deal(rows, lengths, r, world, 1, tokens, counts) for r in range(world)]
+    assert len({len(d) for d in dealt}) == 1
+    assert Counter(row for d in dealt for m in d for row in m) == Counter(rows)
+    sizes = []
+    for together in zip(*dealt, strict=True):
+        longest = max(lengths[row] for m in together for row in m)
+        sizes.append([sum(counts[row] for row in m) * longest for m in together])
+        assert max(sizes[-1]) <= tokens or max(map(len, together)) == 1, "a long row goes alone"
+    # No two neighbours of one rank would have fitted together, at any rank's length and count.
+    if world == 1:
+        for first, second in itertools.pairwise(dealt[0]):
+            more = sum(counts[row] for row in [*first, second[0]]) * lengths[second[0]]
+            assert more > tokens
+
+
+def test_deal_by_tokens_by_hand():
+    lengths = [4, 9, 2, 3, 3, 8]
+    assert batches.deal(range(6), lengths, 0, 1, 1, 9) == [[2, 3, 4], [0], [5], [1]]
+    assert batches.deal(range(6), lengths, 0, 1, 1, 18) == [[2, 3, 4, 0], [5, 1]]
+    # By the longer of two neighbours: 2 and 3, 3 and 4, 8 and 9.
+    assert batches.deal(range(6), lengths, 0, 2, 1, 8) == [[2, 4], [5]]
+    assert batches.deal(range(6), lengths, 1, 2, 1, 8) == [[3, 0], [1]]
+    assert batches.in_step(lengths, 1, 9) == [[2, 3, 4], [0], [5], [1]]
+    assert batches.in_step(lengths, 4) == [[2, 3, 4, 0], [5, 1]]
 
 
 # Padding.

@@ -117,9 +117,9 @@ def test_lists(tmp_path):
     config = sft("--sft_data", "a", "b c", "--data_weights", "1", "0.5")
     assert config.sft_data == ["a", "b c"] and config.data_weights == [1.0, 0.5]
     assert all(type(w) is float for w in config.data_weights)
-    file = write(tmp_path / "c.yaml", "sft_data: only\ndata_weights: [1, 2e0]\n")
+    file = write(tmp_path / "c.yaml", "sft_data: only\ndata_weights: 2e0\n")
     config = build(SFTConfig, [*COMMON, "--config", file], 1)
-    assert config.sft_data == ["only"] and config.data_weights == [1.0, 2.0]
+    assert config.sft_data == ["only"] and config.data_weights == [2.0]
     # Not shared between configs.
     sft().data_weights.append(1.0)
     assert sft().data_weights == []
@@ -360,7 +360,7 @@ def test_an_integer_beyond_all_floats_is_told(tmp_path):
     file = write(tmp_path / "c.yaml", f"seed: {number}\nepochs: {number}\n")
     assert problems_of(SFTConfig, [*NEEDED[SFTConfig], "--config", file]) == [
         "seed=a huge number is not int",
-        "epochs=a huge number is not float",
+        "epochs=a huge number is beyond the range of fp32; set --epochs",
     ]
     (problem,) = problems_of(SFTConfig, [*NEEDED[SFTConfig], "--seed", number])
     assert problem == f"seed='{number}' is not int"
@@ -401,9 +401,11 @@ def test_a_saved_config_repeats_the_run(config_class, changed, tmp_path):
 
 
 @given(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12),
+    st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+    ).filter(str.strip),
     st.lists(st.sampled_from(["1e-5", "no", "null", "~", "#x", "a: b", "猫 ", "- a", "2:30"])),
-    st.floats(1e-12, 1e6),
+    st.floats(1e-12, 1.0),
     st.integers(0, 2**63 - 1),
 )
 @settings(max_examples=150, derandomize=True, deadline=None)

@@ -6,24 +6,16 @@ import inspect
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 
 from utils.models import generation, language_model
+from utils.models.decoder import Decoder
 
 PAD, VOCAB, NEW = 0, 96, 12
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA_LIKE = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
-FAMILIES = {
-    "Llama": LLAMA_LIKE,
-    "Mistral": LLAMA_LIKE | {"sliding_window": 6},  # shorter than the rows
-    "Qwen2": LLAMA_LIKE,
-    "Qwen3": LLAMA_LIKE | {"head_dim": 8},
-    "Gemma": LLAMA_LIKE | {"num_key_value_heads": 1, "head_dim": 8},
-    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    "OPT": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "GPTNeoX": SIZES | {"intermediate_size": 48},
-    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-}
 LENGTHS = [9, 1, 4, 7, 2, 5]
+VARIANTS = {family: (family, sizes) for family, sizes in FAMILIES.items()} | {
+    "Llama, a key for each head": ("Llama", FAMILIES["Llama"] | {"num_key_value_heads": 4})
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,8 +29,8 @@ def one_thread():
 
 @functools.cache
 def tiny(family):
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, **FAMILIES[family]
+    config = getattr(transformers, f"{VARIANTS[family][0]}Config")(
+        vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, **VARIANTS[family][1]
     )
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     # Larger than the usual initialisation, which would repeat one token whatever the prompt.
@@ -65,11 +57,10 @@ def left_padded(lengths, extra=0, seed=3):
     return ids, mask
 
 
-def greedy(family, stop_id, extra=0, pad_id=PAD):
+def greedy(family, stop_id, extra=0, pad_id=PAD, mode="eager"):
     ids, mask = left_padded(LENGTHS, extra)
-    return generation.generate(
-        tiny(family), ids, mask, max_new_tokens=NEW, stop_id=stop_id, pad_id=pad_id
-    )
+    settings = dict(max_new_tokens=NEW, stop_id=stop_id, pad_id=pad_id, decoder=Decoder(mode))
+    return generation.generate(tiny(family), ids, mask, **settings)
 
 
 def stop_token(family):
@@ -155,8 +146,9 @@ def test_mask_through_stop(ids, expected):
 # Decoding.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_is_transformers_generate(family):
+@pytest.mark.parametrize("mode", ["eager", "static"])
+@pytest.mark.parametrize("family", VARIANTS)
+def test_greedy_decoding_is_transformers_generate(family, mode):
     stop = stop_token(family)
     ids, mask = left_padded(LENGTHS)
     theirs = tiny(family).generate(
@@ -168,7 +160,7 @@ def test_greedy_decoding_is_transformers_generate(family):
         eos_token_id=stop,
         pad_token_id=PAD,
     )[:, ids.shape[1] :]
-    ours = greedy(family, stop)
+    ours = greedy(family, stop, mode=mode)
     assert ours.tolist() == theirs.tolist() and ours.shape == (len(LENGTHS), NEW)
     stopped = (ours == stop).any(1)
     assert stopped.any() and not stopped.all()

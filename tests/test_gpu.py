@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import metrics_of, run_ranks
-from test_steps import chain, ppo, reward, sft  # noqa: F401
+from test_steps import ppo, reward, sft
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_three_steps_take_one_path_on_every_gpu(tiny, chain, tmp_path, dtype):  # noqa: F811
+def test_three_steps_take_one_path_on_every_gpu(tiny, chain, tmp_path, dtype):
     jobs = []
     for name, stage in STAGES.items():
         flags = [*stage, "--dtype", dtype]

@@ -97,6 +97,7 @@ def test_bad_pairs_are_named(tmp_path, row, reason):
         ({"scores": [1, 2, "3"]}, "number 3 of scores is str, not a number"),
         ({"scores": [1, 2, True]}, "number 3 of scores is bool, not a number"),
         ({"scores": [1, 2, float("nan")]}, "holds nan"),
+        ({"scores": [1, 2, 10**400]}, "beyond all floats"),
         ({"scores": [1, 2, float("inf")]}, "holds inf"),
         ({"scores": 1}, "scores is int, not a list"),
         ({"responses": "abc"}, "responses is str, not a list"),

@@ -22,6 +22,7 @@ from transformers import (
 from evaluation import chat, checkpoints, prompt_eval
 from evaluation.prompt_eval import Answer, PromptEvalConfig, Question
 from utils import config as run_config
+from utils import terminal
 from utils.data import chat_template, rows
 from utils.models import from_scratch
 
@@ -325,9 +326,12 @@ def test_long_conversations_lose_their_beginning_and_it_is_said(policy, tmp_path
 
 def test_tokens_that_a_chat_template_adds_get_embeddings(policy, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(policy)
-    model.resize_token_embeddings(300)
     model.save_pretrained(tmp_path / "small")
-    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "small")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    rows = model.get_input_embeddings().num_embeddings
+    new = [f"<|turn{n}|>" for n in range(rows - len(tokenizer) + 2)]
+    tokenizer.add_tokens(new, special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "small")
     path = tmp_path / "p.txt"
     path.write_text("Hi!")
     assert answers_of(str(tmp_path / "small"), [str(path)])[0][0].tokens
@@ -410,7 +414,7 @@ def test_printed_text_cannot_steer_the_terminal():
     text = prompt_eval.as_text(*nasty_results())
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     assert "\\x1b[2J" in text and "    # not a heading\n" in text
-    assert checkpoints.visible("a\tb\n中文 é🙂\x00\x9b") == "a\tb\n中文 é🙂\\x00\\x9b"
+    assert terminal.visible("a\tb\n中文 é🙂\x00\x9b") == "a\tb\n中文 é🙂\\x00\\x9b"
 
 
 def test_summary_is_of_all_answers():
@@ -465,7 +469,7 @@ def test_whole_script_from_another_folder(policy, reward_model, tmp_path):
     inside, _ = blocks_of(page)
     assert inside.count("请写诗。") == 1 and closing[0] in inside[1]
     for record in records:
-        assert checkpoints.visible(record["answer"]) in inside
+        assert terminal.visible(record["answer"]) in inside
 
 
 @pytest.mark.skipif(not MT_BENCH.exists(), reason=f"MT-Bench is not at {MT_BENCH}")
@@ -534,7 +538,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(policy, tmp_path):
     with pytest.raises(SystemExit, match=r"lacks weights of LlamaForCausalLM.*model\.norm\.weight"):
         checkpoints.load_checkpoint(str(tmp_path), dtype="fp32", trust_remote_code=False)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(SystemExit, match="cannot load a language model from"):
+    with pytest.raises(SystemExit, match="cannot load a model"):
         checkpoints.load_checkpoint(str(tmp_path), dtype="fp32", trust_remote_code=False)
 
 
@@ -560,7 +564,7 @@ def test_chat_through_a_pipe(policy, tmp_path):
     assert third == first + "\n"
     assert before_clear != first and cleared == ""
     expected = answers_of_one(policy, "Hi dog!", 8)
-    assert first == checkpoints.visible(expected) + "\n"
+    assert first == terminal.visible(expected) + "\n"
 
 
 def answers_of_one(policy, prompt: str, max_new_tokens: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from step2_reward import loss as ranking
-from step2_reward.metrics import pair_accuracy, wilson_interval
+from utils.metrics import pair_accuracy, wilson_interval
 
 
 def softplus(x):

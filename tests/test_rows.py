@@ -1,15 +1,21 @@
 """Reading rows: every kind of file, every way it can be broken."""
 
+import gzip
 import json
+import os
 
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from utils.data.instructions import load_conversations
+from utils.data.row_files import OTHER_THINGS
 from utils.data.rows import BadRows, DataError, has_split, read_rows
 
 GOOD = b'{"a": 1}\n'
+PACKED = gzip.compress(GOOD, mtime=0)  # no clock in it: test names are made from parameters
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +97,9 @@ BROKEN_LINES = {
     "nested": (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
     "nested but whole": (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", "nested more than 100 levels"),
     "huge integer": (b'{"a": ' + b"9" * 5000 + b"}", "not usable"),
+    "a name twice": (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+    "inner name twice": (b'{"a": [{"b": 1, "b": 1}]}', "'b' stands there twice"),
+    "mark in the middle": (b'\xef\xbb\xbf{"a": 1}', "a byte order mark in the middle"),
     "two rows": (b'{"a": 1}{"a": 2}', "not JSON: Extra data at column 9"),
 }
 
@@ -234,6 +243,78 @@ def test_text_files_in_a_folder_keep_file_and_line(tmp_path):
     assert has_split(str(tmp_path / "set"), ("test",))
 
 
+@pytest.mark.parametrize(
+    "name, content, what",
+    [
+        ("a.jsonl", PACKED, "packed with gzip"),
+        ("a.json", b"PK\x03\x04rest", "is packed; unpack it"),
+        ("a.csv", b"PAR1rest", "is Parquet; name it .parquet"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16 or UTF-32"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.json", b"\n<!DOCTYPE html><html>", "is a web page"),
+        ("a.jsonl.gz", GOOD, "cannot be unpacked"),
+        ("a.jsonl.gz", PACKED[:-9], "cannot be unpacked"),
+    ],
+)
+def test_a_file_that_is_something_else_is_told_so(tmp_path, name, content, what):
+    path = write(tmp_path / name, content)
+    message = refusal_of(path)
+    assert message.startswith(f"{path}: ") and what in message
+
+
+def test_a_packed_file_keeps_its_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(GOOD + b"{\n" + GOOD))
+    rows, problems = problems_of(path)
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:3"]
+    assert problems[0].startswith(f"{path}:2: not JSON")
+
+
+def test_a_pipe_or_a_link_to_itself_is_no_data(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "is no file that could be read" in refusal_of(str(tmp_path / "pipe.jsonl"))
+    os.symlink("loop.jsonl", tmp_path / "loop.jsonl")
+    assert "no such file" in refusal_of(str(tmp_path / "loop.jsonl"))
+
+
+def test_a_parquet_row_that_python_cannot_hold_is_named(tmp_path):
+    buffers = pyarrow.array([b"fine", b"\xff\xfe"], pyarrow.binary()).buffers()
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"a": text}), path)
+    rows, problems = problems_of(path)
+    assert [(row.data, row.where) for row in rows] == [({"a": "fine"}, f"{path} row 1")]
+    assert len(problems) == 1 and problems[0].startswith(f"{path} row 2: UnicodeDecodeError")
+    column = pyarrow.array(["x"])
+    parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["a", "a"]), path)
+    assert refusal_of(path) == f"{path}: has the columns a twice"
+
+
+@pytest.mark.parametrize("names", ["a.jsonl b.parquet", "train.jsonl more.csv", "train.csv x.json"])
+def test_a_file_that_no_split_of_its_folder_takes_is_told(tmp_path, names):
+    for name in names.split():
+        if name.endswith(".parquet"):
+            parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / name)
+        else:
+            write(tmp_path / name, b"a\n1\n" if name.endswith(".csv") else GOOD)
+    assert "(1 in all) would be read into none of its splits" in refusal_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "mark, content",
+    [
+        ("state.json", "{"),
+        ("state.json", "{}"),
+        ("dataset_dict.json", '{"splits": 3}'),
+        ("dataset_dict.json", "[]"),
+        ("dataset_dict.json", '{"splits": ["train"]}'),
+    ],
+)
+def test_a_damaged_saved_data_set_is_named(tmp_path, mark, content):
+    write(tmp_path / mark, content.encode())
+    write(tmp_path / "dataset_info.json", b"{}")
+    assert refusal_of(str(tmp_path)).startswith(f"{tmp_path}: ")
+
+
 def test_error_mode_names_the_first_twenty_and_counts_the_rest():
     bad = BadRows()
     for number in range(1, 26):
@@ -307,6 +388,7 @@ def test_any_bytes_load_or_are_named(tmp_path, content, extension):
     except DataError as error:
         # Only a file without a row has no line to be named by.
         wordless = {f"{path}: the file is empty", f"{path}: holds no rows"}
+        wordless |= {f"{path}: {what}" for what in OTHER_THINGS.values()}
         assert all(p.startswith((f"{path}:", f"{path}[")) for p in error.problems)
         assert {p for p in error.problems if p.startswith(f"{path}: ")} <= wordless
         return

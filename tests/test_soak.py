@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port
 from test_launch import run
-from test_steps import chain, ppo  # noqa: F401
+from test_steps import ppo
 
 pytestmark = pytest.mark.slow
 
 
-def test_two_ranks_under_zero3_exit_0_twenty_times_in_a_row(tiny, chain, tmp_path):  # noqa: F811
+def test_two_ranks_under_zero3_exit_0_twenty_times_in_a_row(tiny, chain, tmp_path):
     """A rank that leaves the group too early or waits for ever shows once in many runs."""
     deepspeed = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
     for number in range(20):
@@ -34,7 +34,7 @@ def test_the_tiny_launchers_walk_the_three_steps(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["single_gpu", "zero2", "zero3", "zero3_offload"])
-def test_every_launcher_trains_on_what_it_is_given(tiny, chain, tmp_path, kind):  # noqa: F811
+def test_every_launcher_trains_on_what_it_is_given(tiny, chain, tmp_path, kind):
     """The scripts themselves, with a tiny model on two CPU ranks in place of GPUs."""
     small = ["--dtype", "fp32", "--max_steps", "1", "--global_batch_size", "4"]
     small += ["--micro_batch_size", "1"]

@@ -179,6 +179,17 @@ def test_files_hold_every_family_and_verifiable_rows(files):
     assert len(families(files["prompts"])) >= 8
     assert all(toy_tasks.is_task(row) for row in files["prompts"] + files["held_out"])
     assert not any(toy_tasks.is_task(row) for row in files["sft"])
+    task = files["prompts"][0]
+    for change in (
+        {"answers": 5},
+        {"answers": [5]},
+        {"members": "no such list"},
+        {"members": ""} | {"answers": []},
+        {"members": "fruits", "count": 0},
+        {"members": None},
+        {"count": "two"},
+    ):
+        assert not toy_tasks.is_task(task | change), change
 
 
 def test_about_half_of_the_demonstrations_are_bad(files):

@@ -1,0 +1,123 @@
+"""Saving and restoring an engine under each layout; run on every rank by test_resume.py.
+
+arguments: base model folder, folder to write in, and the numbers of the layouts (default: all)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bad_step_checks import step
+from distributed_checks import whole
+
+from step1_sft.config import SFTConfig
+from utils.data import chat_template
+from utils.distributed import engine_state, manifest, process_group, zero
+from utils.models import language_model
+from utils.models.ema import EMA
+
+LAYOUTS = [
+    (stage, dtype, offload)
+    for dtype in ("fp32", "bf16")
+    for stage, offload in (
+        (0, "none"),
+        (1, "none"),
+        (2, "none"),
+        (3, "none"),
+        (2, "optimizer"),
+        (3, "all"),
+    )
+]
+
+
+def fresh(folder: str, stage: int, dtype: str, offload: str):
+    """An engine and its average, before the first step; two weights are frozen."""
+    config = SFTConfig(
+        model_name_or_path=folder,
+        zero_stage=stage,
+        dtype=dtype,
+        offload=offload,
+        output_dir="-",
+        micro_batch_size=2,
+        warmup_ratio=0.3,
+    )
+    tokenizer = chat_template.load_tokenizer(folder)
+    model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.0.mlp" not in name)
+    engine = zero.TrainEngine(
+        model, config, dtype=dtype, zero_stage=stage, learning_rate=1e-2, total_steps=6
+    )
+    return engine, EMA(engine.module, 0.9)
+
+
+def train(engine, average, steps: range) -> list[dict]:
+    found = []
+    for i in steps:
+        ids = torch.randint(10, 300, (8, 12), generator=torch.Generator().manual_seed(i))
+        found.append(step(engine, ids, 1.0))
+        average.update()
+    return found
+
+
+def write(engine, average, folder: Path) -> list[str]:
+    """This rank's file; → the names of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = engine_state.to_write("model", engine_state.runs_of(engine))
+    tensors |= engine_state.to_write("average", engine_state.runs_of_average(average))
+    name = f"{process_group.rank()}.safetensors"
+    manifest.write_tensors(folder / name, tensors)
+    return process_group.gather_objects(name)
+
+
+def load(engine, average, reader, record) -> None:
+    engine_state.restore(engine, "model", reader, record)
+    engine_state.fill("average", engine_state.runs_of_average(average), reader)
+
+
+def all_of(engine, average) -> dict[str, torch.Tensor]:
+    averages = average.state_dict(torch.float32)
+    return whole(engine.module) | {f"average of {k}": v for k, v in averages.items()}
+
+
+def assert_equal(found: dict, expected: dict, what: str) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), f"{what}: {name}"
+
+
+def main() -> None:
+    base, out = sys.argv[1], Path(sys.argv[2])
+    for number in map(int, sys.argv[3:] or range(len(LAYOUTS))):
+        layout = LAYOUTS[number]
+        engine, average = fresh(base, *layout)
+        train(engine, average, range(3))
+        names = write(engine, average, out / str(number))
+        record, saved = engine_state.record_of(engine), all_of(engine, average)
+        metrics = train(engine, average, range(3, 6))
+        end = all_of(engine, average)
+
+        reader = manifest.Reader(out / str(number), names)
+        engine, average = fresh(base, *layout)
+        load(engine, average, reader, record)
+        assert_equal(all_of(engine, average), saved, f"{layout}, as loaded")
+        assert train(engine, average, range(3, 6)) == metrics, layout
+        assert_equal(all_of(engine, average), end, f"{layout}, three steps later")
+
+        other = LAYOUTS[(number + 1) % 6 + 6 * (number // 6)]  # of the same dtype
+        engine, average = fresh(base, *other)
+        load(engine, average, reader, record)
+        assert_equal(all_of(engine, average), saved, f"{layout} read by {other}")
+        found = train(engine, average, range(3, 6))
+        assert [m["learning_rate"] for m in found] == [m["learning_rate"] for m in metrics]
+        norms = [[m["grad_norm"] for m in run] for run in (found, metrics)]
+        close = 1e-4 if layout[1] == "fp32" else 0.03
+        torch.testing.assert_close(*map(torch.tensor, norms), rtol=close, atol=0, msg=str(norms))
+        print(f"held: {layout}, and read by {other}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Rows end to end against the same rows padded: log-probabilities, values and their gradients."""
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from test_generation import VOCAB, tiny
+
+from step1_sft.config import SFTConfig
+from utils.models import language_model, packing, scalar_model
+
+LENGTHS, LEFT, WIDTH = [14, 3, 9, 1, 11], [0, 2, 4, 1, 3], 16
+TAKE_PACKED = [name for name in FAMILIES if name != "Bloom"]  # ALiBi is added to its own attention
+
+
+def rows():
+    """ids, mask, wanted (B,T): pads on both sides, and every token but a row's first is wanted."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (len(LENGTHS), WIDTH), generator=generator)
+    steps, left = torch.arange(WIDTH)[None], torch.tensor(LEFT)[:, None]
+    right = left + torch.tensor(LENGTHS)[:, None]
+    return ids, (steps >= left) & (steps < right), (steps > left) & (steps < right)
+
+
+def assert_close(actual, expected):
+    # A key's bias has no gradient but rounding.
+    slack = 1e-4 * expected.detach().abs().max().item() + 5e-6
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=slack)
+
+
+def gradients(model, loss):
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [g for g in found if g is not None]
+
+
+def twins(family, dtype=torch.float32, labels=0):
+    """The same model twice: one padded, one packed."""
+    sizes = FAMILIES[family] | ({"num_labels": 1} if labels else {})
+    settings = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    auto = transformers.AutoModelForCausalLM
+    if labels:
+        auto = transformers.AutoModelForSequenceClassification
+    found = []
+    for _ in range(2):
+        model = auto.from_config(getattr(transformers, f"{family}Config")(**sizes, **settings))
+        model.load_state_dict(tiny(family).state_dict(), strict=False)
+        if labels:
+            torch.manual_seed(2)
+            model.score.weight.data.normal_()
+        found.append(model.to(dtype).eval())
+    packing.turn_on(found[1])
+    return found
+
+
+@pytest.mark.parametrize("family", TAKE_PACKED)
+def test_packed_rows_are_padded_rows(family):
+    ids, mask, wanted = rows()
+    expected, actual = [], []
+    for model, into in zip(twins(family), (expected, actual), strict=True):
+        assert packing.is_on(model) == (into is actual)
+        logprobs, entropies = language_model.wanted_logprobs(
+            model, ids, mask, wanted, temperature=0.8, with_entropies=True
+        )
+        weights = torch.linspace(-1, 1, len(logprobs))
+        into += [logprobs, entropies, *gradients(model, (logprobs * weights).sum())]
+    assert len(expected[0]) == sum(LENGTHS) - len(LENGTHS) and expected[0].std() > 0.2
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e)
+
+
+def test_a_rows_first_token_never_counts():
+    """Nor where pads before it would predict it: a row more or less shifts all that follow."""
+    ids, mask, wanted = rows()
+    for model in twins("Llama"):
+        expected, _ = language_model.wanted_logprobs(model, ids, mask, wanted)
+        actual, _ = language_model.wanted_logprobs(model, ids, mask, mask)
+        assert torch.equal(actual, expected)
+        whole = language_model.new_logprobs(model, ids, mask, WIDTH - 1, 1.0)
+        assert torch.equal(whole, torch.zeros(mask.shape).masked_scatter(wanted, expected)[:, 1:])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPTNeoX"])
+def test_packed_values_are_padded_values(family):
+    ids, mask, _ = rows()
+    found = []
+    for classifier in twins(family, labels=1):
+        model = scalar_model.ScalarModel(classifier)
+        values = model(ids, mask)
+        slopes = torch.randn(mask.shape, generator=torch.Generator().manual_seed(4)) * mask
+        scores = scalar_model.sequence_scores(model, ids, mask)
+        found.append([values * mask, scores, *gradients(model, (values * slopes).sum())])
+    assert found[0][0].std() > 0.5
+    for a, e in zip(*found, strict=True):
+        assert_close(a, e)
+
+
+def test_checkpointed_layers_know_the_rows_when_they_run_again():
+    plain, packed = twins("Llama")
+    packed.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for model in (plain, packed.train()):
+        logprobs, _ = language_model.wanted_logprobs(model, *rows())
+        found.append(gradients(model, logprobs.square().sum()))
+    for a, e in zip(found[1], found[0], strict=True):
+        assert_close(a, e)
+
+
+@pytest.mark.parametrize("limit", [0, 2**30], ids=["fused", "products"])
+def test_both_ways_of_bf16_rows_are_near_fp32(monkeypatch, limit):
+    monkeypatch.setattr(packing, "SCORES", limit)
+    generator = torch.Generator().manual_seed(0)
+    lengths, heads, groups, width = [7, 1, 12], 4, 2, 8
+    shapes = [(1, h, sum(lengths), width) for h in (heads, heads // groups, heads // groups)]
+    for window in (None, 5):
+        exact = [torch.randn(s, generator=generator).double().requires_grad_() for s in shapes]
+        rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+        outer = torch.randn(1, sum(lengths), heads, width, generator=generator)
+        actual, _ = packing.attention(
+            None, *rounded, None, sliding_window=window, row_lengths=lengths
+        )
+        # Token by token: softmax over what it may see.
+        q, (k, v) = exact[0], (x.repeat_interleave(groups, 1) for x in exact[1:])
+        expected, start = [], 0
+        for n in lengths:
+            for t in range(start, start + n):
+                first = max(start, t - window + 1) if window else start
+                scores = (k[0, :, first : t + 1] * q[0, :, t, None]).sum(-1) / width**0.5
+                weights = scores.softmax(-1)
+                expected.append((weights[..., None] * v[0, :, first : t + 1]).sum(1))
+            start += n
+        expected = torch.stack(expected)[None]
+        torch.testing.assert_close(actual.double(), expected, rtol=0.02, atol=0.03)
+        mine = torch.autograd.grad(actual, rounded, outer.bfloat16())
+        theirs = torch.autograd.grad(expected, exact, outer.double())
+        for a, e in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=0.05, atol=0.06)
+
+
+def test_a_packed_model_generates_and_takes_padded_rows_as_before():
+    plain, packed = twins("Qwen2")
+    ids, mask, _ = rows()
+    inputs = language_model.forward_inputs(plain, ids, mask)
+    expected, actual = (model(**inputs).logits[mask] for model in (plain, packed))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    prompt = dict(input_ids=ids[:, :1], max_new_tokens=6, do_sample=False)
+    assert torch.equal(plain.generate(**prompt), packed.generate(**prompt))
+
+
+def test_what_cannot_be_packed_is_refused_or_left():
+    bloom = tiny("Bloom")
+    packing.choose(bloom, SFTConfig(packing="auto"), "fp32")
+    assert not packing.is_on(bloom)
+    with pytest.raises(SystemExit, match="packing=on: BloomForCausalLM takes no att"):
+        packing.choose(bloom, SFTConfig(packing="on"), "fp32")
+    chunked, _ = twins("Llama")
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    assert "chunked_attention" in packing.obstacle(chunked, "cpu", "fp32")
+    eager, _ = twins("Llama")
+    eager.set_attn_implementation("eager")
+    assert "eager" in packing.obstacle(eager, "cpu", "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
+def test_the_varlen_kernel_gives_padded_rows(family):
+    ids, mask, wanted = (x.cuda() for x in rows())
+    found = []
+    for model in twins(family, torch.bfloat16):
+        logprobs, _ = language_model.wanted_logprobs(model.cuda(), ids, mask, wanted)
+        found.append([logprobs, *gradients(model, logprobs.sum())])
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e, rtol=0.05, atol=0.05 * float(e.abs().max()))

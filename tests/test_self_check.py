@@ -1,0 +1,253 @@
+"""The self-check of step 3: each planted fault is named by the check that is there for it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_ranks
+from families import FAMILIES, write
+from test_steps import ppo, reward, sft
+
+from step3_ppo import self_check
+from utils.data import chat_template
+
+CHECKS = self_check.BEFORE | self_check.AFTER
+GENERATOR, PADDING = "generator equals model", "padding changes nothing"
+DROPOUT, START = "dropout is off", "on-policy at the start"
+SAMPLES, APART = "samples follow the policy", "ranks and rows draw apart"
+STOP, LANGUAGE, REWARD, DATA = "stop token", "same language", "reward model", "data"
+STEPPED, GRADIENTS = "generator equals the stepped model", "gradients"
+AVERAGE = "average"
+# fault: (the check that must name it, others that may: the fault breaks what they ask for too)
+FAULTS = {
+    "positions_shifted_while_decoding": (GENERATOR, {GENERATOR}),
+    "mask_ignored": (PADDING, {START}),
+    "dropout_in_the_actor": (DROPOUT, {START, GENERATOR, PADDING}),
+    "dropout_in_the_critic": (DROPOUT, {START, PADDING}),
+    "pad_is_eos": (STOP, set()),
+    "eos_outside_the_mask": (STOP, set()),
+    "score_one_token_early": (STOP, set()),
+    "cut_answers_called_finished": (STOP, set()),
+    "other_stop_id_in_the_config": (STOP, set()),
+    "prompts_without_assistant_header": (LANGUAGE, set()),
+    "average_never_updated": (AVERAGE, set()),
+    "average_is_a_copy": (AVERAGE, set()),
+    "greedy_sampling": (SAMPLES, {APART}),
+    "top_k_sampling": (SAMPLES, set()),
+    "sampling_colder_than_scored": (SAMPLES, set()),
+    "sampling_hotter_than_scored": (SAMPLES, set()),
+    "rows_share_noise": (APART, {SAMPLES}),
+    "reference_differs": (START, set()),
+    "values_read_one_token_late": (START, set()),
+    "layer_frozen_in_the_actor": (GRADIENTS, set()),
+    "reference_takes_gradients": (GRADIENTS, set()),
+    "reference_shares_the_actors_weights": (GRADIENTS, set()),
+    "reward_model_shares_the_critics_weights": (GRADIENTS, set()),
+    "reward_head_negated": (REWARD, set()),
+}
+FAULTS_OF_ZERO3 = {
+    "stale_generator": (STEPPED, set()),
+    "damaged_generator": (GENERATOR, {START, SAMPLES}),
+    "average_thrown_away": (AVERAGE, set()),
+}
+
+
+@pytest.fixture(scope="session")
+def house(tiny, tmp_path_factory):
+    """An SFT model, and a reward model that tells a good answer from a bad one of the same length
+    in every held-out pair."""
+    folder = tmp_path_factory.mktemp("house")
+    with open(folder / "pairs.jsonl", "w") as file:
+        for line in (tiny / "data/prompts.jsonl").read_text().splitlines():
+            pair = {"responses": ["yes", "not"], "scores": [1.0, 0.0]}
+            file.write(json.dumps({"prompt": json.loads(line)["prompt"]} | pair) + "\n")
+    pairs = ("--preference_data", folder / "pairs.jsonl", "--max_steps", 15)
+    jobs = [
+        sft(tiny, folder / "sft", "--max_steps", 60),
+        reward(tiny, folder / "sft", folder / "reward", *pairs),
+    ]
+    run_ranks(jobs, 1)
+    assert json.loads((folder / "reward/result.json").read_text())["accuracy_low"] > 0.8
+    return folder
+
+
+@pytest.fixture(scope="session")
+def families(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    tokenizer = chat_template.load_tokenizer(str(tiny / "base_model"))
+    return {family: write(folder / family, family, tokenizer) for family in FAMILIES}
+
+
+def planted(tiny, house, out, faults, *flags):
+    """The job of one --check_only run with `faults` planted; house: folder of sft/ and reward/."""
+    out.mkdir(parents=True)
+    program, argv = ppo(tiny, house / "sft", house / "reward", out, "--check_only", "true", *flags)
+    return ("tests/planted_faults.py", [faults, out / "outcome.json", program, *argv])
+
+
+def outcome(out):
+    """(how the run ended: {"stopped", "kind", "said"}, {check: (verdict, what it says)})"""
+    found = json.loads((out / "outcome.json").read_text())
+    lines = re.findall(r"^  (passed|DOUBT|FAULT)  ([\w -]+): (.*)", found["said"], re.MULTILINE)
+    return found, {name: (verdict, text) for verdict, name, text in lines}
+
+
+def assert_each_is_named(tiny, house, folder, faults, ranks, *flags):
+    jobs = [planted(tiny, house, folder / name, name, *flags) for name in faults]
+    run_ranks(jobs, ranks, timeout=200)
+    wrong = []
+    for name, (expected, allowed) in faults.items():
+        found, said = outcome(folder / name)
+        blamed = {check for check, (verdict, _) in said.items() if verdict == "FAULT"}
+        if expected not in blamed or not blamed <= {expected} | allowed:
+            wrong.append(
+                f"{name}: {expected!r} should have named it, {blamed} did\n{found['said']}"
+            )
+        elif found["kind"] != "StopRun" or any(c not in found["stopped"] for c in blamed):
+            wrong.append(f"{name}: ended as {found['kind']}: {found['stopped']}")
+        elif any((folder / name / saved).exists() for saved in ("actor", "critic", "actor_ema")):
+            wrong.append(f"{name}: something was saved")
+        print(f"{name}: {found['stopped']}\n")
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_the_check_that_is_there_for_a_fault_names_it(tiny, house, tmp_path):
+    data = ("--preference_data", house / "pairs.jsonl")
+    assert_each_is_named(tiny, house, tmp_path, FAULTS, 1, *data)
+
+
+def test_faults_of_zero3_are_named(tiny, house, tmp_path):
+    assert_each_is_named(tiny, house, tmp_path, FAULTS_OF_ZERO3, 1, "--zero_stage", 3)
+
+
+def test_ranks_that_share_their_noise_are_named(tiny, house, tmp_path):
+    assert_each_is_named(tiny, house, tmp_path, {"ranks_share_noise": (APART, set())}, 2)
+
+
+def test_what_one_rank_sees_stops_all(tiny, house, tmp_path):
+    """None is left in a collective, waiting for the one that has stopped."""
+    faults = {"generator_damaged_on_one_rank": (GENERATOR, {START, SAMPLES})}
+    flags = ("--zero_stage", 3, "--max_eval_rows", 4)
+    assert_each_is_named(tiny, house, tmp_path, faults, 2, *flags)
+
+
+def test_faults_that_a_llama_cannot_have_are_named(tiny, families, tmp_path):
+    """Its rotary positions are relative, so that it would not mind pads that are counted, and its
+    dropout is an attribute. GPT-2 learns a vector for each position and has nn.Dropout."""
+    faults = {
+        "positions_count_pads": (PADDING, {START}),
+        "dropout_in_the_actor": (DROPOUT, {START, GENERATOR, PADDING}),
+    }
+    assert_each_is_named(tiny, families["GPT2"], tmp_path, faults, 1)
+
+
+# What is sound, or may be.
+
+
+@pytest.mark.parametrize(
+    "names, flags",
+    [
+        (FAMILIES, ()),
+        (FAMILIES, ("--zero_stage", 3)),
+        (["Qwen2"], ("--dtype", "bf16", "--max_response_length", 4)),
+        pytest.param(FAMILIES, ("--dtype", "bf16"), marks=pytest.mark.slow),
+    ],
+    ids=["fp32", "ZeRO-3", "bf16", "all bf16"],
+)
+def test_sound_families_pass(tiny, families, tmp_path, names, flags):
+    """With rates of dropout in every config."""
+    flags = ("--max_eval_rows", 4, *flags)
+    jobs = [planted(tiny, families[f], tmp_path / f, "none", *flags) for f in names]
+    run_ranks(jobs, 1, timeout=600)
+    wrong = []
+    for family in names:
+        found, said = outcome(tmp_path / family)
+        verdicts = {name: verdict for name, (verdict, _) in said.items()}
+        if found["stopped"] or verdicts != dict.fromkeys(CHECKS, "passed"):
+            wrong.append(f"{family}: {found['stopped']}\n{found['said']}")
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_doubts_are_told_and_the_run_goes_on(tiny, house, tmp_path):
+    unmeasured = tmp_path / "unmeasured"
+    shutil.copytree(house / "reward", unmeasured)
+    (unmeasured / "result.json").unlink()
+    pairs = ("--preference_data", house / "pairs.jsonl")
+    jobs = [
+        planted(tiny, house, tmp_path / "chance", "reward_head_zero", *pairs),
+        planted(tiny, house, tmp_path / "unknown", "none", "--reward_model", unmeasured),
+    ]
+    run_ranks(jobs, 1)
+    for name, words in (("chance", "no better than chance"), ("unknown", "no result.json")):
+        found, said = outcome(tmp_path / name)
+        verdict, text = said.pop(REWARD)
+        assert verdict == "DOUBT" and words in text
+        assert found["stopped"] is None and {v for v, _ in said.values()} == {"passed"}
+        assert set(said) | {REWARD} == set(CHECKS), "the second part was not reached"
+
+
+# What follows from a fault.
+
+
+def test_warn_goes_on_off_is_silent_and_on_names_all_at_once(tiny, house, tmp_path):
+    faults, named = "reference_differs+other_stop_id_in_the_config", {START, STOP}
+    trains = ("--check_only", "false", "--max_steps", 1)
+    jobs = [
+        planted(tiny, house, tmp_path / "on", faults, "--check_only", "false"),
+        planted(tiny, house, tmp_path / "warn", faults, "--self_check", "warn", *trains),
+        planted(tiny, house, tmp_path / "off", faults, "--self_check", "off", *trains),
+    ]
+    run_ranks(jobs, 1)
+    found, said = outcome(tmp_path / "on")
+    assert found["kind"] == "StopRun" and "2 faults" in found["stopped"]
+    assert all(f"- {name}: " in found["stopped"] for name in named)
+    assert not (tmp_path / "on/actor").exists() and not (tmp_path / "on/result.json").exists()
+    found, said = outcome(tmp_path / "warn")
+    assert {name for name, (verdict, _) in said.items() if verdict == "FAULT"} == named
+    assert set(said) == set(CHECKS) and found["stopped"] is None
+    found, said = outcome(tmp_path / "off")
+    assert found["stopped"] is None and not said and "self-check" not in found["said"]
+    for name in ("warn", "off"):
+        assert (tmp_path / name / "actor/model.safetensors").exists()
+
+
+def test_a_fault_ends_the_process_with_an_error(tiny, house, tmp_path):
+    """Nothing is planted here: the test split holds what is trained on."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        shutil.copy(tiny / "data/prompts.jsonl", data / f"{split}.jsonl")
+    out = tmp_path / "out"
+    program, argv = ppo(tiny, house / "sft", house / "reward", out, "--prompt_data", data)
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *map(str, argv)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: the self-check found 1 fault" in done.stderr and "- data: " in done.stderr
+    assert "8 of them in both" in done.stderr and "Traceback" not in done.stderr
+    assert not any((out / name).exists() for name in ("actor", "critic", "result.json"))
+
+
+def test_a_critic_or_reference_of_another_template_is_refused(tiny, house, tmp_path):
+    """By its flag, before anything is built."""
+    jobs = []
+    for flag, kind in (("critic_model", "reward"), ("reference_model", "sft")):
+        other = tmp_path / kind
+        shutil.copytree(house / kind, other)
+        template = other / "chat_template.jinja"
+        template.write_text(template.read_text().replace("user", "human") + " ")
+        jobs.append(planted(tiny, house, tmp_path / flag, "none", f"--{flag}", other))
+    run_ranks(jobs, 1)
+    for flag in ("critic_model", "reference_model"):
+        found, _ = outcome(tmp_path / flag)
+        assert found["kind"] == "SystemExit" and f"{flag}=" in found["stopped"]
+        assert "differ in chat template" in found["stopped"]
+        assert "self-check" not in found["said"]
