@@ -1,0 +1,290 @@
+"""Does the planner tell the truth? Predicted peaks of memory beside measured ones, on CPU.
+
+    python benchmarks/planner_check.py [--cases sft-20M-fp32-zero0 …] [--output planner_check.json]
+
+Each case trains in processes of its own: real engines (zero.TrainEngine) around random models, two
+optimizer steps of SFT or two rollouts of PPO with all its models, rows at their full length.
+Measured is the peak of the resident memory (VmHWM) above what the process held before it built its
+models, when everything had been imported and run once on a model of a few thousand weights. glibc
+is told to give freed memory back, so that the peak is of what was alive.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+VOCABULARY = 8192
+SIZES = {  # hidden, intermediate, layers
+    "warmup": (32, 64, 2),
+    "20M": (512, 1376, 4),
+    "60M": (768, 2048, 7),
+    "90M": (896, 2432, 8),
+    "150M": (1024, 2816, 10),
+}
+SETTINGS = {
+    "sft": {"micro_batch_size": 4, "global_batch_size": 8, "max_length": 256},
+    "ppo": {
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
+        "prompts_per_rollout": 16,
+        "max_prompt_length": 64,
+        "max_response_length": 32,
+    },
+}
+CASES = [
+    *(f"sft-{size}-{dtype}-zero0" for size in ("20M", "60M", "150M") for dtype in ("fp32", "bf16")),
+    *(f"ppo-{size}-{dtype}-zero0" for size in ("20M", "60M", "90M") for dtype in ("fp32", "bf16")),
+    "sft-60M-fp32-zero0-checkpointing",
+    "sft-60M-fp32-zero2-2ranks",
+    "sft-60M-bf16-zero2-2ranks",
+    "sft-60M-fp32-zero3-2ranks",
+    "sft-60M-bf16-zero3-2ranks",
+    "ppo-20M-fp32-zero3-2ranks",
+    "ppo-20M-bf16-zero2-2ranks",
+]
+
+
+def config_of(case: str, folder: Path):
+    """(step, size, dtype, ranks, the step's config) that a case's name means."""
+    from step1_sft.config import SFTConfig
+    from step3_ppo.config import PPOConfig
+
+    step, size, dtype, stage, *more = case.split("-")
+    ranks = 2 if "2ranks" in more else 1
+    model = str(folder / size)
+    given = SETTINGS[step] | {
+        "output_dir": str(folder / "run"),
+        "model_name_or_path": model,
+        "zero_stage": int(stage.removeprefix("zero")),
+        "dtype": dtype,
+        "gradient_checkpointing": "checkpointing" in more,
+    }
+    if step == "ppo":
+        given["reward_model"] = str(folder / f"{size}-reward")
+    return step, size, dtype, ranks, (SFTConfig if step == "sft" else PPOConfig)(**given)
+
+
+def write_models(folder: Path, size: str, scorer: bool) -> None:
+    """A random Llama of that size and, for PPO, a reward model, with one tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    from utils.models import from_scratch
+
+    words = [f"{a}{b} says {b}{a}." for a in "abcdefghij" for b in "klmnopqrst"]
+    tokenizer = from_scratch.train_tokenizer(words * 3, 400)
+    hidden, intermediate, layers = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    classes = {size: LlamaForCausalLM}
+    if scorer:
+        config.num_labels = 1
+        classes[f"{size}-reward"] = LlamaForSequenceClassification
+    for name, model_class in classes.items():
+        model_class(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+# In the process that is measured.
+
+
+def status(name: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {name}")
+
+
+def train_sft(config, dtype: str, device) -> None:
+    """Two optimizer steps on random rows of --max_length."""
+    import torch
+
+    from step1_sft.main import response_loss
+    from utils.distributed import process_group, zero
+    from utils.models import language_model
+
+    model = language_model.load(
+        config, config.model_name_or_path, dtype=dtype, zero_stage=config.zero_stage
+    )
+    engine = zero.TrainEngine(
+        model,
+        config,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        learning_rate=1e-5,
+        total_steps=2,
+    )
+    shape = (config.micro_batch_size, config.max_length)
+    ids = torch.randint(10, 300, shape)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[0, -1] = False  # rows of one length would need no attention mask
+    for _ in range(2):
+        for _ in range(config.accumulation(process_group.world_size())):
+            loss, count = response_loss(engine, ids, mask, mask)
+            engine.backward(loss, normaliser=count)
+        engine.step()
+
+
+def train_ppo(config, dtype: str, device) -> None:
+    """Two rollouts of random prompts of --max_prompt_length, with their updates."""
+    import torch
+
+    from step3_ppo import rollout as rollouts
+    from step3_ppo.models import build
+    from step3_ppo.state import State
+    from step3_ppo.update import train_on
+    from step3_ppo.watch import Watch
+    from utils.data import chat_template
+
+    tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
+    models = build(config, tokenizer, dtype, device)
+    state, watch = State(kl_coef=config.kl_coef), Watch(config, lambda text: None, lambda: None)
+    generator = torch.Generator().manual_seed(0)
+    # One prompt is a token shorter, so that there is something to mask.
+    lengths = [config.max_prompt_length - (i == 0) for i in range(config.rollout_size())]
+    prompts = [
+        rollouts.Prompt(torch.randint(10, 300, (n,), generator=generator).tolist(), (), {})
+        for n in lengths
+    ]
+    for step in range(2):
+        rollout, _ = rollouts.collect(models, prompts, config, device, noise_step=step)
+        experience, _ = rollouts.make_experience(rollout, config, state)
+        train_on(models, experience, config, device, step, watch)
+
+
+def measure(case: str, folder: Path) -> None:
+    """Trains the warmup model, then the case's; rank 0 prints the bytes of the second's peak."""
+    from utils.distributed import process_group
+    from utils.report import quiet_libraries
+
+    quiet_libraries()
+    device = process_group.init()
+    step, size, dtype, _, config = config_of(case, folder)
+    train = train_sft if step == "sft" else train_ppo
+    train(config_of(case.replace(size, "warmup"), folder)[-1], dtype, device)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    process_group.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = status("VmRSS")
+    train(config, dtype, device)
+    if process_group.is_main():
+        print("measured", status("VmHWM") - before, flush=True)
+    process_group.shut_down()
+    process_group.end_process()
+
+
+# In the process that compares.
+
+
+def run_case(case: str, folder: Path) -> dict:
+    """{case, predicted, measured, ratio, phase}, bytes."""
+    from utils.distributed import planner
+
+    step, size, dtype, ranks, config = config_of(case, folder)
+    found = planner.plan(step, config, dtype, ranks, "cpu")
+    port = str(20000 + os.getpid() % 20000)
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        }
+        command = [sys.executable, __file__, "--measure", case, "--folder", str(folder)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [p.communicate(timeout=900) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    if any(p.returncode for p in processes):
+        raise SystemExit(f"{case} failed:\n" + "\n".join(err[-3000:] for _, err in outputs))
+    line = next(x for x in outputs[0][0].splitlines() if x.startswith("measured "))
+    measured = int(line.split()[1])
+    ratio = found.peak / measured
+    return {
+        "case": case,
+        "predicted": found.peak,
+        "measured": measured,
+        "ratio": ratio,
+        "phase": found.worst,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--output", default="planner_check.json")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.measure:
+        measure(asked.measure, Path(asked.folder))
+        return
+    from utils.report import quiet_libraries
+
+    quiet_libraries()
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in {case.split("-")[1] for case in asked.cases} | {"warmup"}:
+            write_models(
+                folder,
+                size,
+                any(c.startswith(f"ppo-{size}-") for c in asked.cases) or size == "warmup",
+            )
+        print("| case | predicted, MB | measured, MB | ratio | predicted peak in | seconds |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for case in asked.cases:
+            started = time.time()
+            found = run_case(case, folder)
+            results.append(found)
+            predicted, measured = (found[x] / 1e6 for x in ("predicted", "measured"))
+            print(
+                f"| {case} | {predicted:.0f} | {measured:.0f} | {found['ratio']:.3f} | "
+                f"{found['phase']} | {time.time() - started:.0f} |",
+                flush=True,
+            )
+    Path(asked.output).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

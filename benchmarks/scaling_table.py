@@ -1,0 +1,106 @@
+"""The tables of docs/scaling.md: PPO of four models of one size, reckoned by the planner.
+
+    python benchmarks/scaling_table.py --memory_gb 80 [--tflops 140] [--bandwidth 1300]
+
+The common work: 1,024 prompts of 1,024 tokens, 1,024 new tokens each, optimizer steps of 128
+sequences, bf16, gradient checkpointing, no EMA. For each shape and number of GPUs the fastest of
+SETTINGS that fits, each with the largest micro batch that fits (at most 16; four times as many are
+decoded at once), and a floor of the time.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from step3_ppo.config import PPOConfig  # noqa: E402
+from utils.distributed import plan_time, planner  # noqa: E402
+from utils.report import quiet_libraries  # noqa: E402
+
+SHAPES = ("7b", "13b", "34b", "70b")
+SETTINGS = [  # the least traffic first
+    {"zero_stage": 1},
+    {"zero_stage": 2},
+    {"zero_stage": 3},
+    {"zero_stage": 3, "offload": "optimizer"},
+    {"zero_stage": 3, "offload": "all"},
+    {"zero_stage": 3, "offload": "all", "rollout_gather": "layer"},
+]
+MICRO_BATCHES = (16, 8, 4, 2, 1)
+
+
+def config_of(shape: str, at_once: int, **settings) -> PPOConfig:
+    """The common work; at_once: sequences a rank decodes together."""
+    folder = str(ROOT / "docs/shapes" / shape)
+    return PPOConfig(
+        output_dir="-",
+        model_name_or_path=folder,
+        reward_model=folder,
+        prompt_data=["-"],
+        prompts_per_rollout=1024,
+        global_batch_size=128,
+        max_prompt_length=1024,
+        max_response_length=1024,
+        gradient_checkpointing=True,
+        ema_decay=0.0,
+        generation_tokens=at_once * 2048,
+        **settings,
+    )
+
+
+def fastest_that_fits(shape: str, machine: planner.Machine, speed: plan_time.Speed):
+    """(settings, config, plan, seconds) with the largest micro batch of each setting that fits,
+    the fastest of them; None where none does. Without a time where layers come one by one."""
+    found = []
+    for settings in SETTINGS:
+        for micro in MICRO_BATCHES:
+            if 128 % (micro * machine.ranks):
+                continue
+            config = config_of(shape, 4 * micro, micro_batch_size=micro, **settings)
+            plan = planner.plan("ppo", config, "bf16", machine.ranks, "cuda")
+            if machine.holds(plan):
+                parts = planner.seconds(plan, config, "bf16", machine.ranks, speed)
+                by_layer = config.rollout_gather == "layer"
+                time = float("inf") if by_layer else sum(parts.values())
+                found.append((settings, config, plan, time))
+                break
+    return min(found, key=lambda x: round(x[3], -1) if x[3] < 1e9 else x[3], default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--memory_gb", type=float, required=True, help="of one GPU")
+    parser.add_argument("--host_gb", type=float, default=128.0, help="CPU memory a GPU")
+    parser.add_argument("--tflops", type=float, default=140.0, help="reached in matrix products")
+    parser.add_argument("--bandwidth", type=float, default=1300.0, help="GB/s reached in decoding")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 16, 64])
+    asked = parser.parse_args()
+    quiet_libraries()
+    speed = plan_time.Speed(asked.tflops * 1e12, asked.bandwidth * 1e9, measured=False)
+    print("| model | GPUs | ZeRO | offload | gather | micro batch | GB a GPU | CPU GB a GPU | s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in SHAPES:
+        for ranks in asked.ranks:
+            machine = planner.Machine("cuda", ranks, asked.memory_gb * 1e9, asked.host_gb * 1e9)
+            found = fastest_that_fits(shape, machine, speed)
+            if found is None:
+                print(f"| {shape} | {ranks} | does not fit | | | | | | |", flush=True)
+                continue
+            settings, config, plan, seconds = found
+            gather = settings.get("rollout_gather", "rollout" if config.zero_stage == 3 else "-")
+            # A layer's weights come over the links for each token: no bandwidth of the GPU's says.
+            time = "not reckoned" if gather == "layer" else f"{seconds:.0f}"
+            print(
+                f"| {shape} | {ranks} | {config.zero_stage} | {config.offload} | {gather} | "
+                f"{config.micro_batch_size} | {plan.peak / 1e9:.0f} | "
+                f"{plan.host_bytes / 1e9:.0f} | {time} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
