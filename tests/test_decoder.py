@@ -13,7 +13,7 @@ from test_generation import LENGTHS, NEW, PAD, greedy, left_padded, tiny
 
 from step3_ppo import rollout
 from step3_ppo.old_logprobs import OldLogprobs
-from utils.models import decoder, generation, language_model
+from utils.models import decoder, generation, language_model, token_attention
 from utils.models.decoder import Decoder
 
 ROWS = len(LENGTHS)
@@ -25,6 +25,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks():
+    """Answers of a few tokens cross several blocks of the cache."""
+    before, token_attention.BLOCK = token_attention.BLOCK, 5
+    yield
+    token_attention.BLOCK = before
 
 
 def sample(family="Llama", rows=slice(None), **settings):

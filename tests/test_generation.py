@@ -8,7 +8,7 @@ import torch
 import transformers
 from families import FAMILIES
 
-from utils.models import generation, language_model
+from utils.models import generation, language_model, token_attention
 from utils.models.decoder import Decoder
 
 PAD, VOCAB, NEW = 0, 96, 12
@@ -25,6 +25,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks():
+    """Answers of a few tokens cross several blocks of the cache."""
+    before, token_attention.BLOCK = token_attention.BLOCK, 5
+    yield
+    token_attention.BLOCK = before
 
 
 @functools.cache

@@ -77,6 +77,38 @@ def test_a_static_batch_hands_out_zeros_where_nothing_is_filled():
             assert got.shape[2] == LENGTH and not got[:, :, 5:].any()
 
 
+@pytest.mark.parametrize("window", [True, False])
+def test_a_batch_in_blocks_hands_out_rows_without_gaps(window):
+    """All that was seen and zeros up to the block's end, also behind rows that have left."""
+    cache, generator = KVCache(config_of(window)), torch.Generator().manual_seed(0)
+    cache.begin(4, LENGTH)
+    for layer in range(2):
+        cache.update(*(torch.full((4, HEADS, LENGTH, SIZE), torch.nan) for _ in range(2)), layer)
+    memory = cache.nbytes()
+    cache.begin(4, LENGTH - 1, block=4)
+    seen = states(4, 3, generator)
+    for layer in range(2):
+        assert cache.get_mask_sizes(3, layer) == (3, 0)
+        got = cache.update(*seen, layer)
+        assert all(torch.equal(a, b) for a, b in zip(got, seen, strict=True))
+    lengths = []
+    for tokens in range(4, LENGTH):
+        if tokens == 7:  # row 1 stops, row 3 takes its place
+            cache.move(torch.tensor([3]), torch.tensor([1]), 6)
+            seen = [x[[0, 3, 2]] for x in seen]
+        one = states(len(seen[0]), 1, generator)
+        seen = [torch.cat(pair, 2) for pair in zip(seen, one, strict=True)]
+        for layer in range(2):
+            sizes = cache.get_mask_sizes(1, layer)
+            for got, expected in zip(cache.update(*one, layer), seen, strict=True):
+                assert got.is_contiguous() and sizes == (got.shape[2], 0)
+                assert torch.equal(got[:, :, :tokens], expected)
+                assert not got[:, :, tokens:].any()
+        assert cache.get_seq_length() == tokens
+        lengths.append(got.shape[2])
+    assert lengths == [4, 8, 8, 8, 8, 11, 11, 11] and cache.nbytes() == memory
+
+
 def test_rows_spread_and_move():
     cache, generator = KVCache(config_of(False)), torch.Generator().manual_seed(0)
     cache.begin(4, LENGTH)

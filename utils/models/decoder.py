@@ -54,7 +54,8 @@ class Decoder:
             position = self.cache.position
             if position is None or position.device != device:
                 position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.cache.begin(rows, length, position)
+        block = 0 if self.static else token_attention.block_of(model)
+        self.cache.begin(rows, length, position, block)
         first, source = _distinct(prompt_ids, prompt_mask)
         ids, mask, self.filled = prompt_ids[first], prompt_mask[first], width
         logits = self._forward(ids, language_model.positions(mask), mask)
