@@ -11,7 +11,6 @@ from step3_ppo import algorithm
 from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, train_forward
 from utils.data import batches, chat_template, preferences, rows, splits
 from utils.distributed import process_group
-from utils.metrics import pair_accuracy
 from utils.models import generation, scalar_model
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
@@ -209,6 +208,9 @@ def _held_out_accuracy(check) -> dict:
     ]
     if not pairs:
         raise Doubt(f"preference_data={config.preference_data} holds out no pair that differs")
+    # Imported here: `evaluate` takes 2.5 s, which --help and refused settings should not pay.
+    from utils.metrics import pair_accuracy
+
     ours = pair_accuracy(*([found[id(p[0]), p[k]] for p in pairs] for k in (1, 2)))
     longer = pair_accuracy(*([float(len(p[0].responses[p[k]])) for p in pairs] for k in (1, 2)))
     return {
