@@ -20,9 +20,10 @@ launch_flags() {
     # (a recipe's) limits both. The port is a free one, so that two runs can share a machine.
     "$PYTHON" - "${MAX_RANKS:-0}" <<'PY'
 import os, socket, sys
-import torch
-limit = int(sys.argv[1])
-gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+limit, gpus = int(sys.argv[1]), 0
+if os.environ.get("DS_ACCELERATOR") != "cpu":
+    import torch  # takes a second
+    gpus = torch.cuda.device_count()
 ranks = gpus or min(2, os.cpu_count() or 1)
 with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
