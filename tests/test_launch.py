@@ -19,11 +19,16 @@ from step3_ppo.config import PPOConfig
 
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
+# Ports are asked for when they are used: minutes earlier another program may have taken them.
 LAUNCHERS = {
-    "deepspeed": [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
-    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
-    "python": [sys.executable],
+    "deepspeed": lambda: [BIN / "deepspeed", "--num_accelerators", 2, *at_a_free_port()],
+    "torchrun": lambda: [BIN / "torchrun", "--nproc_per_node", 2, *at_a_free_port()],
+    "python": lambda: [sys.executable],
 }
+
+
+def at_a_free_port():
+    return "--master_port", free_port()
 
 
 def run(command, cwd, **environment):
@@ -45,7 +50,7 @@ def run(command, cwd, **environment):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_step_runs_from_any_directory(tiny, tmp_path, launcher):
     program, argv = sft(tiny, tmp_path / "out", "--max_steps", 2)
-    code, output = run([*LAUNCHERS[launcher], ROOT / program, *argv], cwd=tmp_path)
+    code, output = run([*LAUNCHERS[launcher](), ROOT / program, *argv], cwd=tmp_path)
     assert code == 0, output
     assert "accumulation" in output and (tmp_path / "out/model.safetensors").exists()
     ranks = 1 if launcher == "python" else 2
@@ -116,29 +121,18 @@ def test_recipes_name_real_settings(recipe):
             assert set(re.findall(r"--([a-z_0-9]+)", flags)) <= {f.name for f in fields(config)}
 
 
-def test_run_all_walks_the_whole_way(tmp_path):
+# Two rounds for real take half as long again, and each part of the second has a test: what it is
+# given in the next one here, that it works in test_steps.py.
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_run_all_walks_the_whole_way(tmp_path, rounds):
     """The main job with a few steps each: every stage runs and the summary holds its numbers."""
-    command = [
-        "bash",
-        ROOT / "run_all.sh",
-        "--output_dir",
-        tmp_path / "out",
-        "--seed",
-        "3",
-        "--sft.max_steps",
-        "150",
-        "--collect.num_prompts",
-        "200",
-        "--reward.max_steps",
-        "8",
-        "--ppo.max_steps",
-        "2",
-        "--ppo.max_eval_rows",
-        "16",
-    ]
-    code, output = run(command, tmp_path)
+    out = tmp_path / "out"
+    flags = ["--output_dir", out, "--rounds", rounds, "--seed", 3, "--sft.max_steps", 60]
+    flags += ["--collect.num_prompts", 100, "--reward.max_steps", 6, "--ppo.max_steps", 2]
+    flags += ["--ppo.ppo_epochs", 1, "--ppo.max_eval_rows", 16]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
     assert code == 0, output
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["sft"]["eval_loss_after"] < summary["sft"]["eval_loss_before"] - 1
     assert 0 <= summary["reward"]["accuracy"] <= 1
     assert 0 <= summary["reward"]["accuracy_longer_answer"] <= 1
@@ -146,7 +140,6 @@ def test_run_all_walks_the_whole_way(tmp_path):
     assert {"sft", "ppo", "ppo_ema"} <= summary["verifier"].keys()
     assert summary["verifier"]["prompts"] >= 256
     assert {"sft", "reward", "ppo", "total"} <= summary["seconds"].keys()
-    out = tmp_path / "out"
     for folder in ("step1_sft", "step2_reward", "step3_ppo"):
         for name in ("metrics.jsonl", "config.yaml", "log.txt", "result.json"):
             assert (out / folder / name).stat().st_size > 0, f"{folder}/{name}"
@@ -159,9 +152,68 @@ def test_run_all_walks_the_whole_way(tmp_path):
             "config.yaml",
             "chat_template.jinja",
         } <= names
-    assert (out / "round1/step3_ppo/actor/model.safetensors").exists()  # the recipe has two rounds
+    assert (out / "round1/step3_ppo/actor/model.safetensors").exists() == (rounds == 2)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "verifier, 512 held-out prompts" in output
+
+
+# Stands for Python: answers run_all.sh's questions about the machine, writes down all else.
+RECORDER = """#!/bin/bash
+[ "$1" = - ] || [ "$1" = -c ] && exec {python} "$@"
+echo "$*" >>{commands}
+while [ $# -gt 0 ]; do
+    [ "$1" = --output_dir ] && mkdir -p "$2"
+    shift
+done
+"""
+
+
+def stages_of_run_all(folder, *flags) -> list[tuple[str, dict[str, str]]]:
+    """(program, its flags' values) of each stage, in its turn; nothing is run."""
+    (folder / "bin").mkdir()
+    python, commands = folder / "bin/python3", folder / "commands"
+    python.write_text(RECORDER.format(python=sys.executable, commands=commands))
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], folder, PATH=path)
+    assert code == 0, output
+    stages = []
+    for line in commands.read_text().splitlines():
+        if "--check_config" not in line:
+            words = line.split()
+            program = next((w for w in words if w.endswith(".py")), words[1])
+            found = re.findall(r" --(\w+)((?: (?!--)\S+)*)", line.partition(program)[2])
+            stages.append((program, {flag: values.strip() for flag, values in found}))
+    return stages
+
+
+def test_run_all_gives_each_round_what_the_last_one_made(tmp_path):
+    """In the tiny recipe, which has two."""
+    out, found = tmp_path / "out", []
+    for program, flags in stages_of_run_all(tmp_path, "--output_dir", out):
+        short = {k: v.replace(f"{out}/", "") for k, v in flags.items()}
+        found.append((program.removeprefix(f"{ROOT}/"), short))
+    first = "data/comparisons_1.jsonl"
+    both = f"{first} data/comparisons_2.jsonl"
+    expected = [
+        ("utils.data.toy_tasks", "output_dir=data.writing"),
+        ("utils.models.from_scratch", "data=data/sft.jsonl"),
+        ("step1_sft/main.py", "model_name_or_path=base_model"),
+        ("step2_reward/collect.py", f"policy=step1_sft, output_file={first}"),
+        ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={first}"),
+        ("step3_ppo/main.py", "model_name_or_path=step1_sft, reward_model=round1/step2_reward")
+        + (f"preference_data={first}, reference_model=step1_sft, output_dir=round1/step3_ppo",),
+        ("step2_reward/collect.py", "policy=round1/step3_ppo/actor"),
+        ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={both}"),
+        ("step3_ppo/main.py", "model_name_or_path=round1/step3_ppo/actor")
+        + (f"preference_data={both}, reference_model=step1_sft, output_dir=step3_ppo",)
+        + ("reward_model=step2_reward, prompt_data=data/prompts.jsonl",),
+        ("evaluation.summary", "verifier_data=data/held_out.jsonl"),
+    ]
+    assert [program for program, _ in found] == [program for program, *_ in expected]
+    for (program, flags), (_, *wanted) in zip(found, expected, strict=True):
+        for flag, value in (pair.split("=") for pair in ", ".join(wanted).split(", ")):
+            assert flags[flag] == value, f"{program} --{flag}"
 
 
 def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
