@@ -10,14 +10,20 @@ from conftest import ROOT, free_port
 
 from utils.distributed import builds
 
+# The limit is 3 s and counts for joining too: ranks join when both have imported everything.
 HANG = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist
+import deepspeed, torch, torch.distributed as dist
 from utils import report
 from utils.distributed import process_group
 
 def main():
+    ready = Path(sys.argv[2])
+    (ready / f"ready{os.environ['RANK']}").touch()
+    while len(list(ready.glob("ready*"))) < 2:
+        time.sleep(0.02)
     device = process_group.init(0.05)
     group = dist.new_group()  # as DeepSpeed makes its own, without a timeout
     if process_group.rank() == 1:
@@ -34,17 +40,17 @@ def test_a_rank_that_hangs_ends_the_run_with_one_line(tmp_path):
     for rank in range(2):
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(tmp_path / "hang.py"), str(ROOT)]
+        command = [sys.executable, str(tmp_path / "hang.py"), str(ROOT), str(tmp_path)]
         processes.append(
             subprocess.Popen(
                 command,
-                env=environment | {"OMP_NUM_THREADS": "1"},
+                env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
             )
         )
     try:
-        told = [p.communicate(timeout=120)[1] for p in processes]
+        told = [p.communicate(timeout=600)[1] for p in processes]
     finally:
         for p in processes:
             p.kill()

@@ -97,7 +97,7 @@ def bash(script, cwd, *words, **environment):
         env={"PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 

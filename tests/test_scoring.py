@@ -281,32 +281,30 @@ def test_the_search_for_a_failing_row_ends_in_time(monkeypatch, timeout, seconds
 def test_a_row_that_hangs_alone_does_not_hang_the_search():
     def function(prompts, responses, rows):
         if responses == ["a"]:
-            time.sleep(20)
+            time.sleep(600)
         return [row["answer"] for row in rows]
 
     started = time.monotonic()
-    assert "failed on row 3 of 4: KeyError: 'answer'" in failure(function, timeout=0.3)
-    assert time.monotonic() - started < 5
+    assert "failed on row 3 of 4: KeyError: 'answer'" in failure(function, timeout=1.5)
+    assert time.monotonic() - started < 300
 
 
 # Time.
 
 
-def test_a_slow_row_is_told(monkeypatch):
-    monkeypatch.setattr(scoring, "SLOW_ROW", 0.2)
-
+def test_a_slow_row_is_told():
     def function(prompts, responses, rows):
-        time.sleep(20 if "ccc" in responses else 0)
+        time.sleep(600 if "ccc" in responses else 0)
         return [1.0] * len(responses)
 
     started = time.monotonic()
-    assert failure(function, timeout=0.3) == (
-        "reward function 'my.py:f' took longer than 0.3 s for 4 responses\n"
-        "  row 3 alone takes longer than 0.2 s\n"
+    assert failure(function, timeout=1.5) == (
+        "reward function 'my.py:f' took longer than 1.5 s for 4 responses\n"
+        "  row 3 alone takes longer than 1 s\n"
         "  prompt:   'three?'\n  response: 'ccc'\n"
         "make the function faster, or raise --reward_function_timeout (0: no limit)"
     )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 300
 
 
 @pytest.mark.parametrize(
@@ -349,11 +347,11 @@ def test_the_search_for_a_slow_row_ends_in_time(monkeypatch):
 HOLDS_THE_LOCK = """
 import re, sys
 from step3_ppo import scoring
-scoring.GRACE = 0.2
+scoring.GRACE = 0.5
 def f(prompts, responses, rows):
     return [float(bool(re.match(r"(a+)+$", r))) for r in responses]
-print(scoring.call(f, "f", ["p"], ["aaa"], [{}], 0.3), flush=True)
-scoring.call(f, "f", ["p"], ["a" * 60 + "b"], [{}], 0.3)
+print(scoring.call(f, "f", ["p"], ["aaa"], [{}], 1.0), flush=True)
+scoring.call(f, "f", ["p"], ["a" * 60 + "b"], [{}], 1.0)
 """
 
 
@@ -364,14 +362,14 @@ def test_a_function_that_blocks_python_ends_the_process(write):
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stdout) == (1, "[1.0]\n")
-    assert "Timeout (0:00:00.5" in done.stderr and f'"{path}", line 6 in f' in done.stderr
+    assert "Timeout (0:00:01.5" in done.stderr and f'"{path}", line 6 in f' in done.stderr
 
 
 def test_a_call_that_returned_leaves_no_clock_running(monkeypatch):
     monkeypatch.setattr(scoring, "GRACE", 0.05)
-    assert call(lambda *_: [1.0], "my.py:f", ["p"], ["r"], [{}], 0.05) == [1.0]
-    failure(lambda *_: 1 / 0, timeout=0.05)
-    time.sleep(0.2)  # a clock left behind would end this process
+    assert call(lambda *_: [1.0], "my.py:f", ["p"], ["r"], [{}], 1.0) == [1.0]
+    failure(lambda *_: 1 / 0, timeout=1.0)
+    time.sleep(1.2)  # a clock left behind would end this process
