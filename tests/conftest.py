@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two threads that wait for each other cost more than models this small, and each worker of
+# pytest-xdist would have as many as there are cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def build_tiny(folder: Path, family: str = "llama") -> Path:
@@ -62,7 +65,6 @@ def run_ranks(
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": accelerator,
         }
         processes.append(

@@ -478,7 +478,7 @@ def run_main(tmp_path, *argv):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -20,14 +20,6 @@ ROWS = len(LENGTHS)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def short_blocks():
     """Answers of a few tokens cross several blocks of the cache."""
     before, token_attention.BLOCK = token_attention.BLOCK, 5

@@ -19,15 +19,6 @@ VARIANTS = {family: (family, sizes) for family, sizes in FAMILIES.items()} | {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def short_blocks():
     """Answers of a few tokens cross several blocks of the cache."""
     before, token_attention.BLOCK = token_attention.BLOCK, 5

@@ -32,12 +32,12 @@ def at_a_free_port():
 
 
 def run(command, cwd, **environment):
+    shared = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # conftest.py's
+    shared |= {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
     result = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=os.environ
-        | {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-        | environment,
+        env=shared | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

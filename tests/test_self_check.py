@@ -1,7 +1,6 @@
 """The self-check of step 3: each planted fault is named by the check that is there for it."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -225,7 +224,6 @@ def test_a_fault_ends_the_process_with_an_error(tiny, house, tmp_path):
     program, argv = ppo(tiny, house / "sft", house / "reward", out, "--prompt_data", data)
     done = subprocess.run(
         [sys.executable, ROOT / program, *map(str, argv)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
