@@ -1,10 +1,13 @@
 """Shared fixtures: a two-layer model with data, and programs run on one or two CPU ranks."""
 
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,9 +40,25 @@ def build_tiny(folder: Path, family: str = "llama") -> Path:
     return folder
 
 
+def built_once(tmp_path_factory, name: str, build: Callable[[Path], object]) -> Path:
+    """The folder `name`, which `build(folder)` fills: once for all workers of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("tiny"))
+    return built_once(tmp_path_factory, "tiny", build_tiny)
 
 
 def free_port() -> int:
@@ -49,7 +68,7 @@ def free_port() -> int:
 
 
 def run_ranks(
-    jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 300, accelerator: str = "cpu"
+    jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 900, accelerator: str = "cpu"
 ) -> str:
     """Run each (program, arguments) in turn in one process group of `ranks` ranks.
 
@@ -97,11 +116,12 @@ def chain(tiny, tmp_path_factory) -> Path:
     """Steps 1 and 2 once, for step 3 to start from."""
     from test_steps import collect, reward, sft
 
-    folder = tmp_path_factory.mktemp("chain")
-    jobs = [
-        sft(tiny, folder / "sft", "--max_steps", 60),
-        collect(tiny, folder / "sft"),
-        reward(tiny, folder / "sft", folder / "reward", "--max_steps", 30),
-    ]
-    run_ranks(jobs, 1)
-    return folder
+    def build(folder):
+        jobs = [
+            sft(tiny, folder / "sft", "--max_steps", 60),
+            collect(tiny, folder / "sft"),
+            reward(tiny, folder / "sft", folder / "reward", "--max_steps", 30),
+        ]
+        run_ranks(jobs, 1)
+
+    return built_once(tmp_path_factory, "chain", build)

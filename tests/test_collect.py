@@ -5,19 +5,11 @@ import random
 
 import pytest
 from conftest import run_ranks
-from test_steps import collect, reward, sft
+from test_steps import collect
 
 from step2_reward.collect import agreeing_scores, share_agreeing
 from utils.data.preferences import load_comparisons
 from utils.data.rows import BadRows
-
-
-@pytest.fixture(scope="module")
-def policy(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    comparisons = collect(tiny, folder / "sft")
-    run_ranks([sft(tiny, folder / "sft", "--max_steps", 60), comparisons], 1)
-    return folder
 
 
 @pytest.mark.parametrize("rate", [0.6, 0.73, 0.9])
@@ -36,12 +28,10 @@ def test_a_labeller_agrees_as_often_as_asked(rate):
     assert agreeing_scores(truth, 1.0, seed=1) == truth
 
 
-def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, policy, tmp_path):
-    files = []
-    for ranks in (1, 2):
-        files.append(tmp_path / f"{ranks}.jsonl")
-        program, argv = collect(tiny, policy / "sft")
-        run_ranks([(program, [*argv, "--output_file", files[-1]])], ranks)
+def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, chain, tmp_path):
+    files = [tiny / "data/comparisons.jsonl", tmp_path / "2.jsonl"]
+    program, argv = collect(tiny, chain / "sft")  # which wrote the first file on one rank
+    run_ranks([(program, [*argv, "--output_file", files[-1]])], 2)
     first, second = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     # Padding differs between the ranks' batches, so now and then a draw falls the other way.
     same = sum(a in second for a in first)
@@ -52,25 +42,13 @@ def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, policy, t
     assert row["provenance"]["labeller"] == "verifier" and "prompts.jsonl" in str(row["provenance"])
 
 
-def test_a_reward_model_or_people_may_rank(tiny, policy, tmp_path):
+def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):
     scored, unranked = tmp_path / "scored.jsonl", tmp_path / "unranked.jsonl"
-    program, argv = collect(tiny, policy / "sft")
-    model = policy / "reward"
+    program, argv = collect(tiny, chain / "sft")
+    asked = ["--labeller", "reward_model", "--reward_model", chain / "reward"]
     run_ranks(
         [
-            reward(tiny, policy / "sft", model),
-            (
-                program,
-                [
-                    *argv,
-                    "--labeller",
-                    "reward_model",
-                    "--reward_model",
-                    model,
-                    "--output_file",
-                    scored,
-                ],
-            ),
+            (program, [*argv, *asked, "--output_file", scored]),
             (program, [*argv, "--labeller", "none", "--output_file", unranked]),
         ],
         1,

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_ranks
+from conftest import ROOT, built_once, run_ranks
 from families import FAMILIES, write
-from test_steps import ppo, reward, sft
+from test_steps import ppo, reward
 
 from step3_ppo import self_check
 from utils.data import chat_template
@@ -56,22 +56,21 @@ FAULTS_OF_ZERO3 = {
 
 
 @pytest.fixture(scope="session")
-def house(tiny, tmp_path_factory):
+def house(tiny, chain, tmp_path_factory):
     """An SFT model, and a reward model that tells a good answer from a bad one of the same length
     in every held-out pair."""
-    folder = tmp_path_factory.mktemp("house")
-    with open(folder / "pairs.jsonl", "w") as file:
-        for line in (tiny / "data/prompts.jsonl").read_text().splitlines():
-            pair = {"responses": ["yes", "not"], "scores": [1.0, 0.0]}
-            file.write(json.dumps({"prompt": json.loads(line)["prompt"]} | pair) + "\n")
-    pairs = ("--preference_data", folder / "pairs.jsonl", "--max_steps", 15)
-    jobs = [
-        sft(tiny, folder / "sft", "--max_steps", 60),
-        reward(tiny, folder / "sft", folder / "reward", *pairs),
-    ]
-    run_ranks(jobs, 1)
-    assert json.loads((folder / "reward/result.json").read_text())["accuracy_low"] > 0.8
-    return folder
+
+    def build(folder):
+        (folder / "sft").symlink_to(chain / "sft")
+        with open(folder / "pairs.jsonl", "w") as file:
+            for line in (tiny / "data/prompts.jsonl").read_text().splitlines():
+                pair = {"responses": ["yes", "not"], "scores": [1.0, 0.0]}
+                file.write(json.dumps({"prompt": json.loads(line)["prompt"]} | pair) + "\n")
+        pairs = ("--preference_data", folder / "pairs.jsonl", "--max_steps", 15)
+        run_ranks([reward(tiny, folder / "sft", folder / "reward", *pairs)], 1)
+        assert json.loads((folder / "reward/result.json").read_text())["accuracy_low"] > 0.8
+
+    return built_once(tmp_path_factory, "house", build)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +96,7 @@ def outcome(out):
 
 def assert_each_is_named(tiny, house, folder, faults, ranks, *flags):
     jobs = [planted(tiny, house, folder / name, name, *flags) for name in faults]
-    run_ranks(jobs, ranks, timeout=200)
+    run_ranks(jobs, ranks)
     wrong = []
     for name, (expected, allowed) in faults.items():
         found, said = outcome(folder / name)
@@ -161,7 +160,7 @@ def test_sound_families_pass(tiny, families, tmp_path, names, flags):
     """With rates of dropout in every config."""
     flags = ("--max_eval_rows", 4, *flags)
     jobs = [planted(tiny, families[f], tmp_path / f, "none", *flags) for f in names]
-    run_ranks(jobs, 1, timeout=600)
+    run_ranks(jobs, 1)
     wrong = []
     for family in names:
         found, said = outcome(tmp_path / family)
@@ -226,7 +225,7 @@ def test_a_fault_ends_the_process_with_an_error(tiny, house, tmp_path):
         [sys.executable, ROOT / program, *map(str, argv)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error: the self-check found 1 fault" in done.stderr and "- data: " in done.stderr

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import metrics_of, run_ranks
+from conftest import built_once, metrics_of, run_ranks
 
 # How ZeRO is told apart from nothing: (name, flags).
 STAGES = [
     ("zero0", []),
     ("zero1_packed", ["--zero_stage", 1, "--packing", "on"]),
-    ("zero2", ["--zero_stage", 2]),
+    ("zero2", ["--zero_stage", 2, "--micro_batch_size", 2]),
     ("zero3_packed", ["--zero_stage", 3, "--packing", "on", "--micro_batch_tokens", 150]),
     ("zero2_offload", ["--zero_stage", 2, "--offload", "optimizer"]),
     ("zero3_offload", ["--zero_stage", 3, "--offload", "all"]),
@@ -127,7 +127,7 @@ def ppo(tiny, policy, reward_model, out, *flags):
             "--global_batch_size",
             8,
             "--micro_batch_size",
-            2,
+            4,
             "--ppo_epochs",
             2,
             "--learning_rate",
@@ -160,21 +160,127 @@ def assert_same_path(runs, names):
             assert got == pytest.approx(expected, **CLOSE), f"{name}: {other} is not {first}"
 
 
-def all_stages(job, out):
-    """Run `job(folder, *flags)` for all stages on 1 and 2 ranks → folders by name."""
-    folders = {}
-    for ranks in (1, 2):
-        chosen = {f"{name}, {ranks} ranks": (out / f"{name}_{ranks}", f) for name, f in STAGES}
-        run_ranks([job(folder, *flags) for folder, flags in chosen.values()], ranks)
-        folders |= {name: folder for name, (folder, _) in chosen.items()}
-    return folders
+STEPS = ("sft", "reward", "ppo")
+EVERY_STAGE = [name for name, _ in STAGES]
+# One rank takes the others with -m slow; test_distributed.py has one rank's engine under them.
+ON_ONE_RANK = ["zero0", "zero3_packed"]
 
 
-def test_sft_takes_one_path_under_every_stage(tiny, tmp_path):
-    folders = all_stages(lambda out, *flags: sft(tiny, out, *flags), tmp_path)
-    assert_same_path(folders, ["loss", "grad_norm"])
-    losses = metrics_of(tmp_path / "zero0_1", "loss")
+@pytest.fixture(
+    scope="session",
+    params=[ON_ONE_RANK, pytest.param(EVERY_STAGE, marks=pytest.mark.slow)],
+    ids=["", "every_stage_on_one_rank"],
+)
+def walked(request, tiny, chain, tmp_path_factory):
+    """Every step under the stages on 1 and 2 ranks → {step: folders by "stage, ranks"}. Each has
+    beside it NAME.pt of probe_logits.py. All in two starts: a start costs more than such a run."""
+    chosen = {1: request.param, 2: EVERY_STAGE}
+    found = {step: {} for step in STEPS}
+
+    def build(root):
+        for ranks, names in chosen.items():
+            jobs = []
+            for name, flags in ((n, flags) for n, flags in STAGES if n in names):
+                out = {step: root / f"{step}_{name}_{ranks}" for step in STEPS}
+                for program, argv in (
+                    sft(tiny, out["sft"], *flags),
+                    reward(tiny, chain / "sft", out["reward"], *flags),
+                    ppo(tiny, chain / "sft", chain / "reward", out["ppo"], *flags),
+                ):
+                    probe = f"{argv[argv.index('--output_dir') + 1]}.pt"
+                    jobs.append(("tests/probe_logits.py", [program, probe, *argv]))
+            if ranks == 1:
+                saved = ["--config", root / "sft_zero0_1/config.yaml"]
+                jobs.append(("step1_sft/main.py", [*saved, "--output_dir", root / "again"]))
+            run_ranks(jobs, ranks, timeout=1800)
+
+    root = built_once(tmp_path_factory, f"walked{len(request.param)}", build)
+    for step in STEPS:
+        for ranks, names in chosen.items():
+            found[step] |= {f"{n}, {ranks} ranks": root / f"{step}_{n}_{ranks}" for n in names}
+    return found
+
+
+def test_sft_takes_one_path_under_every_stage(walked):
+    assert_same_path(walked["sft"], ["loss", "grad_norm"])
+    losses = metrics_of(walked["sft"]["zero0, 1 ranks"], "loss")
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_reward_takes_one_path_under_every_stage(walked):
+    assert_same_path(walked["reward"], ["loss", "grad_norm"])
+
+
+def test_ppo_takes_one_path_under_every_stage(walked, chain):
+    names = [
+        "score",
+        "kl",
+        "policy_loss",
+        "value_loss",
+        "actor_grad_norm",
+        "critic_grad_norm",
+        "response_length",
+    ]
+    assert_same_path(walked["ppo"], names)
+    averages = {
+        name: torch.cat([t.flatten() for t in _weights(folder / "actor_ema").values()])
+        for name, folder in walked["ppo"].items()
+    }
+    reference = averages["zero0, 1 ranks"]
+    start = torch.cat([t.flatten() for t in _weights(chain / "sft").values()])
+    assert (reference - start).abs().max() > 1e-4
+    for name, weights in averages.items():
+        assert (weights - reference).abs().max() < 2e-4, name
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+
+    return dict(sorted(load_file(folder / "model.safetensors").items()))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_saved_models_load_anywhere_and_say_the_same(walked, step):
+    """Plain transformers on the saved folder gives the logits that training had, and the ids."""
+    recorded = {}
+    for folder in walked[step].values():
+        found = torch.load(f"{folder}.pt", weights_only=True)
+        assert len(found) == (2 if step == "ppo" else 1)
+        recorded |= found
+    assert len(recorded) == len(walked[step]) * (2 if step == "ppo" else 1)
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    for folder, record in recorded.items():
+        scalar = record["kind"] == "scalar"
+        auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+        model = auto.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}],
+            return_dict=True,
+            return_tensors="pt",
+        )["input_ids"]
+        ids = ids[:, : int((ids[0] == tokenizer.eos_token_id).nonzero()[-1]) + 1]
+        assert ids.tolist() == record["ids"].tolist()
+        logits = model(input_ids=ids).logits
+        if scalar:  # plain transformers gives the score before the bias
+            logits = logits - getattr(model.config, "reward_bias", 0.0)
+        torch.testing.assert_close(logits, record["logits"], rtol=1e-5, atol=1e-5)
+        assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+        assert model.config.eos_token_id == tokenizer.eos_token_id
+        if not scalar:
+            assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+            assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_saved_config_repeats_the_run(walked):
+    first = walked["sft"]["zero0, 1 ranks"]
+    losses = [metrics_of(folder, "loss") for folder in (first, first.parent / "again")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_micro_batches_do_not_change_the_path(tiny, chain, tmp_path):
@@ -208,98 +314,6 @@ def test_micro_batches_do_not_change_the_path(tiny, chain, tmp_path):
         ("ppo", ["policy_loss", "value_loss", "actor_grad_norm", "critic_grad_norm"]),
     ):
         assert_same_path({f"micro {n}": tmp_path / f"{kind}{n}" for n in sizes}, names)
-
-
-def test_reward_takes_one_path_under_every_stage(tiny, chain, tmp_path):
-    folders = all_stages(lambda out, *flags: reward(tiny, chain / "sft", out, *flags), tmp_path)
-    assert_same_path(folders, ["loss", "grad_norm"])
-
-
-def test_ppo_takes_one_path_under_every_stage(tiny, chain, tmp_path):
-    folders = all_stages(
-        lambda out, *flags: ppo(tiny, chain / "sft", chain / "reward", out, *flags), tmp_path
-    )
-    names = [
-        "score",
-        "kl",
-        "policy_loss",
-        "value_loss",
-        "actor_grad_norm",
-        "critic_grad_norm",
-        "response_length",
-    ]
-    assert_same_path(folders, names)
-    averages = {
-        name: torch.cat([t.flatten() for t in _weights(folder / "actor_ema").values()])
-        for name, folder in folders.items()
-    }
-    reference = averages["zero0, 1 ranks"]
-    start = torch.cat([t.flatten() for t in _weights(chain / "sft").values()])
-    assert (reference - start).abs().max() > 1e-4
-    for name, weights in averages.items():
-        assert (weights - reference).abs().max() < 2e-4, name
-
-
-def _weights(folder):
-    from safetensors.torch import load_file
-
-    return dict(sorted(load_file(folder / "model.safetensors").items()))
-
-
-@pytest.mark.parametrize("step", ["sft", "reward", "ppo"])
-def test_saved_models_load_anywhere_and_say_the_same(tiny, chain, tmp_path, step):
-    """Plain transformers on the saved folder gives the logits that training had, and the ids."""
-    jobs, probes = [], []
-    for stage in (0, 1, 2, 3):
-        out, flags = tmp_path / f"out{stage}", ("--zero_stage", stage, "--max_steps", 2)
-        program, argv = {
-            "sft": lambda: sft(tiny, out, *flags),  # noqa: B023
-            "reward": lambda: reward(tiny, chain / "sft", out, *flags),  # noqa: B023
-            "ppo": lambda: ppo(tiny, chain / "sft", chain / "reward", out, *flags),  # noqa: B023
-        }[step]()
-        probes.append(tmp_path / f"probe{stage}.pt")
-        jobs.append(("tests/probe_logits.py", [program, probes[-1], *argv]))
-    run_ranks(jobs, 2)
-    recorded = {}
-    for probe in probes:
-        found = torch.load(probe, weights_only=True)
-        assert len(found) == (2 if step == "ppo" else 1)
-        recorded |= found
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
-
-    for folder, record in recorded.items():
-        scalar = record["kind"] == "scalar"
-        auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-        model = auto.from_pretrained(folder).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}],
-            return_dict=True,
-            return_tensors="pt",
-        )["input_ids"]
-        ids = ids[:, : int((ids[0] == tokenizer.eos_token_id).nonzero()[-1]) + 1]
-        assert ids.tolist() == record["ids"].tolist()
-        logits = model(input_ids=ids).logits
-        if scalar:  # plain transformers gives the score before the bias
-            logits = logits - getattr(model.config, "reward_bias", 0.0)
-        torch.testing.assert_close(logits, record["logits"], rtol=1e-5, atol=1e-5)
-        assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
-        assert model.config.eos_token_id == tokenizer.eos_token_id
-        if not scalar:
-            assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-            assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-
-
-def test_the_saved_config_repeats_the_run(tiny, tmp_path):
-    program, argv = sft(tiny, tmp_path / "first", "--learning_rate", "0.0021")
-    again = ["--config", tmp_path / "first/config.yaml", "--output_dir", tmp_path / "second"]
-    run_ranks([(program, argv), (program, again)], 1)
-    losses = [metrics_of(tmp_path / name, "loss") for name in ("first", "second")]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_a_save_that_fails_leaves_the_weights_that_were_there(tiny, tmp_path, monkeypatch):
@@ -350,3 +364,27 @@ def test_ppo_settings_reach_the_rewards(tiny, chain, tmp_path):
     assert abs(metrics_of(tmp_path / "set", "reward")[0]) <= 0.01
     assert abs(metrics_of(tmp_path / "plain", "reward")[0]) > 0.02
     assert metrics_of(tmp_path / "set", "score")[0] == metrics_of(tmp_path / "plain", "score")[0]
+
+
+def test_a_second_round_goes_on_from_the_first_actor(tiny, chain, tmp_path):
+    """As run_all.sh runs it: its answers join the comparisons, the reference stays step 1's."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    more, model = tmp_path / "more.jsonl", tmp_path / "reward"
+    program, argv = collect(tiny, first / "actor")
+    both = ["--preference_data", tiny / "data/comparisons.jsonl", more]
+    then = [*both, "--reference_model", chain / "sft"]
+    jobs = [
+        ppo(tiny, chain / "sft", chain / "reward", first, "--self_check", "off"),
+        (program, [*argv, "--output_file", more]),
+        reward(tiny, chain / "sft", model, *both),
+        ppo(tiny, first / "actor", model, second, *then, "--max_steps", 1),
+    ]
+    run_ranks(jobs, 1)
+    assert json.loads(more.read_text().splitlines()[0])["provenance"]["policy"] == str(
+        first / "actor"
+    )
+    assert abs(metrics_of(first, "kl")[0]) < 1e-6
+    # The KL begins where the first round ended.
+    ended = json.loads((first / "result.json").read_text())["kl_after"]
+    begins = json.loads((second / "result.json").read_text())["kl_before"]
+    assert begins == pytest.approx(ended, rel=1e-3) and ended > 1e-3

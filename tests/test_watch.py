@@ -236,7 +236,8 @@ def assert_too_many_in_a_row_end_the_run(out):
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(tiny, chain, tmp_path):
     """Of 4 optimizer steps a rollout with 2 micro-batches a rank, the second and third."""
-    run = ppo(tiny, chain / "sft", chain / "reward", tmp_path, "--max_steps", 1)
+    flags = ("--max_steps", 1, "--micro_batch_size", 2)
+    run = ppo(tiny, chain / "sft", chain / "reward", tmp_path, *flags)
     run_ranks([planted(tmp_path, "nan_losses_on_the_last_rank", run)], 2)
     found = outcome(tmp_path)
     assert found["stopped"] is None and found["said"].count("skipped on all ranks") == 2
