@@ -1,130 +1,26 @@
-"""Side-by-side evaluation and the chat, on a model of a few thousand random weights."""
+"""Side-by-side evaluation: prompts, answers, scores and refusals (what it writes: see
+test_prompt_eval_output.py)."""
 
-import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import evaluated_models
 import pytest
 import torch
+from evaluated_models import BIAS, PROMPTS, answers_of, configured, problems_of, texts_of
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
 )
 
-from evaluation import chat, checkpoints, prompt_eval
-from evaluation.prompt_eval import Answer, PromptEvalConfig, Question
-from utils import config as run_config
-from utils import terminal
+from evaluation import checkpoints, prompt_eval
 from utils.data import chat_template, rows
-from utils.models import from_scratch
 
-ROOT = Path(__file__).resolve().parent.parent
-MT_BENCH = ROOT.parent / "shared" / "data" / "mt_bench" / "question.jsonl"
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
-    "Why does the sun rise in the east? Because the earth turns towards it every morning.",
-    "Write a short letter to a friend who moved to another town last year.",
-    "今天天气很好,我们去公园散步吧。请写一首关于秋天的诗。",
-    "Seven plus eight is fifteen; nine times six is fifty-four.",
-] * 4
-PROMPTS = [
-    "Hi!",
-    "Why does the sun rise in the east?",
-    "Write a letter to a friend who moved to another town, and tell him of the lazy dog.",
-    "请写一首关于秋天的诗。",
-    "Seven plus eight?",
-]
-BIAS = 0.75
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "policy"
-    from_scratch.build(
-        folder,
-        TEXTS,
-        vocab_size=400,
-        hidden_size=32,
-        layers=2,
-        heads=2,
-        intermediate_size=64,
-        max_positions=512,
-        seed=0,
-    )
-    # At the usual scale an untrained model repeats the last token whatever was asked.
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "proj" in name:
-                weight.mul_(12)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def reward_model(policy) -> str:
-    folder = Path(policy).with_name("reward")
-    base = LlamaConfig.from_pretrained(policy)
-    base.num_labels = 1
-    base.reward_bias = BIAS
-    torch.manual_seed(1)
-    model = LlamaForSequenceClassification(base)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(10)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def prompt_file(tmp_path) -> str:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
-    return str(path)
-
-
-def configured(**settings) -> PromptEvalConfig:
-    config = PromptEvalConfig(**{"dtype": "fp32", "max_new_tokens": 12} | settings)
-    assert not config.problems(1)
-    return config
-
-
-def answers_of(policy, prompts, **settings) -> list[list[Answer]]:
-    config = configured(checkpoints=[policy], prompts=prompts, **settings)
-    return prompt_eval.answer_all(config, policy, prompt_eval.load_questions(config))[0]
-
-
-def texts_of(groups) -> list[list[str]]:
-    return [[a.answer for a in group] for group in groups]
-
-
-def problems_of(*flags: str, of=PromptEvalConfig, world_size=1) -> str:
-    with pytest.raises(run_config.ConfigError) as caught:
-        run_config.build(of, list(flags), world_size)
-    return str(caught.value)
-
-
-def run_script(script, *flags, cwd=ROOT, **settings):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "evaluation" / script), *flags],
-        cwd=cwd,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        **settings,
-    )
-
+policy = evaluated_models.policy  # a fixture, for this file too
+reward_model, prompt_file = evaluated_models.reward_model, evaluated_models.prompt_file
 
 # Reading prompts.
 
@@ -355,124 +251,6 @@ def test_scores_are_the_reward_models_own(policy, reward_model, tmp_path):
     assert max(scores) - min(scores) > 0.05  # else any constant would pass
 
 
-# What comes out.
-
-NASTY = "```\n# not a heading\n``````\n<script>alert(1)</script>\n\x1b[2J\rgone `\n~~~\n| a | b |"
-
-
-def nasty_results():
-    question = Question(({"role": "system", "content": NASTY},), (NASTY, "Again?"), "file `x`:1")
-    talk, groups = question.context, []
-    for turn, said in enumerate(question.turns, 1):
-        talk += ({"role": "user", "content": said}, {"role": "assistant", "content": NASTY})
-        groups.append(Answer("out/`a`", turn, talk, 4 * turn, turn == 1, float(turn)))
-    return [question], {"out/`a`": [groups]}
-
-
-def blocks_of(markdown: str) -> tuple[list[str], list[str]]:
-    """(contents of the fenced blocks, lines outside), by CommonMark's rule for closing one."""
-    inside, outside, opened, current = [], [], "", []
-    for line in re.split("\r\n|\r|\n", markdown):
-        if not opened and (found := re.match(r" {0,3}(`{3,}|~{3,})[^`]*$", line)):
-            opened, current = found[1], []
-        elif opened and re.fullmatch(f" {{0,3}}{opened[0]}{{{len(opened)},}}[ \t]*", line):
-            inside.append("\n".join(current))
-            opened = ""
-        else:
-            (current if opened else outside).append(line)
-    assert not opened
-    return inside, outside
-
-
-def test_no_text_breaks_out_of_its_block():
-    questions, results = nasty_results()
-    config = configured(checkpoints=["out"])
-    inside, outside = blocks_of(prompt_eval.as_markdown(config, questions, results, "a summary"))
-    shown = NASTY.replace("\x1b", "\\x1b").replace("\r", "\\r")
-    assert inside[1:] == ["a summary", shown, shown, shown, "Again?", shown]
-    assert [line for line in outside if line] == [
-        "# Answers side by side",
-        "## `` prompt 1 of 1, file `x`:1 ``",
-        "### ` system `",
-        "### ` user `",
-        "#### `` out/`a` (4 tokens, finished, score 1.000) ``",
-        "### ` user `",
-        "#### `` out/`a` (8 tokens, cut off, score 2.000) ``",
-    ]
-
-
-def test_printed_text_cannot_steer_the_terminal():
-    text = prompt_eval.as_text(*nasty_results())
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
-    assert "\\x1b[2J" in text and "    # not a heading\n" in text
-    assert terminal.visible("a\tb\n中文 é🙂\x00\x9b") == "a\tb\n中文 é🙂\\x00\\x9b"
-
-
-def test_summary_is_of_all_answers():
-    _, results = nasty_results()
-    header, _, line = prompt_eval.summary_table(results, {"out/`a`": 4.0}).split("\n")
-    columns = ["checkpoint", "answers", "tokens/answer", "finished", "tokens/s", "mean score"]
-    assert re.split("  +", header) == columns
-    assert line.split() == ["out/`a`", "2", "6.0", "50%", "3.0", "1.500"]
-
-
-def test_whole_script_from_another_folder(policy, reward_model, tmp_path):
-    other = Path(policy).with_name("other policy")
-    model = AutoModelForCausalLM.from_pretrained(policy)
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
-    model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(policy).save_pretrained(other)
-    prompts = tmp_path / "mt.jsonl"
-    prompts.write_text('{"turns": ["Hi!", "And the dog?"]}\n{"turns": ["请写诗。"]}\n')
-    flags = f"--prompts mt.jsonl --reward_model {reward_model} --output_dir out --dtype fp32"
-    run = run_script(
-        "prompt_eval.py",
-        "--checkpoints",
-        policy,
-        str(other),
-        *flags.split(),
-        "--max_new_tokens=5",
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = (tmp_path / "out" / "answers.jsonl").read_text(encoding="utf-8").split("\n")
-    records = [json.loads(line) for line in lines if line]
-    assert [(r["prompt"], r["checkpoint"], r["turn"]) for r in records] == [
-        ("Hi!", policy, 1),
-        ("And the dog?", policy, 2),
-        ("Hi!", str(other), 1),
-        ("And the dog?", str(other), 2),
-        ("请写诗。", policy, 1),
-        ("请写诗。", str(other), 1),
-    ]
-    keys = "prompt where checkpoint turn answer tokens finished score"
-    assert all(list(r) == keys.split() for r in records)
-    assert records[0]["answer"] != records[2]["answer"]
-    assert all(1 <= r["tokens"] <= 5 for r in records)
-    expected = texts_of(answers_of(policy, [str(prompts)], max_new_tokens=5))
-    assert [r["answer"] for r in records if r["checkpoint"] == policy] == sum(expected, [])
-
-    mean = sum(r["score"] for r in records if r["checkpoint"] == policy) / 3
-    closing = [line for line in run.stdout.split("\n") if line.startswith(f"{policy}  ")]
-    assert len(closing) == 1 and closing[0].endswith(f"  {mean:.3f}")
-    page = (tmp_path / "out" / "answers.md").read_text(encoding="utf-8")
-    inside, _ = blocks_of(page)
-    assert inside.count("请写诗。") == 1 and closing[0] in inside[1]
-    for record in records:
-        assert terminal.visible(record["answer"]) in inside
-
-
-@pytest.mark.skipif(not MT_BENCH.exists(), reason=f"MT-Bench is not at {MT_BENCH}")
-def test_mt_bench(policy):
-    answers = answers_of(policy, [str(MT_BENCH)], max_prompts=2, max_new_tokens=4)
-    assert [[a.turn for a in group] for group in answers] == [[1, 2], [1, 2]]
-    raw = [json.loads(line) for line in MT_BENCH.read_text().splitlines()[:2]]
-    for group, row in zip(answers, raw, strict=True):
-        users = [m["content"] for m in group[1].conversation if m["role"] == "user"]
-        assert users == row["turns"]
-
-
 # Refusals.
 
 
@@ -539,76 +317,6 @@ def test_bad_prompts_end_the_run_before_a_model_is_loaded(tmp_path, monkeypatch)
     monkeypatch.setattr("sys.argv", ["prompt_eval.py", *flags])
     with pytest.raises(SystemExit, match="p.txt:1: not UTF-8"):
         prompt_eval.main()
-
-
-# The chat.
-
-CHAT_FLAGS = "--dtype fp32 --temperature 0 --max_new_tokens 8".split()
-
-
-def test_chat_through_a_pipe(policy, tmp_path):
-    lines = "Hi dog!\nHi dog!\n\n/clear\nHi dog!\n/exit\nnever read\n"
-    run = run_script("chat.py", "--checkpoint", policy, *CHAT_FLAGS, cwd=tmp_path, input=lines)
-    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
-    first, second, third = run.stdout.split("assistant: ")[1:]
-    before_clear, cleared = second.split("(conversation forgotten)\n")
-    assert third == first + "\n"
-    assert before_clear != first and cleared == ""
-    expected = answers_of_one(policy, "Hi dog!", 8)
-    assert first == terminal.visible(expected) + "\n"
-
-
-def answers_of_one(policy, prompt: str, max_new_tokens: int) -> str:
-    config = configured(checkpoints=[policy], max_new_tokens=max_new_tokens)
-    return prompt_eval.answer_all(config, policy, [Question((), (prompt,), "")])[0][0][0].answer
-
-
-def test_chat_tells_the_model_the_system_turn_and_all_before(monkeypatch, capsys):
-    heard = []
-
-    def canned(model, tokenizer, messages, room):
-        heard.append([m["content"] for m in messages])
-        return f"reply {len(heard)}"
-
-    lines = iter(["one", "half a pair \ud800", "two", "/clear", "three"])
-
-    def typed(prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(chat, "answer", canned)
-    monkeypatch.setattr(checkpoints, "prompt_room", lambda model, length: 99)
-    monkeypatch.setattr("builtins.input", typed)
-    chat.talk(chat.ChatConfig(checkpoint="x", system="Be kind."), None, None)
-    assert heard == [
-        ["Be kind.", "one"],
-        ["Be kind.", "one", "reply 1", "two"],
-        ["Be kind.", "three"],
-    ]
-    assert "not sent: your line holds a lone surrogate" in capsys.readouterr().out
-
-
-def test_chat_ends_cleanly_on_ctrl_c(policy, monkeypatch, capsys):
-    def interrupted(prompt):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupted)
-    monkeypatch.setattr("sys.argv", ["chat.py", "--checkpoint", policy])
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
-    chat.main()
-    assert capsys.readouterr().out.startswith(f"{policy}; /clear forgets")
-
-
-def test_chat_lists_its_problems():
-    message = problems_of(
-        *"--checkpoint /no/where --temperature -1 --top_p 0 --max_new_tokens 0".split(),
-        of=chat.ChatConfig,
-    )
-    for part in ("'/no/where' does not exist", "temperature=-1.0", "top_p=0.0", "max_new_tokens=0"):
-        assert part in message
-    assert "checkpoint is empty" in problems_of(of=chat.ChatConfig)
 
 
 def test_a_lora_adapter_is_a_checkpoint_too(policy, tmp_path):
