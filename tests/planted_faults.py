@@ -2,11 +2,11 @@
 
 arguments: FAULTS OUTCOME.json PROGRAM …the step's own arguments
 
-FAULTS are names of functions in this file, joined by +, or "none". The outcome tells how the run
-ended: {"stopped": message or null, "kind": class of what ended it, "said": all its lines}.
+FAULTS are names of functions in this file or in not_finite_faults.py, joined by +, or "none". The
+outcome tells how the run ended: {"stopped": message or null, "kind": class of what ended it,
+"said": all its lines}.
 """
 
-import functools
 import importlib
 import json
 import sys
@@ -18,31 +18,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import not_finite_faults  # noqa: E402
+from planting import around, once_built  # noqa: E402
+
 from step3_ppo import algorithm, models, rollout  # noqa: E402
 from step3_ppo import main as step3  # noqa: E402
 from utils.data import chat_template  # noqa: E402
 from utils.distributed import hybrid_engine, process_group, zero  # noqa: E402
-from utils.models import ema, generation, language_model, scalar_model  # noqa: E402
+from utils.models import ema, generation, language_model  # noqa: E402
 from utils.report import Report  # noqa: E402
-
-
-def around(patch, holder, name: str, change) -> None:
-    """Replace holder.name by change(the real one, *its arguments)."""
-    real = getattr(holder, name)
-    wrapped = functools.wraps(real)(lambda *args, **kwargs: change(real, *args, **kwargs))
-    patch.setattr(holder, name, wrapped)
-
-
-def once_built(patch, change) -> None:
-    """Call change(models) on the run's models, built but not used."""
-
-    def build(real, *args):
-        built = real(*args)
-        change(built)
-        return built
-
-    around(patch, step3, "build", build)
-
 
 # The generator under ZeRO-3.
 
@@ -323,59 +307,6 @@ def reward_head_zero(patch):
     reward_head_negated(patch, factor=0)
 
 
-# Numbers that are not finite.
-
-
-def _bad_scores(patch, bad: dict[int, float]):
-    def collect(real, *args, **kwargs):
-        found, seconds = real(*args, **kwargs)
-        if kwargs.get("noise_step") in bad:  # a rollout's; evaluations give theirs by position
-            found.scores[3] = bad[kwargs["noise_step"]]
-        return found, seconds
-
-    around(patch, rollout, "collect", collect)
-
-
-def nan_and_inf_scores_now_and_then(patch):
-    _bad_scores(patch, {0: float("nan"), 2: float("-inf")})
-
-
-def nan_scores_from_the_second_rollout_on(patch):
-    _bad_scores(patch, dict.fromkeys(range(1, 99), float("nan")))
-
-
-def nan_losses_on_the_last_rank(patch):
-    """Of the third micro-batch and the two after it."""
-    calls = iter(range(10**6))
-
-    def loss(real, *args):
-        total, stats = real(*args)
-        last = process_group.rank() == process_group.world_size() - 1
-        return total * (float("nan") if next(calls) in (2, 3, 4) and last else 1.0), stats
-
-    around(patch, algorithm, "policy_loss", loss)
-
-
-def nan_logprobs_in_training(patch):
-    """Of step 1: every loss, not those of evaluations."""
-
-    def logprobs(real, *args, **settings):
-        found, entropies = real(*args, **settings)
-        return found * (float("nan") if found.requires_grad else 1.0), entropies
-
-    around(patch, language_model, "wanted_logprobs", logprobs)
-
-
-def nan_values_in_training(patch):
-    """Of step 2."""
-
-    def values(real, *args):
-        found = real(*args)
-        return found * (float("nan") if found.requires_grad else 1.0)
-
-    around(patch, scalar_model, "sequence_scores", values)
-
-
 def main() -> None:
     faults, outcome, program, *argv = sys.argv[1:]
     step = importlib.import_module(program.removesuffix(".py").replace("/", "."))
@@ -384,7 +315,7 @@ def main() -> None:
         around(patch, Report, "say", lambda real, self, text: said.append(text))
         for name in faults.split("+"):
             if name != "none":
-                globals()[name](patch)
+                (globals().get(name) or getattr(not_finite_faults, name))(patch)
         patch.setattr(sys, "argv", [program, *argv])
         try:
             step.main()
