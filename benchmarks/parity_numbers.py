@@ -141,7 +141,9 @@ def make_models(folder: Path) -> None:
     command += ["--model_name_or_path", folder / "base_model", "--sft_data", data["sft"]]
     command += ["--output_dir", folder / "reference", "--max_steps", 120, "--max_length", 96]
     command += ["--global_batch_size", 16, "--micro_batch_size", 16, "--learning_rate", "3e-3"]
-    command += ["--tensorboard", "false", "--max_eval_rows", 16, "--log_every", 60]
+    # Not auto, which is bf16 on some CPUs: TRL would then load and run what was saved in bf16.
+    command += ["--dtype", "fp32", "--tensorboard", "false", "--max_eval_rows", 16]
+    command += ["--log_every", 60, "--overwrite"]  # a run of the benchmark before this one
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
     tokenizer = chat_template.load_tokenizer(str(folder / "reference"))
     generator = torch.Generator().manual_seed(1)

@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if Path(sys.prefix).resolve() != trl_environment.VENV:
+    if Path(sys.prefix).resolve() != trl_environment.VENV.resolve():
         go_on_inside(trl_environment.make_environment())
 
     from benchmarks import parity_numbers

@@ -68,13 +68,17 @@ def trl_settings(config, output_dir: str) -> TRLConfig:
 
 
 def load_models(config):
-    """(policy, reference, reward model, value model) as plain transformers loads them."""
-    policy = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
-    reference = AutoModelForCausalLM.from_pretrained(
-        config.reference_model or config.model_name_or_path
+    """(policy, reference, reward model, value model) as plain transformers loads them, in fp32
+    whatever they were saved in: ours are."""
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (
+            config.model_name_or_path,
+            config.reference_model or config.model_name_or_path,
+        )
     )
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+        AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
         for path in (config.reward_model, config.critic_model or config.reward_model)
     )
     for model in (reward, value):
