@@ -129,6 +129,7 @@ def modes(folder):
             plain = hybrid._plain
             assert plain is None or not any(p.numel() for p in plain.parameters())
 
+        drawn = torch.get_rng_state()
         for fails in (False, True):
             try:
                 with hybrid.generating() as model:
@@ -140,6 +141,8 @@ def modes(folder):
             except ZeroDivisionError:
                 assert fails
             assert_as_before()
+        # A resumed run builds the plain twin later than the uninterrupted one did.
+        assert torch.equal(torch.get_rng_state(), drawn)
         del engine
     print("held: modes")
 

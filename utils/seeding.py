@@ -1,5 +1,6 @@
 """Every random number generator of this process from one seed."""
 
+import contextlib
 import os
 import random
 
@@ -20,3 +21,18 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         # and sampling needs one.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds atomically
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device):
+    """The generators are afterwards as they were before, whatever is drawn inside."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)

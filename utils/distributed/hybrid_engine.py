@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.distributed import process_group, zero
+from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
 SHARE_OF_FREE = 0.9  # of the free memory that a rollout may fill; the rest is for activations
@@ -125,7 +126,7 @@ def _plain_twin(module: nn.Module) -> nn.Module:
     """A module of the same shape without ZeRO's hooks. Its weights are random: fill them."""
     reference = next(module.parameters())
     # Built for real and not on the meta device: rotary tables are computed here.
-    with torch.device(reference.device):
+    with torch.device(reference.device), undisturbed(reference.device):
         plain = type(module)._from_config(copy.deepcopy(module.config), dtype=reference.dtype)
     plain.to(reference.device)
     for target, source in zip(plain.buffers(), module.buffers(), strict=True):
