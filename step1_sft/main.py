@@ -16,7 +16,7 @@ from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits
-from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed import checkpoint, planner, preemption, process_group, resuming, zero
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.distributed.training_state import Checkpoints
 from utils.models import generation, language_model
@@ -196,6 +196,7 @@ def main() -> None:
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
     data = batches.fingerprint(row for e in examples for row in (e.ids, e.supervised))
     done = run.follow({"model": engine}, {"bad_steps": bad_steps}, save, data)
+    preemption.note()
     for step in range(done, steps):
         tick = time.time()
         chosen = batches.rows_of_step(step, config.global_batch_size, len(examples), config.seed)

@@ -18,7 +18,7 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed import checkpoint, planner, preemption, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
 from utils.seeding import seed_everything
@@ -264,6 +264,7 @@ def main() -> None:
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
     data = batches.fingerprint(row for r in train for row in (*r.answers, r.labels))
     done = run.follow({"model": engine}, {"bad_steps": bad_steps}, save, data)
+    preemption.note()
     for step in range(done, steps):
         tick = time.time()
         chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)

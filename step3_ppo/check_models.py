@@ -195,8 +195,8 @@ def dropout_is_off(check) -> str:
     return f"two passes of {' and '.join(check.trained())} are equal"
 
 
-def on_policy_at_the_start(check) -> str:
-    """What rollouts store is what updates recompute; KL is 0 where actor and reference are one."""
+def rollouts_are_on_policy(check) -> str:
+    """What rollouts store is what updates recompute."""
     probe = check.probe
     kept = probe.response_mask
     logprobs = train_forward(check, probe).cpu()
@@ -213,13 +213,18 @@ def on_policy_at_the_start(check) -> str:
         values = train_forward(check, probe, critic=True).cpu()
         what, cause = "stored and recomputed values", "the value clip would not start at 0"
         found.append(_must_agree(check, probe.values[kept], values[kept], what, cause))
-    same = check.config.reference_model in ("", check.config.model_name_or_path)
-    if same:
-        what = "log-probabilities of actor and reference"
-        cause = "the KL would not start at 0, though both are loaded from the same folder"
-        refs, own = probe.ref_logprobs[kept], probe.logprobs[kept]
-        found.append(_must_agree(check, own, refs, what, cause))
     return "; ".join(found)
+
+
+def no_kl_at_the_start(check) -> str:
+    """Actor and reference are one, where they are loaded from the same folder."""
+    if check.config.reference_model not in ("", check.config.model_name_or_path):
+        return f"the reference is another model, {check.config.reference_model}"
+    probe = check.probe
+    kept = probe.response_mask
+    what = "log-probabilities of actor and reference"
+    cause = "the KL would not start at 0, though both are loaded from the same folder"
+    return _must_agree(check, probe.logprobs[kept], probe.ref_logprobs[kept], what, cause)
 
 
 def on_policy_at_the_first_update(check) -> str:
@@ -254,27 +259,30 @@ def generator_after_the_step(check) -> str:
 
 
 def average_moves(check) -> str:
-    """The EMA has moved with the weights, and as much less far as its decay says."""
+    """The EMA has moved towards the weights, as far as its decay says and no further."""
     ema = check.models.ema
     if ema is None:
         return "no average is kept (--ema_decay 0)"
     own = dict(check.models.actor.module.named_parameters())
-    moved, followed = 0.0, 0.0
+    steps, decay = check.config.ppo_epochs * check.config.minibatches(), check.config.ema_decay
+    come = 1 - decay**steps  # after n steps an average has come 1 − decayⁿ of the way to …
+    moved, followed, astray = 0.0, 0.0, 0.0
     for name, (shadow, weight) in check.watched.items():
         now = getattr(own[name], "ds_tensor", own[name]).detach().float()
         moved = max(moved, float((now - weight).abs().max()))
         followed = max(followed, float((ema.shadow[name] - shadow).abs().max()))
+        # … where the weights stood before (of a resumed run, not where the average stood), …
+        off = (ema.shadow[name] - shadow - come * (weight - shadow)).abs().nan_to_num(torch.inf)
+        rounding = steps * torch.finfo(torch.float32).eps * shadow.abs()
+        astray = max(astray, float((off - rounding).max()))
     if moved == 0.0:
         return "the weights themselves have not moved yet at this learning rate and dtype"
-    # After n steps an average has come at most 1 − decayⁿ of the way to the furthest place where
-    # the weights were; thrice that leaves room for their way back and for rounding.
-    decay = check.config.ema_decay
-    share = min(1.0, 3 * (1 - decay ** (check.config.ppo_epochs * check.config.minibatches())))
-    if not 0.0 < followed <= moved * share * (1 + 1e-3):
+    # … give or take that share of their own way since; thrice, for what they went and came back.
+    if followed == 0.0 or not astray <= min(1.0, 3 * come) * moved * (1 + 1e-3):
         raise Fault(
-            f"the weights moved by up to {moved:.2e} and their average by {followed:.2e}: what is "
-            f"saved as actor_ema is not their average at --ema_decay {decay}; see "
-            "utils/models/ema.py"
+            f"the weights moved by up to {moved:.2e} and their average by {followed:.2e}, up to "
+            f"{astray:.2e} from where it should be: what is saved as actor_ema is not their "
+            f"average at --ema_decay {decay}; see utils/models/ema.py"
         )
     return f"weights moved by up to {moved:.1e}, their average by {followed:.1e}"
 

@@ -4,7 +4,6 @@ deepspeed step3_ppo/main.py --model_name_or_path SFT --reward_model RM --prompt_
     --output_dir FOLDER
 """
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from step3_ppo.watch import Watch
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
-from utils.distributed import planner, process_group, resuming, zero
+from utils.distributed import planner, preemption, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model
 from utils.seeding import seed_everything
@@ -142,23 +141,14 @@ def main() -> None:
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
 
-    # Build: prompts, models. Check what must hold, then look at the policy as it is.
+    # Build: prompts, models; of a resumed run, where its checkpoint ends.
     report, prompts, held, models, state = start(config, device, found and found.step)
-    run = Checkpoints(config, report, found, device)
-    # What holds before the first step (policy = reference) does not in a run taken up later.
-    checked = config if found is None else dataclasses.replace(config, self_check="off")
-    check = self_check.SelfCheck(models, prompts, held, checked, device, report.say)
-    check.before_the_first_step()
-    before = run.once("before", lambda: evaluate(models, held, config, device, report, "before"))
-    if config.score_normalisation == "fixed":
-        state.fix(before["eval/score"], before["eval/score_std"])
-    report.expect(config.max_steps)
-    if found is None:
-        report.log(0, before, show=SHOWN)
 
     def write_models(folder=config.output_dir) -> None:
         save(models, config, state, folder)
 
+    run = Checkpoints(config, report, found, device)
+    check = self_check.SelfCheck(models, prompts, held, config, device, report.say)
     watch = Watch(config, report.say, write_models)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
     if models.ptx is not None:
@@ -166,7 +156,17 @@ def main() -> None:
     data = batches.fingerprint(p.ids for p in prompts)
     done = run.follow(check.trained(), carried, write_models, data, models.ema)
 
+    # Check what must hold of the weights that training goes on from; look at the first ones.
+    check.before_the_first_step(done)
+    before = run.once("before", lambda: evaluate(models, held, config, device, report, "before"))
+    if config.score_normalisation == "fixed":
+        state.fix(before["eval/score"], before["eval/score_std"])
+    report.expect(config.max_steps)
+    if found is None:
+        report.log(0, before, show=SHOWN)
+
     # Loop: rollout, advantages, updates.
+    preemption.note()
     after = run.facts.setdefault("after", before)
     for step in range(done, config.max_steps):
         tick = time.time()

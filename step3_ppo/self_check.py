@@ -4,6 +4,9 @@ A check returns what it measured, or raises Fault (the run stops, unless --self_
 (a warning). The first part runs before the first step on a probe of a few held-out prompts; the
 second looks at the run's own first rollout and the optimizer steps on it, so that no state has to
 be put back. Every rank runs every check on the same rows and takes part in every collective.
+
+A resumed run may be on another machine, with other libraries or ranks, so it is checked too, once
+its checkpoint is read. No check draws what its rollouts would miss: it ends as if never stopped.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.check_models import PROBE_COPIES, PROBE_NOISE, PROBE_TOKENS, Doubt, Fault
 from utils.distributed import process_group, zero
 from utils.report import StopRun
+from utils.seeding import undisturbed
 
 PROBE_PROMPTS = 8
 # Mean difference, relative to 1 + |x|, that rounding explains; one token may have ten times it.
@@ -23,13 +27,17 @@ BEFORE = {
     "generator equals model": check_models.generator_equals_model,
     "padding changes nothing": check_models.padding_invariance,
     "dropout is off": check_models.dropout_is_off,
-    "on-policy at the start": check_models.on_policy_at_the_start,
+    "rollouts are on-policy": check_models.rollouts_are_on_policy,
     "samples follow the policy": check_data.samples_follow_the_policy,
     "ranks and rows draw apart": check_data.ranks_and_rows_draw_apart,
     "stop token": check_data.stop_token,
     "same language": check_data.same_language,
     "reward model": check_data.reward_model_sanity,
     "data": check_data.prompts_are_apart,
+}
+# Of weights that nothing has been trained yet. A resumed run leaves these out.
+AT_START = {
+    "KL 0 at the start": check_models.no_kl_at_the_start,
 }
 AFTER = {
     "on-policy at the first update": check_models.on_policy_at_the_first_update,
@@ -64,17 +72,26 @@ class SelfCheck:
                 found[name] = one.model
         return {name: getattr(model, "module", model) for name, model in found.items()}
 
-    def before_the_first_step(self) -> None:
-        """The first part. Raises StopRun with every fault, where --self_check is on."""
+    def before_the_first_step(self, done: int) -> None:
+        """The first part, after `done` rollouts: of the run, when it is resumed. Raises StopRun
+        with every fault, where --self_check is on."""
         if self.config.self_check == "off":
             return
+        with undisturbed(self.device):  # a reward function of the user's may draw too
+            self._before(done)
+
+    def _before(self, done: int) -> None:
         short = min(self.config.max_response_length, PROBE_TOKENS)
         small = dataclasses.replace(self.config, max_response_length=short)
         ordered = sorted(self.held, key=lambda p: len(p.ids))
         some = ordered[:: -(-len(ordered) // PROBE_PROMPTS)]
         asked = [p for p in some for _ in range(PROBE_COPIES * process_group.world_size())]
         self.probe, _ = rollouts.collect(self.models, asked, small, self.device, PROBE_NOISE)
-        self._run(BEFORE, "before the first step")
+        if done:
+            less = f"left out, true of untrained weights alone: {', '.join(AT_START)}"
+            self._run(BEFORE, f"resumed at rollout {done + 1} ({less})")
+        else:
+            self._run(BEFORE | AT_START, "before the first step")
         for name, engine in self.trained().items():
             for weight, p in engine.module.named_parameters():
                 if p.requires_grad:
@@ -90,7 +107,8 @@ class SelfCheck:
         self.rollout, self.metrics = rollout, metrics
         for hook in self.hooks:
             hook.remove()
-        self._run(AFTER, "after the first rollout's updates")
+        with undisturbed(self.device):
+            self._run(AFTER, "after the first rollout's updates")
         self.probe, self.watched = None, {}
 
     def _averages(self) -> dict[str, tuple]:

@@ -45,6 +45,17 @@ def stale_generator(patch):
     around(patch, hybrid_engine, "_copy_weights", copy)
 
 
+def generator_of_the_models_as_loaded(patch):
+    """Copied once before the checkpoint is read, and never again."""
+    stale_generator(patch)
+
+    def generate(built):
+        with built.hybrid.generating():
+            pass
+
+    once_built(patch, generate)
+
+
 def damaged_generator(patch, ranks=(0, 1)):
     """Two rows of a matrix change places, as where heads are laid out in another order."""
 

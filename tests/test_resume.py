@@ -16,6 +16,19 @@ from utils.distributed import engine_state, manifest
 from utils.seeding import seed_everything
 
 TIMES = ("seconds", "tokens_per_second")  # and what begins so
+# Draws by every generator: a check that drew one number, or left one drawn, would be seen.
+NOISY_REWARD = """import random
+
+import numpy as np
+import torch
+
+
+def score(prompts, responses, rows):
+    def noise():
+        return random.random() + random.gauss(0, 1) + np.random.rand() + float(torch.rand(1))
+
+    return [0.1 * noise() for _ in responses]
+"""
 
 
 def jobs_of(step: str, tiny, chain):
@@ -26,7 +39,8 @@ def jobs_of(step: str, tiny, chain):
         return lambda out, *flags: reward(tiny, chain / "sft", out, "--eval_every", 2, *flags)
     own = ("--max_steps", 4, "--kl_target", 0.5, "--score_normalisation", "running")
     own += ("--ptx_coef", 1.0, "--ptx_data", tiny / "data/sft.jsonl", "--eval_every", 2)
-    own += ("--self_check", "off", "--sample_answers", 0)
+    own += ("--sample_answers", 0, "--reward_function", chain / "noisy_reward.py:score")
+    (chain / "noisy_reward.py").write_text(NOISY_REWARD)
     return lambda out, *flags: ppo(tiny, chain / "sft", chain / "reward", out, *own, *flags)
 
 
@@ -89,7 +103,9 @@ def chosen(tiny, chain, tmp_path_factory):
     for step, (stage, ends) in CHOSEN.items():
         runs += whole_and_stopped(jobs_of(step, tiny, chain), out / step, stage, ends)
     layouts = ("tests/state_checks.py", [tiny / "base_model", out / "layouts", 2, 10])
-    return out, run_ranks([*runs, layouts], 2)
+    said = run_ranks([*runs, layouts], 2)
+    assert said.count("self-check, resumed at rollout 4") == 1
+    return out, said
 
 
 @pytest.mark.parametrize("step", CHOSEN)

@@ -14,9 +14,10 @@ from test_steps import ppo, reward
 from step3_ppo import self_check
 from utils.data import chat_template
 
-CHECKS = self_check.BEFORE | self_check.AFTER
+ANYTIME = self_check.BEFORE | self_check.AFTER
+CHECKS = ANYTIME | self_check.AT_START
 GENERATOR, PADDING = "generator equals model", "padding changes nothing"
-DROPOUT, START = "dropout is off", "on-policy at the start"
+DROPOUT, POLICY, KL = "dropout is off", "rollouts are on-policy", "KL 0 at the start"
 SAMPLES, APART = "samples follow the policy", "ranks and rows draw apart"
 STOP, LANGUAGE, REWARD, DATA = "stop token", "same language", "reward model", "data"
 STEPPED, GRADIENTS = "generator equals the stepped model", "gradients"
@@ -24,9 +25,9 @@ AVERAGE = "average"
 # fault: (the check that must name it, others that may: the fault breaks what they ask for too)
 FAULTS = {
     "positions_shifted_while_decoding": (GENERATOR, {GENERATOR}),
-    "mask_ignored": (PADDING, {START}),
-    "dropout_in_the_actor": (DROPOUT, {START, GENERATOR, PADDING}),
-    "dropout_in_the_critic": (DROPOUT, {START, PADDING}),
+    "mask_ignored": (PADDING, {POLICY}),
+    "dropout_in_the_actor": (DROPOUT, {POLICY, GENERATOR, PADDING}),
+    "dropout_in_the_critic": (DROPOUT, {POLICY, PADDING}),
     "pad_is_eos": (STOP, set()),
     "eos_outside_the_mask": (STOP, set()),
     "score_one_token_early": (STOP, set()),
@@ -40,8 +41,8 @@ FAULTS = {
     "sampling_colder_than_scored": (SAMPLES, set()),
     "sampling_hotter_than_scored": (SAMPLES, set()),
     "rows_share_noise": (APART, {SAMPLES}),
-    "reference_differs": (START, set()),
-    "values_read_one_token_late": (START, set()),
+    "reference_differs": (KL, set()),
+    "values_read_one_token_late": (POLICY, set()),
     "layer_frozen_in_the_actor": (GRADIENTS, set()),
     "reference_takes_gradients": (GRADIENTS, set()),
     "reference_shares_the_actors_weights": (GRADIENTS, set()),
@@ -50,7 +51,7 @@ FAULTS = {
 }
 FAULTS_OF_ZERO3 = {
     "stale_generator": (STEPPED, set()),
-    "damaged_generator": (GENERATOR, {START, SAMPLES}),
+    "damaged_generator": (GENERATOR, {POLICY, KL, SAMPLES}),
     "average_thrown_away": (AVERAGE, set()),
 }
 
@@ -82,7 +83,7 @@ def families(tiny, tmp_path_factory):
 
 def planted(tiny, house, out, faults, *flags):
     """The job of one --check_only run with `faults` planted; house: folder of sft/ and reward/."""
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     program, argv = ppo(tiny, house / "sft", house / "reward", out, "--check_only", "true", *flags)
     return ("tests/planted_faults.py", [faults, out / "outcome.json", program, *argv])
 
@@ -126,9 +127,51 @@ def test_ranks_that_share_their_noise_are_named(tiny, house, tmp_path):
     assert_each_is_named(tiny, house, tmp_path, {"ranks_share_noise": (APART, set())}, 2)
 
 
+def stopped_after(step, tiny, house, out, *flags):
+    """The job of a run that gets SIGTERM after a step, and is not --check_only."""
+    program, argv = ppo(tiny, house / "sft", house / "reward", out, *flags)
+    return "tests/stop_at.py", [ROOT / program, step, "SIGTERM", *argv]
+
+
+def test_a_resumed_run_is_checked_but_for_what_only_untrained_weights_have(tiny, house, tmp_path):
+    """Each fault is there from the resumption on: the run before it was sound. By the last rollout
+    the average is further behind the weights than they still move."""
+    flags = ("--zero_stage", 3, "--max_eval_rows", 4, "--max_steps", 6)
+    run_ranks([stopped_after(5, tiny, house, tmp_path / "run", *flags)], 1)
+    faults = {
+        "none": None,
+        "generator_of_the_models_as_loaded": GENERATOR,
+        "stale_generator": STEPPED,
+        "dropout_in_the_critic": DROPOUT,
+        "greedy_sampling": SAMPLES,
+        "average_never_updated": AVERAGE,
+        "average_is_a_copy": AVERAGE,
+        "reference_takes_gradients": GRADIENTS,
+    }
+    jobs = []
+    for name in faults:
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        goes_on = ("--check_only", "false", "--resume", "auto")
+        jobs.append(planted(tiny, house, tmp_path / name, name, *flags, *goes_on))
+    run_ranks(jobs, 1)
+    for name, expected in faults.items():
+        found, said = outcome(tmp_path / name)
+        blamed = {check for check, (verdict, _) in said.items() if verdict == "FAULT"}
+        left_out = f"(left out, true of untrained weights alone: {KL}):"
+        told = f"self-check, resumed at rollout 6 {left_out}"
+        assert found["said"].count(told) == 1, found["said"]
+        if expected is None:
+            assert found["stopped"] is None and set(said) == set(ANYTIME), found["said"]
+            assert {verdict for verdict, _ in said.values()} <= {"passed"}, found["said"]
+        else:
+            assert expected in blamed and found["kind"] == "StopRun", f"{name}: {found['said']}"
+            assert f"- {expected}: " in found["stopped"]
+            assert not (tmp_path / name / "actor").exists()
+
+
 def test_what_one_rank_sees_stops_all(tiny, house, tmp_path):
     """None is left in a collective, waiting for the one that has stopped."""
-    faults = {"generator_damaged_on_one_rank": (GENERATOR, {START, SAMPLES})}
+    faults = {"generator_damaged_on_one_rank": (GENERATOR, {POLICY, KL, SAMPLES})}
     flags = ("--zero_stage", 3, "--max_eval_rows", 4)
     assert_each_is_named(tiny, house, tmp_path, faults, 2, *flags)
 
@@ -137,8 +180,8 @@ def test_faults_that_a_llama_cannot_have_are_named(tiny, families, tmp_path):
     """Its rotary positions are relative, so that it would not mind pads that are counted, and its
     dropout is an attribute. GPT-2 learns a vector for each position and has nn.Dropout."""
     faults = {
-        "positions_count_pads": (PADDING, {START}),
-        "dropout_in_the_actor": (DROPOUT, {START, GENERATOR, PADDING}),
+        "positions_count_pads": (PADDING, {POLICY}),
+        "dropout_in_the_actor": (DROPOUT, {POLICY, GENERATOR, PADDING}),
     }
     assert_each_is_named(tiny, families["GPT2"], tmp_path, faults, 1)
 
@@ -192,7 +235,7 @@ def test_doubts_are_told_and_the_run_goes_on(tiny, house, tmp_path):
 
 
 def test_warn_goes_on_off_is_silent_and_on_names_all_at_once(tiny, house, tmp_path):
-    faults, named = "reference_differs+other_stop_id_in_the_config", {START, STOP}
+    faults, named = "reference_differs+other_stop_id_in_the_config", {KL, STOP}
     trains = ("--check_only", "false", "--max_steps", 1)
     jobs = [
         planted(tiny, house, tmp_path / "on", faults, "--check_only", "false"),

@@ -51,7 +51,6 @@ class Checkpoints:
         self.data, self.average = data, average
         if self.found is not None:
             self._restore(self.found)
-        preemption.note()
         return self.step
 
     def after_step(self, step: int, metrics: dict[str, float]) -> None:
