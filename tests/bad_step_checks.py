@@ -11,9 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from distributed_checks import whole
+from engine_builder import RATE, engine_of
 
 from step1_sft.config import SFTConfig
-from utils.data import chat_template
 from utils.distributed import process_group, zero
 from utils.models import language_model
 
@@ -27,7 +27,7 @@ STAGES = (
     (2, "bf16", "none"),
     (3, "bf16", "none"),
 )
-STEPS, BAD, PEAK = 6, {1: float("nan"), 3: float("inf")}, 1e-2
+STEPS, BAD = 6, {1: float("nan"), 3: float("inf")}
 
 
 def step(engine, ids, factor: float) -> dict[str, float]:
@@ -53,20 +53,7 @@ def moments(engine) -> list[torch.Tensor]:
 
 def check(folder: str, stage: int, dtype: str, offload: str) -> dict[str, torch.Tensor]:
     name = f"stage {stage}, {dtype}, offload {offload}"
-    config = SFTConfig(
-        model_name_or_path=folder,
-        zero_stage=stage,
-        dtype=dtype,
-        offload=offload,
-        output_dir="-",
-        micro_batch_size=2,
-        warmup_ratio=0.3,
-    )
-    tokenizer = chat_template.load_tokenizer(folder)
-    model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
-    engine = zero.TrainEngine(
-        model, config, dtype=dtype, zero_stage=stage, learning_rate=PEAK, total_steps=STEPS
-    )
+    engine = engine_of(folder, stage, dtype, offload, total_steps=STEPS, warmup_ratio=0.3)
     ids = torch.randint(10, 300, (8, 12), generator=torch.Generator().manual_seed(0))
     before, remembered = whole(engine.module), moments(engine)
     for i in range(STEPS):
@@ -75,7 +62,7 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> dict[str, torch.
         told = f"{name}, step {i}: {metrics}"
         assert metrics["skipped"] == float(i in BAD), told
         # The schedule goes on through skipped steps, in every stage alike.
-        expected = PEAK * zero.lr_factor(i, STEPS, 2, config.lr_schedule)
+        expected = RATE * zero.lr_factor(i, STEPS, 2, SFTConfig().lr_schedule)
         assert abs(metrics["learning_rate"] - expected) < 1e-9, told
         assert all(w.isfinite().all() for w in after.values()), told
         same = [torch.equal(before[key], after[key]) for key in before]

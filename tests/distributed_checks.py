@@ -6,10 +6,9 @@ arguments: base model folder
 import sys
 
 import torch
+from engine_builder import RATE, engine_of
 
-from step1_sft.config import SFTConfig
-from utils.data import chat_template
-from utils.distributed import checkpoint, process_group, zero
+from utils.distributed import checkpoint, process_group
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.models import generation, language_model, vocabulary_head
 from utils.models.ema import EMA
@@ -38,29 +37,8 @@ def train_one_step(engine, ids, step):
     return engine.step()
 
 
-def check(folder: str, stage: int, dtype: str, offload: str) -> None:
-    config = SFTConfig(
-        model_name_or_path=folder,
-        zero_stage=stage,
-        dtype=dtype,
-        offload=offload,
-        output_dir="-",
-        micro_batch_size=2,
-        learning_rate=1e-2,
-        lr_schedule="constant",
-    )
-    tokenizer = chat_template.load_tokenizer(folder)
-    tokenizer.add_tokens(
-        [f"<new {i}>" for i in range(530 - len(tokenizer))], special_tokens=True
-    )  # 512 rows before
-    model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
-    engine = zero.TrainEngine(
-        model, config, dtype=dtype, zero_stage=stage, learning_rate=1e-2, total_steps=9
-    )
-    name = f"stage {stage}, {dtype}, offload {offload}"
-    ids = torch.randint(10, 300, (4, 12), generator=torch.Generator().manual_seed(0))
-
-    # EMA: Σ (1−d) d^(n−i) w_i + d^n w_0, in float64 from the whole weights.
+def check_average(engine, ids, name: str) -> dict[str, torch.Tensor]:
+    """Σ (1−d) d^(n−i) w_i + d^n w_0, in float64 from the whole weights; → the last of these."""
     ema = EMA(engine.module, DECAY)
     history = [whole(engine.module)]
     for step in range(4):
@@ -71,37 +49,37 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
     moved = max((history[-1][k] - history[0][k]).abs().max().item() for k in history[0])
     assert moved > 1e-2, f"{name}: weights moved by {moved}"
     averaged = ema.state_dict(torch.float32)
-    if process_group.is_main():
-        assert averaged.keys() == history[0].keys()
-        assert averaged["model.embed_tokens.weight"].shape[0] == 576
-        for key, value in averaged.items():
-            expected = DECAY**4 * history[0][key].double()
-            for i in range(1, 5):
-                expected += (1 - DECAY) * DECAY ** (4 - i) * history[i][key].double()
-            torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7, msg=name)
-    else:
+    if not process_group.is_main():
         assert averaged == {}
+        return history[-1]
+    assert averaged.keys() == history[0].keys()
+    assert averaged["model.embed_tokens.weight"].shape[0] == 576
+    for key, value in averaged.items():
+        expected = DECAY**4 * history[0][key].double()
+        for i in range(1, 5):
+            expected += (1 - DECAY) * DECAY ** (4 - i) * history[i][key].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7, msg=name)
+    return history[-1]
 
-    # What is saved is what is trained.
-    state = checkpoint.whole_state_dict(engine.module)
-    if process_group.is_main():
-        for key, value in history[-1].items():
-            assert torch.equal(state[key], value), f"{name}: {key}"
 
-    # The generator is the model, with the weights of now, and training goes on after it.
+def check_generator(engine, ids, now: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The generator is the model, with the weights of now; → its logits."""
     mask = torch.ones_like(ids, dtype=torch.bool)
     with HybridEngine(engine).generating() as plain:
         assert not plain.training
         for key, p in plain.named_parameters():
-            assert torch.equal(p, history[-1][key]), f"{name}: generator's {key} is stale"
+            assert torch.equal(p, now[key]), f"{name}: generator's {key} is stale"
         # Ranks stop at different lengths: no collective may wait inside.
         stop = 1 + process_group.rank() * 7
         generation.generate(plain, ids, mask, max_new_tokens=stop, stop_id=-1, pad_id=0)
         with torch.no_grad():
-            expected = plain(**language_model.forward_inputs(plain, ids, mask)).logits
-    # Layer by layer: the same tokens, with ranks that stop at different lengths going in step.
-    hybrid, greedy = HybridEngine(engine, "layer"), []
-    for one in (HybridEngine(engine), hybrid):
+            return plain(**language_model.forward_inputs(plain, ids, mask)).logits
+
+
+def check_layer_by_layer(engine, ids, name: str) -> None:
+    """The same tokens, with ranks that stop at different lengths going in step."""
+    mask, greedy = torch.ones_like(ids, dtype=torch.bool), []
+    for one in (HybridEngine(engine), HybridEngine(engine, "layer")):
         with one.generating() as model:
             first = generation.generate(model, ids, mask, max_new_tokens=1, stop_id=-1, pad_id=0)
             stop = first[0, 0].item() if process_group.rank() == 0 else -1
@@ -117,8 +95,26 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
                 )
             )
     assert torch.equal(*greedy), name
+
+
+def check(folder: str, stage: int, dtype: str, offload: str) -> None:
+    settings = dict(learning_rate=RATE, lr_schedule="constant")
+    # 512 rows before
+    engine = engine_of(folder, stage, dtype, offload, total_steps=9, tokens=530, **settings)
+    name = f"stage {stage}, {dtype}, offload {offload}"
+    ids = torch.randint(10, 300, (4, 12), generator=torch.Generator().manual_seed(0))
+    now = check_average(engine, ids, name)
+    # What is saved is what is trained.
+    state = checkpoint.whole_state_dict(engine.module)
+    if process_group.is_main():
+        for key, value in now.items():
+            assert torch.equal(state[key], value), f"{name}: {key}"
+    expected = check_generator(engine, ids, now, name)
+    check_layer_by_layer(engine, ids, name)
+    # Training goes on after it.
     engine.module.eval()
     with torch.no_grad():
+        mask = torch.ones_like(ids, dtype=torch.bool)
         got = engine(**language_model.forward_inputs(engine.module, ids, mask)).logits
     engine.module.train()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=name)

@@ -12,11 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bad_step_checks import step
 from distributed_checks import whole
+from engine_builder import engine_of
 
-from step1_sft.config import SFTConfig
-from utils.data import chat_template
-from utils.distributed import engine_state, manifest, process_group, zero
-from utils.models import language_model
+from utils.distributed import engine_state, manifest, process_group
 from utils.models.ema import EMA
 
 LAYOUTS = [
@@ -35,21 +33,9 @@ LAYOUTS = [
 
 def fresh(folder: str, stage: int, dtype: str, offload: str):
     """An engine and its average, before the first step; two weights are frozen."""
-    config = SFTConfig(
-        model_name_or_path=folder,
-        zero_stage=stage,
-        dtype=dtype,
-        offload=offload,
-        output_dir="-",
-        micro_batch_size=2,
-        warmup_ratio=0.3,
-    )
-    tokenizer = chat_template.load_tokenizer(folder)
-    model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
-    for name, p in model.named_parameters():
-        p.requires_grad_("layers.0.mlp" not in name)
-    engine = zero.TrainEngine(
-        model, config, dtype=dtype, zero_stage=stage, learning_rate=1e-2, total_steps=6
+    frozen = "layers.0.mlp"
+    engine = engine_of(
+        folder, stage, dtype, offload, total_steps=6, frozen=frozen, warmup_ratio=0.3
     )
     return engine, EMA(engine.module, 0.9)
 
