@@ -20,6 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# What takes longest begins first, so that no worker is left with it when the others have finished.
+LONG_FIRST = ["test_launch.py", "test_steps.py", "test_ppo_options.py", "test_self_check.py"]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FIRST)  # stable
+
+
 def build_tiny(folder: Path, family: str = "llama") -> Path:
     """data/ of the embedded task (small) and base_model/ with two layers, under `folder`."""
     from utils.data import toy_tasks

@@ -169,7 +169,7 @@ ON_ONE_RANK = ["zero0", "zero3_packed"]
 @pytest.fixture(
     scope="session",
     params=[ON_ONE_RANK, pytest.param(EVERY_STAGE, marks=pytest.mark.slow)],
-    ids=["", "every_stage_on_one_rank"],
+    ids=["two_on_one_rank", "all_on_one_rank"],
 )
 def walked(request, tiny, chain, tmp_path_factory):
     """Every step under the stages on 1 and 2 ranks → {step: folders by "stage, ranks"}. Each has
