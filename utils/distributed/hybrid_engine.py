@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import process_group, zero
+from utils.distributed import host_memory, process_group, zero
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -195,9 +195,7 @@ def _free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            lines = dict(line.split(":") for line in f)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
+        free = host_memory.free_bytes()
     found = process_group.gather_objects((socket.gethostname(), free))
     if device.type == "cuda":
         return min(free for _, free in found)

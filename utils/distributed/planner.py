@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.distributed import plan_time, process_group, zero
+from utils.distributed import host_memory, plan_time, process_group, zero
 from utils.distributed.plan_steps import Plan, plan, seconds
 
 GB = 10**9
@@ -46,9 +46,7 @@ class Machine:
 def here(device: torch.device, ranks: int) -> Machine:
     """This machine as it is now, its memory shared by the ranks that run on it."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":") for line in file)
-    host = int(lines["MemAvailable"].split()[0]) * 1024 / local
+    host = host_memory.free_bytes() / local
     if device.type == "cuda":
         return Machine("cuda", ranks, torch.cuda.mem_get_info(device)[0], host)
     return Machine("cpu", ranks, host, host)
