@@ -16,7 +16,7 @@ from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits
-from utils.distributed import checkpoint, planner, preemption, process_group, resuming, zero
+from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.distributed.training_state import Checkpoints
 from utils.models import generation, language_model
@@ -181,8 +181,10 @@ def main() -> None:
             )
         report.say(f"answers {when}:\n{answers}")
 
-    def save(folder=config.output_dir) -> None:
-        checkpoint.save_model(folder, engine.module, tokenizer, config)
+    parts = {".": checkpoint.ModelFolder(engine.module, tokenizer, config)}
+
+    def save() -> None:
+        checkpoint.save(config.output_dir, parts)
 
     def measure() -> dict[str, float]:
         return evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)
@@ -195,27 +197,31 @@ def main() -> None:
     # Loop.
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
     data = batches.fingerprint(row for e in examples for row in (e.ids, e.supervised))
-    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, save, data)
-    preemption.note()
-    for step in range(done, steps):
-        tick = time.time()
-        chosen = batches.rows_of_step(step, config.global_batch_size, len(examples), config.seed)
-        tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
-        loss_sum = 0.0
-        for micro in batches.deal(chosen, lengths, *batches.shares(config)):
-            batch = batches.supervised_batch([examples[i] for i in micro], tokenizer.pad_token_id)
-            loss, _ = response_loss(engine, *(t.to(device) for t in batch))
-            engine.backward(loss, normaliser=tokens)
-            loss_sum += loss.item()
-        metrics = engine.step()
-        bad_steps.note(metrics["skipped"])
-        metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / tokens
-        metrics["seconds"] = time.time() - tick
-        metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-            metrics |= measure()
-        report.log(step + 1, metrics, show=SHOWN)
-        run.after_step(step + 1, metrics)
+    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, parts, data)
+    with run:
+        for step in range(done, steps):
+            tick = time.time()
+            chosen = batches.rows_of_step(
+                step, config.global_batch_size, len(examples), config.seed
+            )
+            tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
+            loss_sum = 0.0
+            for micro in batches.deal(chosen, lengths, *batches.shares(config)):
+                batch = batches.supervised_batch(
+                    [examples[i] for i in micro], tokenizer.pad_token_id
+                )
+                loss, _ = response_loss(engine, *(t.to(device) for t in batch))
+                engine.backward(loss, normaliser=tokens)
+                loss_sum += loss.item()
+            metrics = engine.step()
+            bad_steps.note(metrics["skipped"])
+            metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / tokens
+            metrics["seconds"] = time.time() - tick
+            metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
+            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
+                metrics |= measure()
+            report.log(step + 1, metrics, show=SHOWN)
+            run.after_step(step + 1, metrics)
 
     # Evaluate, save.
     after = measure()

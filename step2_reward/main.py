@@ -18,7 +18,7 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, planner, preemption, process_group, resuming, zero
+from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
 from utils.seeding import seed_everything
@@ -251,8 +251,10 @@ def main() -> None:
     report.expect(steps)
     run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
 
-    def save(folder=config.output_dir) -> None:
-        checkpoint.save_model(folder, engine.module.classifier, tokenizer, config)
+    parts = {".": checkpoint.ModelFolder(engine.module.classifier, tokenizer, config)}
+
+    def save() -> None:
+        checkpoint.save(config.output_dir, parts)
 
     before = run.once("before", lambda: evaluate(engine, held, config, pad_id, device))
     report.say(
@@ -263,28 +265,28 @@ def main() -> None:
     # Loop.
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
     data = batches.fingerprint(row for r in train for row in (*r.answers, r.labels))
-    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, save, data)
-    preemption.note()
-    for step in range(done, steps):
-        tick = time.time()
-        chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
-        loss_sum = 0.0
-        for micro in deal(chosen, train, config):
-            loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
-            engine.backward(loss, normaliser=len(chosen))
-            loss_sum += loss.item()
-        metrics = engine.step()
-        bad_steps.note(metrics["skipped"])
-        metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / len(chosen)
-        metrics["seconds"] = time.time() - tick
-        if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-            metrics |= evaluate(engine, held, config, pad_id, device)
-        report.log(
-            step + 1,
-            metrics,
-            show=("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds"),
-        )
-        run.after_step(step + 1, metrics)
+    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, parts, data)
+    with run:
+        for step in range(done, steps):
+            tick = time.time()
+            chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
+            loss_sum = 0.0
+            for micro in deal(chosen, train, config):
+                loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
+                engine.backward(loss, normaliser=len(chosen))
+                loss_sum += loss.item()
+            metrics = engine.step()
+            bad_steps.note(metrics["skipped"])
+            metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / len(chosen)
+            metrics["seconds"] = time.time() - tick
+            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
+                metrics |= evaluate(engine, held, config, pad_id, device)
+            report.log(
+                step + 1,
+                metrics,
+                show=("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds"),
+            )
+            run.after_step(step + 1, metrics)
 
     # Evaluate, set the bias so that demonstrations score 0 on average, save.
     after = evaluate(engine, held, config, pad_id, device)

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 from step3_ppo import rollout as rollouts
 from step3_ppo import self_check
 from step3_ppo.config import PPOConfig
-from step3_ppo.models import build, save
+from step3_ppo.models import build, parts
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from step3_ppo.watch import Watch
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
-from utils.distributed import planner, preemption, process_group, resuming, zero
+from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model
 from utils.seeding import seed_everything
@@ -144,17 +144,19 @@ def main() -> None:
     # Build: prompts, models; of a resumed run, where its checkpoint ends.
     report, prompts, held, models, state = start(config, device, found and found.step)
 
-    def write_models(folder=config.output_dir) -> None:
-        save(models, config, state, folder)
+    saved = parts(models, config, state)
+
+    def save() -> None:
+        checkpoint.save(config.output_dir, saved)
 
     run = Checkpoints(config, report, found, device)
     check = self_check.SelfCheck(models, prompts, held, config, device, report.say)
-    watch = Watch(config, report.say, write_models)
+    watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
     if models.ptx is not None:
         carried["ptx"] = models.ptx
     data = batches.fingerprint(p.ids for p in prompts)
-    done = run.follow(check.trained(), carried, write_models, data, models.ema)
+    done = run.follow(check.trained(), carried, saved, data, models.ema)
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check.before_the_first_step(done)
@@ -166,46 +168,48 @@ def main() -> None:
         report.log(0, before, show=SHOWN)
 
     # Loop: rollout, advantages, updates.
-    preemption.note()
     after = run.facts.setdefault("after", before)
-    for step in range(done, config.max_steps):
-        tick = time.time()
-        chosen = batches.rows_of_step(step, config.prompts_per_rollout, len(prompts), config.seed)
-        sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
-        rollout, metrics = rollouts.collect(models, sampled, config, device, noise_step=step)
-        if watch.may_train_on(rollout, step):
-            experience, measured = rollouts.make_experience(rollout, config, state)
-            metrics |= measured
-            state.adapt(metrics["kl"], len(sampled), config)
-            trained = time.time()
-            metrics |= train_on(models, experience, config, device, step, watch)
-            metrics["seconds_train"] = time.time() - trained
-            check.after_the_first_rollout(rollout, metrics)
-            if config.check_only:
-                break
-        else:
-            metrics |= rollouts.measure(rollout, config.kl_estimator)
-        state.rollouts = step + 1
-        stop = watch.reason_to_stop(metrics)
+    with run:
+        for step in range(done, config.max_steps):
+            tick = time.time()
+            chosen = batches.rows_of_step(
+                step, config.prompts_per_rollout, len(prompts), config.seed
+            )
+            sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
+            rollout, metrics = rollouts.collect(models, sampled, config, device, noise_step=step)
+            if watch.may_train_on(rollout, step):
+                experience, measured = rollouts.make_experience(rollout, config, state)
+                metrics |= measured
+                state.adapt(metrics["kl"], len(sampled), config)
+                trained = time.time()
+                metrics |= train_on(models, experience, config, device, step, watch)
+                metrics["seconds_train"] = time.time() - trained
+                check.after_the_first_rollout(rollout, metrics)
+                if config.check_only:
+                    break
+            else:
+                metrics |= rollouts.measure(rollout, config.kl_estimator)
+            state.rollouts = step + 1
+            stop = watch.reason_to_stop(metrics)
 
-        metrics["seconds"] = time.time() - tick
-        metrics |= rollouts.speeds(rollout, metrics)
-        last = bool(stop) or step + 1 == config.max_steps
-        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-            after = evaluate(models, held, config, device, report, f"after {step + 1} rollouts")
-            run.facts["after"] = after
-            metrics |= after
-        watch.warn(step, metrics)
-        report.log(step + 1, metrics, show=SHOWN)
-        if stop:
-            report.say(f"stopped after {step + 1} rollouts: {stop}")
-            break
-        run.after_step(step + 1, metrics)
+            metrics["seconds"] = time.time() - tick
+            metrics |= rollouts.speeds(rollout, metrics)
+            last = bool(stop) or step + 1 == config.max_steps
+            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+                after = evaluate(models, held, config, device, report, f"after {step + 1} rollouts")
+                run.facts["after"] = after
+                metrics |= after
+            watch.warn(step, metrics)
+            report.log(step + 1, metrics, show=SHOWN)
+            if stop:
+                report.say(f"stopped after {step + 1} rollouts: {stop}")
+                break
+            run.after_step(step + 1, metrics)
 
     if config.check_only:
         report.say("check_only: every check was made; nothing was saved")
     else:
-        write_models()
+        save()
         counted = {"rollouts": state.rollouts, "seconds": run.seconds()}
         say_result(models, config, report, before, after, counted)
     report.close()

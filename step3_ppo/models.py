@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from step3_ppo import ptx, scoring
 from step3_ppo.old_logprobs import OldLogprobs
 from step3_ppo.reward_model import RewardModel, differences
 from utils.data import chat_template
-from utils.distributed import checkpoint, process_group, zero
+from utils.distributed import checkpoint, zero
 from utils.distributed.frozen_offload import FrozenOffload
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.models import language_model, scalar_model
@@ -123,19 +122,16 @@ def _train(model, config, dtype, zero_stage, learning_rate, **more) -> zero.Trai
     )
 
 
-def save(models: Models, config, state, folder) -> None:
-    """Write actor/, critic/, actor_ema/ and state.json to `folder`. Every rank must call it."""
-    folder, tokenizer = Path(folder), models.tokenizer
-    actor = models.actor.module
-    checkpoint.save_model(folder / "actor", actor, tokenizer, config)
+def parts(models: Models, config, state) -> dict:
+    """What checkpoint.save writes: actor/, critic/, actor_ema/ and state.json."""
+    actor, tokenizer = models.actor.module, models.tokenizer
+    found = {"actor": checkpoint.ModelFolder(actor, tokenizer, config)}
     if models.critic is not None:
         critic = models.critic.module.classifier
-        checkpoint.save_model(folder / "critic", critic, tokenizer, config)
+        found["critic"] = checkpoint.ModelFolder(critic, tokenizer, config)
     if models.ema is not None:
-        average = models.ema.state_dict()
-        checkpoint.save_model(folder / "actor_ema", actor, tokenizer, config, state_dict=average)
-    if process_group.is_main():
-        state.save(folder)
+        found["actor_ema"] = checkpoint.ModelFolder(actor, tokenizer, config, models.ema)
+    return found | {".": state}
 
 
 def check_same_language(tokenizer, config) -> dict[str, object]:

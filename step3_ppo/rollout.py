@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from step3_ppo import algorithm, scoring
 from utils.data import batches
 from utils.distributed import process_group
+from utils.distributed.process_group import StopRun
 from utils.models import generation, language_model
-from utils.report import StopRun
 
 
 @dataclass(frozen=True)

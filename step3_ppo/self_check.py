@@ -15,7 +15,7 @@ from step3_ppo import check_data, check_models
 from step3_ppo import rollout as rollouts
 from step3_ppo.check_models import PROBE_COPIES, PROBE_NOISE, PROBE_TOKENS, Doubt, Fault
 from utils.distributed import process_group, zero
-from utils.report import StopRun
+from utils.distributed.process_group import StopRun
 from utils.seeding import undisturbed
 
 PROBE_PROMPTS = 8

@@ -3,6 +3,7 @@ and in every checkpoint."""
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from step3_ppo import algorithm
 from utils import whole_files
-from utils.report import StopRun
+from utils.distributed.process_group import StopRun
 
 
 @dataclass
@@ -62,6 +63,7 @@ class State:
         for name, value in saved.items():
             setattr(self, name, value)
 
-    def save(self, folder: str) -> None:
+    def gather(self, copy) -> Callable[[Path], None]:
+        """What writes the state as it is now: see utils/distributed/checkpoint.py."""
         text = json.dumps(self.carry(), indent=2)
-        whole_files.write_text(Path(folder, "state.json"), text + "\n")
+        return lambda folder: whole_files.write_text(Path(folder, "state.json"), text + "\n")

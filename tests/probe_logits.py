@@ -29,9 +29,16 @@ def main() -> None:
             engines.append(self)
 
     recorded = {}
-    plain_save = checkpoint.save_model
+    plain_save = checkpoint.save
 
-    def save_model(folder, model, tokenizer, config, state_dict=None):
+    def save(folder, parts):
+        for name, part in parts.items():
+            # The state is no model, and the average is not what the engine holds.
+            if isinstance(part, checkpoint.ModelFolder) and part.average is None:
+                record(Path(folder) / name, part.model, part.tokenizer)
+        plain_save(folder, parts)
+
+    def record(folder, model, tokenizer):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}],
             tokenize=False,
@@ -44,20 +51,18 @@ def main() -> None:
         with torch.no_grad():
             if model is engine.module:
                 out = engine(**language_model.forward_inputs(model, ids, mask), use_cache=False)
-                record = {"kind": "language", "ids": ids, "logits": out.logits.clone()}
+                found = {"kind": "language", "ids": ids, "logits": out.logits.clone()}
             else:
-                record = {"kind": "scalar", "ids": ids, "logits": engine(ids, mask)[:, -1:]}
-        if state_dict is None:  # the average is not what the engine holds
-            recorded[str(folder)] = record
-        plain_save(folder, model, tokenizer, config, state_dict)
+                found = {"kind": "scalar", "ids": ids, "logits": engine(ids, mask)[:, -1:]}
+        recorded[str(folder)] = found
 
     plain_engine, zero.TrainEngine = zero.TrainEngine, Recording
-    checkpoint.save_model = save_model
+    checkpoint.save = save
     sys.argv = [program, *argv]
     try:
         step.main()
     finally:
-        checkpoint.save_model, zero.TrainEngine = plain_save, plain_engine
+        checkpoint.save, zero.TrainEngine = plain_save, plain_engine
     if process_group.is_main():
         torch.save(recorded, target)
 

@@ -4,9 +4,11 @@ arguments: base model folder, folder to write in, and the numbers of the layouts
 """
 
 import sys
+import threading
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -14,7 +16,8 @@ from bad_step_checks import step
 from distributed_checks import whole
 from engine_builder import engine_of
 
-from utils.distributed import engine_state, manifest, process_group
+from utils.distributed import checkpoint, engine_state, manifest, process_group
+from utils.distributed.background_writer import Copies, Writing
 from utils.models.ema import EMA
 
 LAYOUTS = [
@@ -49,14 +52,26 @@ def train(engine, average, steps: range) -> list[dict]:
     return found
 
 
-def write(engine, average, folder: Path) -> list[str]:
-    """This rank's file; → the names of all."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(engine, average, copies: Copies, folder: Path, go: threading.Event) -> Writing:
+    """Copies this rank's state and has its file written in the background once `go` is set, and
+    rank 0's of the whole weights and averages as users get them."""
+    copies.begin()
+    wholes = checkpoint.whole_state_dict(engine.module, copies) | {
+        f"average of {k}": v for k, v in average.state_dict(torch.float32, copies).items()
+    }
     tensors = engine_state.to_write("model", engine_state.runs_of(engine))
     tensors |= engine_state.to_write("average", engine_state.runs_of_average(average))
-    name = f"{process_group.rank()}.safetensors"
-    manifest.write_tensors(folder / name, tensors)
-    return process_group.gather_objects(name)
+    tensors = {name: copies(t) for name, t in tensors.items()}
+
+    def work() -> dict:
+        assert go.wait(60)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = process_group.rank()
+        if rank == 0:
+            manifest.write_tensors(folder / "wholes", wholes)
+        return manifest.write_tensors(folder / f"{rank}.safetensors", tensors)
+
+    return Writing(work)
 
 
 def load(engine, average, reader, record) -> None:
@@ -80,11 +95,24 @@ def main() -> None:
     for number in map(int, sys.argv[3:] or range(len(LAYOUTS))):
         layout = LAYOUTS[number]
         engine, average = fresh(base, *layout)
-        train(engine, average, range(3))
-        names = write(engine, average, out / str(number))
+        train(engine, average, range(2))
+        copies, go = Copies(), threading.Event()
+        go.set()
+        write(engine, average, copies, out / f"before{number}", go).result()
+        go.clear()
+        train(engine, average, range(2, 3))
+        writing = write(engine, average, copies, out / str(number), go)
         record, saved = engine_state.record_of(engine), all_of(engine, average)
+        # Training goes on and changes everything; what is written must be the state before it.
         metrics = train(engine, average, range(3, 6))
         end = all_of(engine, average)
+        go.set()
+        name = f"{process_group.rank()}.safetensors"
+        assert writing.result()["bytes"] == (out / str(number) / name).stat().st_size
+        names = process_group.gather_objects(name)
+        if process_group.is_main():
+            wholes = load_file(out / str(number) / "wholes")
+            assert_equal({k: wholes[k] for k in saved}, saved, f"{layout}, as written")
 
         reader = manifest.Reader(out / str(number), names)
         engine, average = fresh(base, *layout)

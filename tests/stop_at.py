@@ -1,7 +1,7 @@
 """Runs a step's main as step_worker does, and stops it after a step: by a signal, or as a crash.
 
 arguments: program, step, how (SIGTERM, SIGUSR1 or crash), then the program's own. The signal goes
-to the last rank alone.
+to the last rank alone. The crash comes once the checkpoint that was being written is whole.
 """
 
 import importlib.util
@@ -10,7 +10,8 @@ import signal
 import sys
 
 from utils import report as reporting
-from utils.distributed import preemption, process_group
+from utils.distributed import manifest, preemption, process_group
+from utils.distributed.training_state import Checkpoints
 
 
 class Crash(Exception):
@@ -19,21 +20,27 @@ class Crash(Exception):
 
 def main() -> None:
     program, step, how, *argv = sys.argv[1:]
-    log = reporting.Report.log
+    log, after_step = reporting.Report.log, Checkpoints.after_step
 
     def stopping_log(self, number, metrics, show=()):
         log(self, number, metrics, show)
-        if number == int(step):
-            if how == "crash":
-                raise Crash
-            if process_group.rank() == process_group.world_size() - 1:
-                os.kill(os.getpid(), getattr(signal, how))
+        last = process_group.rank() == process_group.world_size() - 1
+        if number == int(step) and how != "crash" and last:
+            os.kill(os.getpid(), getattr(signal, how))
+
+    def crashing_after_step(self, number, metrics):
+        if number == int(step) and how == "crash":
+            self._pending.writing.join()  # it is written in the background, as users' runs do
+        after_step(self, number, metrics)
+        if number == int(step) and how == "crash":
+            assert manifest.steps_in(self.config.output_dir)
+            raise Crash
 
     spec = importlib.util.spec_from_file_location("stopped", program)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.argv = [program, *argv]
-    reporting.Report.log = stopping_log
+    reporting.Report.log, Checkpoints.after_step = stopping_log, crashing_after_step
     try:
         module.main()
     except Crash:
@@ -43,4 +50,4 @@ def main() -> None:
     else:
         raise AssertionError(f"{program} was to stop after step {step} and ran on")
     finally:
-        reporting.Report.log = log
+        reporting.Report.log, Checkpoints.after_step = log, after_step

@@ -10,6 +10,7 @@ import subprocess
 from unittest import mock
 
 import pytest
+import small_runs
 import torch
 
 from evaluation import prompt_eval, summary
@@ -25,7 +26,7 @@ from utils import report as reporting
 from utils import whole_files
 from utils.data import chat_template, instructions, toy_tasks
 from utils.data.bad_rows import BadRows
-from utils.distributed import checkpoint
+from utils.distributed import checkpoint, manifest
 from utils.models import from_scratch
 
 LIMIT = 4096  # bytes of a file, where no disk can be made
@@ -52,7 +53,7 @@ def result_json(folder, amount):
 
 
 def state_json(folder, amount):
-    State(kl_coef=0.1 * amount).save(folder)
+    State(kl_coef=0.1 * amount).gather(None)(folder)
 
 
 def bad_step(folder, amount):
@@ -106,7 +107,7 @@ def curves_png(folder, amount):
 
 def saved_model(folder, amount, model):
     config = SFTConfig(output_dir="o")
-    checkpoint.save_model(folder / "model", *model, config)
+    checkpoint.save(folder, {"model": checkpoint.ModelFolder(*model, config)})
 
 
 def new_model(folder, amount, model):
@@ -217,6 +218,27 @@ def test_a_full_disk(writer, disk, model, capsys):
     assert_refused_and_whole(writer, disk, model, "No space left on device")
     (disk / "filler").unlink()
     call(writer, disk, 1, model)  # and once there is room, all is as ever
+
+
+def test_a_full_disk_costs_the_checkpoint_that_is_written_in_the_background(disk, model):
+    config = SFTConfig(output_dir=str(disk / "out"), save_every=1)
+    parts = {".": checkpoint.ModelFolder(*model, config)}
+    with small_runs.follow(config, parts) as run:
+        run.after_step(1, {})
+        run._pending.writing.join()
+        fill(disk, leave=8192)
+        run.after_step(2, {})
+        run._pending.writing.join()
+        (disk / "filler").unlink()
+        run.after_step(3, {})
+        told = run.report.lines[1]
+        assert "checkpoint at step 2 could not be written" in told and "steps: 1." in told
+        assert "No space left on device" in told and "--output_dir" in told
+    assert sorted(os.listdir(disk / "out/checkpoints")) == ["step-000001", "step-000003"]
+    for step in (1, 3):
+        folder = manifest.folder_of(disk / "out", step)
+        manifest.verify(folder, manifest.read(folder))
+        assert (folder / "weights/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def assert_all_alike(out, ends=("asked", "crashed")) -> None:
         assert steps == ["step-000003"] if end == "asked" else len(steps) == 2
 
 
-CHOSEN = {"sft": (2, ["asked"]), "reward": (3, ["crashed"]), "ppo": (0, ["asked"])}
+CHOSEN = {"sft": (2, ["asked", "crashed"]), "reward": (3, ["crashed"]), "ppo": (0, ["crashed"])}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,8 @@ def chosen(tiny, chain, tmp_path_factory):
     for step, (stage, ends) in CHOSEN.items():
         runs += whole_and_stopped(jobs_of(step, tiny, chain), out / step, stage, ends)
     layouts = ("tests/state_checks.py", [tiny / "base_model", out / "layouts", 2, 10])
-    said = run_ranks([*runs, layouts], 2)
+    full = ("tests/full_disk_checks.py", [out / "full"])
+    said = run_ranks([*runs, layouts, full], 2)
     assert said.count("self-check, resumed at rollout 4") == 1
     return out, said
 
@@ -111,11 +112,21 @@ def chosen(tiny, chain, tmp_path_factory):
 @pytest.mark.parametrize("step", CHOSEN)
 def test_a_step_ends_as_if_it_had_not_been_stopped(chosen, step):
     assert_all_alike(chosen[0] / step, CHOSEN[step][1])
+    crashed = chosen[0] / step / "crashed"
+    assert f"resumed from {manifest.folder_of(crashed, 2)}, after 2 steps" in chosen[1]
+    written = [s for s in chosen[1].splitlines() if s.startswith(f"checkpoint {crashed}/")]
+    # At steps 2, then 4 and, where there is one, 6: the last is sealed at the end of the run.
+    assert len(written) > 1 and all(s.endswith("written in the background") for s in written)
 
 
 def test_a_layout_reads_what_another_wrote(chosen):
     """ZeRO-2 in fp32 → ZeRO-3, and offloaded ZeRO-2 in bf16 → ZeRO-3 with all offloaded."""
     assert chosen[1].count("held: ") == 2 * 2
+
+
+def test_a_full_disk_of_one_rank_costs_the_checkpoint_of_all(chosen):
+    told = "checkpoint at step 2 could not be written: rank 1: [Errno 28] No space left on device"
+    assert chosen[1].count(told) == 1 and chosen[1].count("went on after a full disk") == 2
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import signal
 from dataclasses import asdict, replace
 
 import pytest
+import small_runs
 
 from step1_sft.config import SFTConfig
 from utils import config as run_config
@@ -150,22 +151,12 @@ def test_a_checkpoint_named_by_hand(config, tmp_path, capsys):
         resuming.find(replace(config, resume=str(tmp_path)))
 
 
-class Report:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 def run_of(config, losses: list[float]) -> Checkpoints:
     """A main loop without engines, whose evaluations give `losses`."""
-    import torch
-
-    run = Checkpoints(config, Report(), None, torch.device("cpu"))
-    run.follow({}, {}, lambda folder: folder.mkdir(), "")
-    for step, loss in enumerate(losses, 1):
-        run.after_step(step, {"eval/loss": loss})
+    run = small_runs.follow(config)
+    with run:
+        for step, loss in enumerate(losses, 1):
+            run.after_step(step, {"eval/loss": loss})
     return run
 
 
@@ -186,13 +177,10 @@ def test_the_last_and_the_best_stay(config):
 def test_the_clock_saves_too(config, monkeypatch):
     now = 1e9
     monkeypatch.setattr("utils.distributed.training_state.time.time", lambda: now)
-    import torch
-
-    run = Checkpoints(replace(config, save_every_minutes=2.0), Report(), None, torch.device("cpu"))
-    run.follow({}, {}, lambda folder: folder.mkdir(), "")
-    for step in range(1, 9):
-        now += 50.0
-        run.after_step(step, {})
+    with small_runs.follow(replace(config, save_every_minutes=2.0)) as run:
+        for step in range(1, 9):
+            now += 50.0
+            run.after_step(step, {})
     assert manifest.steps_in(config.output_dir) == [6, 3]
 
 
@@ -203,7 +191,8 @@ def test_a_disk_that_is_full_costs_the_checkpoint_and_not_the_run(config, tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "write_tensors", full)
-    run.after_step(4, {})
+    with run:
+        run.after_step(4, {})
     assert "checkpoint at step 4 could not be written" in run.report.lines[-1]
     assert "No space left" in run.report.lines[-1] and "steps: 2" in run.report.lines[-1]
     assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["step-000002"]

@@ -9,7 +9,7 @@ from small_models import config_of, drawn_rows, rollout_of
 
 from step3_ppo.rollout import make_experience, measure
 from step3_ppo.state import State
-from utils.report import StopRun
+from utils.distributed.process_group import StopRun
 
 
 def batches_of_scores(count=7):
@@ -139,7 +139,7 @@ def test_the_state_is_saved_as_json(tmp_path):
     state = State(kl_coef=0.05, rollouts=7)
     state.see(torch.tensor([1.0, 2.0, 6.0]))
     state.adapt(12.0, 500, config_of(kl_target=6.0))
-    state.save(tmp_path)
+    state.gather(None)(tmp_path)
     assert json.loads((tmp_path / "state.json").read_text()) == {
         "kl_coef": 0.05 * (1 + 0.2 * 500 / 10_000),
         "rollouts": 7,

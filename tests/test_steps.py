@@ -334,7 +334,7 @@ def test_a_save_that_fails_leaves_the_weights_that_were_there(tiny, tmp_path, mo
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save_model(folder, model, tokenizer, SFTConfig())
+        checkpoint.save(folder, {".": checkpoint.ModelFolder(model, tokenizer, SFTConfig())})
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 

@@ -100,6 +100,12 @@ class RunConfig:
     eval_every: int = setting(0, "steps between evaluations; 0: only before and after")
     save_every: int = setting(0, "steps between checkpoints; 0: none by steps")
     save_every_minutes: float = setting(30.0, "minutes between checkpoints; 0: none by the clock")
+    save_in_background: str = setting(
+        "auto",
+        "write a checkpoint from a copy in CPU memory while training goes on; auto: where the copy "
+        "takes at most half of the free memory",
+        choices=("auto", "on", "off"),
+    )
     keep_last: int = setting(2, "checkpoints that stay, the newest ones; 0: all")
     keep_best: str = setting(
         "", "METRIC:min or METRIC:max: a checkpoint whenever it is better than ever, which stays"

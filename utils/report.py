@@ -11,6 +11,7 @@ from pathlib import Path
 from utils import whole_files
 from utils.data.rows import DataError
 from utils.distributed import peers, preemption, process_group
+from utils.distributed.process_group import StopRun
 
 
 class Report:
@@ -97,10 +98,6 @@ def keep_lines_through(path: Path, step: int) -> None:
         if done:
             kept.append(line + "\n")
     whole_files.write_text(path, "".join(kept))
-
-
-class StopRun(SystemExit):
-    """The run ends here, with a diagnosis, on every rank at the same place."""
 
 
 class BadSteps:

@@ -1,6 +1,13 @@
-"""Weights on disk: whole Hugging Face folders, written beside and moved into place."""
+"""Weights on disk: whole Hugging Face folders, written beside and moved into place.
 
+Saving is two things: `gather` copies what is to be saved, on every rank; the function that it
+returns writes the copy, on rank 0 alone, and may do so in another thread while training goes on.
+"""
+
+import copy as copying
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,9 +17,15 @@ from utils import config as run_config
 from utils import whole_files
 from utils.distributed import manifest, process_group, zero
 
+Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
+
+
+def to_cpu(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+
 
 @torch.no_grad()
-def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+def whole_state_dict(module: nn.Module, copy: Copy = to_cpu) -> dict[str, torch.Tensor]:
     """Whole weights on the CPU of rank 0 (an empty dict elsewhere); every rank must call it.
 
     Gathers one weight at a time, so the peak is the largest weight and not the model.
@@ -21,32 +34,62 @@ def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     for name, p in module.named_parameters():
         with zero.gathered([p]):
             if process_group.is_main():
-                state[name] = p.detach().to("cpu", copy=True)
+                state[name] = copy(p)
     if process_group.is_main():
         persistent = module.state_dict(keep_vars=True)
         for name, b in module.named_buffers():
             if name in persistent:
-                state[name] = b.detach().to("cpu", copy=True)
+                state[name] = copy(b)
     return state
 
 
-def save_model(folder, model: nn.Module, tokenizer, config, state_dict=None) -> None:
-    """Write `model` (a transformers model, maybe sharded) so that plain transformers loads it.
+@dataclass(frozen=True)
+class ModelFolder:
+    """A transformers model, maybe sharded, as a folder that plain transformers loads.
 
     The folder holds config, safetensors, generation config, tokenizer with its chat template and
-    `config.yaml`. All is written to a temporary folder first, so a full disk or a killed run
-    leaves the weights that were there. `state_dict` replaces the model's own weights (EMA).
-    Every rank must call it.
+    `config.yaml`. average: the EMA whose weights are saved in place of the model's.
     """
-    state = whole_state_dict(model) if state_dict is None else state_dict
-    with manifest.failing_together():
-        if process_group.is_main():
+
+    model: nn.Module
+    tokenizer: object
+    config: object
+    average: object = None
+
+    def gather(self, copy: Copy = to_cpu) -> Callable[[Path], None]:
+        """The weights of now, and what writes them. Every rank must call it."""
+        if self.average is None:
+            state = whole_state_dict(self.model, copy)
+        else:
+            state = self.average.state_dict(copy=copy)
+        # A model beside the model, with the same layers: transformers writes its settings, some of
+        # which change while it generates.
+        shown = copying.copy(self.model)
+        shown.config = copying.deepcopy(self.model.config)
+        ranks = process_group.world_size()
+
+        def write(folder: Path) -> None:
+            # All is written to a temporary folder first, so a full disk or a killed run leaves the
+            # weights that were there.
             with whole_files.folder_beside(folder) as temporary:
                 # Tied weights are one parameter under two names; transformers ties them on loading.
-                model.save_pretrained(temporary, state_dict=state)
-                tokenizer.save_pretrained(temporary)
-                run_config.save(config, temporary, process_group.world_size())
-                replace_files(temporary, Path(folder))
+                shown.save_pretrained(temporary, state_dict=state)
+                # (Saving a tokenizer only reads it: the main thread may encode meanwhile.)
+                self.tokenizer.save_pretrained(temporary)
+                run_config.save(self.config, temporary, ranks)
+                replace_files(temporary, folder)
+
+        return write
+
+
+def save(folder, parts: dict) -> None:
+    """Write {name: what has `gather`} to folders of these names in `folder`, one after the other,
+    so that the copy of one model is held at a time. Every rank must call it."""
+    for name, part in parts.items():
+        write = part.gather(to_cpu)
+        with manifest.failing_together():
+            if process_group.is_main():
+                write(Path(folder) / name)
 
 
 def replace_files(new: Path, folder: Path) -> None:

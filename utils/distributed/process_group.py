@@ -89,6 +89,10 @@ def _share_cores(local_rank: int) -> None:
     torch.set_num_threads(max(1, cores // ranks_here))
 
 
+class StopRun(SystemExit):
+    """The run ends here, with a diagnosis, on every rank at the same place."""
+
+
 def timed_out(error: RuntimeError) -> bool:
     """Is this how gloo or NCCL tell that a peer did not come to a collective in time?"""
     return bool(re.search(r"[Tt]imed out|Timeout\(ms\)=|collective operation timeout", str(error)))

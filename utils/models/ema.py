@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.distributed import checkpoint
+
 
 class EMA:
     """`shadow ← decay · shadow + (1 − decay) · weight`, once an optimizer step.
@@ -24,7 +26,9 @@ class EMA:
             self.shadow[name].lerp_(_mine(p).float(), 1.0 - self.decay)
 
     @torch.no_grad()
-    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    def state_dict(
+        self, dtype: torch.dtype | None = None, copy: checkpoint.Copy = checkpoint.to_cpu
+    ) -> dict[str, torch.Tensor]:
         """Whole averaged weights on the CPU, cast to `dtype` (None: each weight's own).
 
         Every rank must call it; rank 0 gets the weights, others an empty dict.
@@ -43,7 +47,7 @@ class EMA:
                 whole = torch.cat([part.flatten() for part in parts])
                 whole = whole[: p.ds_numel].view(p.ds_shape)
             if keep:
-                state[name] = whole.to("cpu", dtype or p.dtype, copy=True)
+                state[name] = copy(whole, dtype or p.dtype)
         return state
 
 

@@ -1,0 +1,78 @@
+"""A copy of the training state in CPU memory, and the thread that writes it to disk.
+
+The thread makes no collective (two threads' messages would cross) and reads no tensor of the model.
+What it does lets go of Python's lock: copying, hashing, writing and waiting for the disk.
+"""
+
+import socket
+import threading
+from collections.abc import Callable
+
+import torch
+
+from utils.distributed import host_memory, process_group
+
+# Of the free CPU memory: caches and evaluations of later steps need some of it as well.
+SHARE_OF_FREE = 0.5
+
+
+class Copies:
+    """Copies of tensors, in memory that the next checkpoint's copies take again.
+
+    New memory is handed out page by page as it is first written, and that takes several times as
+    long as the copying. Call `begin`, then this for each tensor in the same order as ever.
+    """
+
+    def __init__(self):
+        self._kept: list[torch.Tensor] = []
+        self._used = 0
+
+    def begin(self) -> None:
+        self._used = 0
+
+    def __call__(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or tensor.dtype
+        if self._used == len(self._kept):
+            self._kept.append(torch.empty(0))
+        kept = self._kept[self._used]
+        if kept.shape != tensor.shape or kept.dtype != dtype:
+            kept = self._kept[self._used] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        self._used += 1
+        return kept.copy_(tensor.detach())
+
+
+class Writing(threading.Thread):
+    """Calls `work` in a thread, which does not keep a process alive that ends by an error."""
+
+    def __init__(self, work: Callable[[], dict]):
+        super().__init__(name="checkpoint", daemon=True)
+        self._work, self._found, self._error = work, {}, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found = self._work()
+        except BaseException as error:  # raised again by `result`, in the thread that asks
+            self._error = error
+
+    def result(self) -> dict:
+        """What `work` returned or raised, once it has."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
+def does_not_fit(needed: int) -> str:
+    """Why there is no memory for copies of `needed` bytes on this rank; empty where there is, on
+    every rank's machine. Every rank must call it."""
+    found = process_group.gather_objects((socket.gethostname(), needed, host_memory.free_bytes()))
+    for machine in sorted({machine for machine, _, _ in found}):
+        here = [(size, free) for name, size, free in found if name == machine]
+        wanted, free = sum(size for size, _ in here), min(free for _, free in here)
+        if wanted > SHARE_OF_FREE * free:
+            return (
+                f"a copy of the state takes {wanted / 1e9:.3g} GB of CPU memory on {machine}, "
+                f"where {free / 1e9:.3g} GB are free; up to {SHARE_OF_FREE:.0%} of them would do"
+            )
+    return ""
