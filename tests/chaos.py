@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port, run_ranks
+from safetensors import SafetensorError, safe_open
 from test_resume import assert_same_end
 from test_steps import collect, ppo, reward, sft
 
@@ -103,6 +104,21 @@ def saving(out: Path) -> set[int]:
     return found
 
 
+def half_written(out: Path) -> bool:
+    """Had the writers of a checkpoint more to write? (Else it only had no name yet.)"""
+    for folder in out.glob("*/checkpoints/.step-*.writing"):
+        ranks = list(folder.glob("rank-*.safetensors"))
+        weights = list(folder.glob("weights/**/*.safetensors"))
+        if len(ranks) < 2 or not weights or any(p.suffix == ".writing" for p in folder.rglob("*")):
+            return True
+        for path in ranks:
+            try:
+                safe_open(path, framework="pt")
+            except SafetensorError:
+                return True
+    return False
+
+
 def wait_for_a_moment(ranks: Ranks, out: Path, draw: random.Random) -> str:
     """Returns at a random moment of the run, and what moment that is."""
     kind = draw.choice(["starting", "training", "training", "saving", "saving"])
@@ -136,14 +152,16 @@ def assert_a_kill_is_survived(ranks: Ranks, out: Path, draw: random.Random) -> s
         return None
     victim = draw.randrange(len(ranks.processes))
     ranks.processes[victim].kill()
-    half = moment != "starting" and bool(saving(out))
+    inside = moment != "starting" and bool(saving(out))
     seconds = ranks.wait_for_the_rest()
     text = ranks.printed()
     assert seconds < LIMIT, text
     assert "is damaged" not in text, text
     if moment != "starting":  # before they have joined nobody but the launcher can know
         assert f"rank {victim} (process" in text and "--resume auto goes on" in text, text
-    where = "inside a checkpoint" if half else moment
+    where = "inside a checkpoint" if inside else moment
+    if inside and half_written(out):  # by now the other rank has ended too
+        where += ", half written"
     return f"rank {victim} {where}, the other ended after {seconds:.1f} s"
 
 
@@ -190,7 +208,9 @@ def test_every_kill_is_survived(tiny, tmp_path):
         assert comparisons_of(out) == comparisons_of(references[stage])
         assert_nothing_is_half_written(out)
     inside = sum("inside a checkpoint" in k for k in kills)
+    half = sum("half written" in k for k in kills)
     print(
-        f"{len(kills)} kills in {rounds} rounds, {inside} of them inside a checkpoint: all survived"
+        f"{len(kills)} kills in {rounds} rounds, {inside} of them inside a checkpoint, {half} of "
+        "those with its files half written: all survived"
     )
     assert len(kills) == wanted
