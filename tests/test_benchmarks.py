@@ -161,6 +161,19 @@ def test_help_says_how_to_run_it(name, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
+def test_the_pause_for_a_checkpoint_is_told():
+    small = ["--hidden", "32", "--layers", "2", "--rows", "4", "--rounds", "1"]
+    command = [sys.executable, str(measure.ROOT / "benchmarks/checkpoint_pause.py"), *small]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    *_, header, first, second = told.splitlines()
+    for line in (first, second):
+        step, off, on, off_share, on_share, _, writer = map(float, line.split("|"))
+        assert min(step, off, on, writer) > 0 and len(header.split("|")) == 7
+        assert off_share == pytest.approx(off / step, rel=0.05)
+        assert on_share == pytest.approx(on / step, rel=0.05)
+
+
 def a_system(name, seconds, core=1.0):
     turns = [
         {"seconds": s, "core": core, "peak_memory": 2e6, "tokens": 10, "seconds_generate": s / 2,
