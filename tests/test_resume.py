@@ -105,7 +105,7 @@ def chosen(tiny, chain, tmp_path_factory):
     layouts = ("tests/state_checks.py", [tiny / "base_model", out / "layouts", 2, 10])
     full = ("tests/full_disk_checks.py", [out / "full"])
     said = run_ranks([*runs, layouts, full], 2)
-    assert said.count("self-check, resumed at rollout 4") == 1
+    assert said.count("self-check, resumed at rollout 3") == 1
     return out, said
 
 
