@@ -21,11 +21,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 # What takes longest begins first, so that no worker is left with it when the others have finished.
-LONG_FIRST = ["test_launch.py", "test_steps.py", "test_ppo_options.py", "test_self_check.py"]
+LONG_FIRST = ["test_steps.py", "test_launch.py", "test_self_check.py", "test_ppo_options.py"]
 
 
+@pytest.hookimpl(trylast=True)  # pytest itself sorts by the parameters of fixtures
 def pytest_collection_modifyitems(items) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG_FIRST)  # stable
+    places = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable
 
 
 def build_tiny(folder: Path, family: str = "llama") -> Path:
