@@ -31,6 +31,7 @@ def engine_of(arguments, folder: Path):
     from utils.models import from_scratch, language_model
 
     device = process_group.init()
+    torch.set_num_threads(1)  # training has one core; what other threads take is the writer's
     toy_tasks.write(folder / "data", 0, demonstrations=240, prompts=20, held_out=5)
     from_scratch.build(
         folder / "base",

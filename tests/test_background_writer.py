@@ -229,3 +229,26 @@ def test_the_best_stays_until_a_better_one_is_whole(config, held, monkeypatch):
         run.after_step(3, {"eval/loss": 1.0})
         assert folders(config) == [".step-000003.writing", "step-000001", "step-000002"]
     assert folders(config) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("how", ["on", "off"])
+def test_a_best_one_that_was_not_written_is_not_remembered(config, monkeypatch, how):
+    """Step 2 is the best and finds the disk full; step 1 must outlive step 3."""
+    best = replace(config, keep_last=1, keep_best="eval/loss:min", save_in_background=how)
+    seal = manifest.seal
+
+    def full_at_step_2(temporary, folder, record):
+        if record["step"] == 2:
+            raise OSError(28, "No space left on device")
+        seal(temporary, folder, record)
+
+    monkeypatch.setattr(manifest, "seal", full_at_step_2)
+    left = []
+    with small_runs.follow(replace(best, save_every=1)) as run:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 1.5)):
+            run.after_step(step, {"eval/loss": loss})
+            run.seal()
+            left.append(folders(config))
+    first, third, fourth = (f"step-00000{step}" for step in (1, 3, 4))
+    assert left == [[first], [first], [first, third], [fourth]]
+    assert whole(config, 4)["facts"]["best"]["step"] == 4

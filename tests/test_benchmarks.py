@@ -1,6 +1,7 @@
 """The throughput benchmarks: their work, their arithmetic, their figures; not their timings."""
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -169,9 +170,17 @@ def test_the_pause_for_a_checkpoint_is_told():
     *_, header, first, second = told.splitlines()
     for line in (first, second):
         step, off, on, off_share, on_share, _, writer = map(float, line.split("|"))
-        assert min(step, off, on, writer) > 0 and len(header.split("|")) == 7
-        assert off_share == pytest.approx(off / step, rel=0.05)
-        assert on_share == pytest.approx(on / step, rel=0.05)
+        # Of so small a file the writer's time is lost in that of other threads, and the pause in
+        # the milliseconds that reading two clocks takes on a busy machine.
+        assert (
+            min(step, off) > 0
+            and on > -0.05
+            and math.isfinite(writer)
+            and len(header.split("|")) == 7
+        )
+        for seconds, share in ((off, off_share), (on, on_share)):
+            # Three decimals are printed of each of the three.
+            assert abs(share * step - seconds) < 0.001 * (1 + share + step)
 
 
 def a_system(name, seconds, core=1.0):

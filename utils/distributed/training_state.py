@@ -62,6 +62,7 @@ class Checkpoints:
         self._pending: Pending | None = None
         self._copies: Copies | None = None  # where checkpoints are written in the background
         self._chosen = False
+        self._best = self.facts.get("best")  # of the checkpoints that are whole
 
     def __enter__(self) -> "Checkpoints":
         """The loop begins: from here on a signal to end waits for the next step boundary."""
@@ -244,6 +245,7 @@ class Checkpoints:
                     self._remove_old(pending.record)
         except OSError as problem:
             return self._give_up(pending, problem)
+        self._best = pending.record["facts"].get("best")
         how = ", written in the background" if pending.writing is not None else ""
         stood = pending.stood + time.time() - began
         self.report.say(f"checkpoint {pending.folder}: training stood still {stood:.2f} s{how}")
@@ -253,6 +255,11 @@ class Checkpoints:
         if process_group.is_main():
             shutil.rmtree(pending.temporary, ignore_errors=True)
         self._saved_at, self._saved_step = pending.before, -1
+        # The best one is then the older one again, which must stay.
+        if self.facts.get("best", {}).get("step") == pending.step:
+            self.facts["best"] = self._best
+            if self._best is None:
+                del self.facts["best"]
         older = [str(s) for s in manifest.steps_in(self.config.output_dir)]
         self.report.say(
             f"checkpoint at step {pending.step} could not be written: {problem}. Training "
