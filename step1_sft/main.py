@@ -3,6 +3,7 @@
 deepspeed step1_sft/main.py --model_name_or_path MODEL --sft_data DATA --output_dir FOLDER
 """
 
+import functools
 import math
 import sys
 import time
@@ -182,9 +183,7 @@ def main() -> None:
         report.say(f"answers {when}:\n{answers}")
 
     parts = {".": checkpoint.ModelFolder(engine.module, tokenizer, config)}
-
-    def save() -> None:
-        checkpoint.save(config.output_dir, parts)
+    save = functools.partial(checkpoint.save, config.output_dir, parts)
 
     def measure() -> dict[str, float]:
         return evaluate(engine, eval_examples, config, tokenizer.pad_token_id, device)

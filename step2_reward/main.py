@@ -3,6 +3,7 @@
 deepspeed step2_reward/main.py --model_name_or_path SFT --preference_data DATA --output_dir FOLDER
 """
 
+import functools
 import re
 import sys
 import time
@@ -252,9 +253,7 @@ def main() -> None:
     run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
 
     parts = {".": checkpoint.ModelFolder(engine.module.classifier, tokenizer, config)}
-
-    def save() -> None:
-        checkpoint.save(config.output_dir, parts)
+    save = functools.partial(checkpoint.save, config.output_dir, parts)
 
     before = run.once("before", lambda: evaluate(engine, held, config, pad_id, device))
     report.say(

@@ -4,6 +4,7 @@ deepspeed step3_ppo/main.py --model_name_or_path SFT --reward_model RM --prompt_
     --output_dir FOLDER
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -143,11 +144,8 @@ def main() -> None:
 
     # Build: prompts, models; of a resumed run, where its checkpoint ends.
     report, prompts, held, models, state = start(config, device, found and found.step)
-
     saved = parts(models, config, state)
-
-    def save() -> None:
-        checkpoint.save(config.output_dir, saved)
+    save = functools.partial(checkpoint.save, config.output_dir, saved)
 
     run = Checkpoints(config, report, found, device)
     check = self_check.SelfCheck(models, prompts, held, config, device, report.say)
