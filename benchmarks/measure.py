@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import trl_environment
+from utils.distributed import process_group
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,9 +37,7 @@ class System:
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(process_group.free_port())
         for rank in range(self.ranks):
             environment = os.environ | trl_environment.VARIABLES | {"PYTHONPATH": str(ROOT)}
             if self.device == "cpu":

@@ -199,11 +199,11 @@ def measure(case: str, folder: Path) -> None:
 
 def run_case(case: str, folder: Path) -> dict:
     """{case, predicted, measured, ratio, phase}, bytes."""
-    from utils.distributed import planner
+    from utils.distributed import planner, process_group
 
     step, size, dtype, ranks, config = config_of(case, folder)
     found = planner.plan(step, config, dtype, ranks, "cpu")
-    port = str(20000 + os.getpid() % 20000)
+    port = str(process_group.free_port())
     processes = []
     for rank in range(ranks):
         environment = os.environ | {

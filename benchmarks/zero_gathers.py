@@ -8,10 +8,8 @@ at the limit.
 
 import argparse
 import collections
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,9 +122,9 @@ def report(rows: list[dict], arguments) -> None:
 
 def start_ranks(ranks: int) -> int:
     """This program once more on each rank; the largest of their exit codes."""
-    with contextlib.closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    from utils.distributed import process_group
+
+    port = process_group.free_port()
     shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     processes = [

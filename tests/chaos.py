@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, run_ranks
+from conftest import ROOT, run_ranks
 from safetensors import SafetensorError, safe_open
 from test_resume import assert_same_end
 from test_steps import collect, ppo, reward, sft
 
 from utils.distributed import manifest
+from utils.distributed.process_group import free_port
 
 pytestmark = pytest.mark.chaos
 STEPS = ("sft", "reward", "ppo")

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # pytest-xdist would have as many as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from utils.distributed import process_group
 
 # What takes longest begins first, so that no worker is left with it when the others have finished.
 LONG_FIRST = ["test_steps.py", "test_launch.py", "test_self_check.py", "test_ppo_options.py"]
@@ -71,12 +71,6 @@ def tiny(tmp_path_factory) -> Path:
     return built_once(tmp_path_factory, "tiny", build_tiny)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def run_ranks(
     jobs: list[tuple[str, list[str]]], ranks: int, timeout: int = 900, accelerator: str = "cpu"
 ) -> str:
@@ -84,7 +78,7 @@ def run_ranks(
 
     Returns what all ranks printed; fails the test if a rank exits with another code than 0.
     """
-    port = free_port()
+    port = process_group.free_port()
     spec = json.dumps([[program, list(map(str, argv))] for program, argv in jobs])
     processes = []
     for rank in range(ranks):

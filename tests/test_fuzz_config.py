@@ -11,7 +11,8 @@ from collections import Counter
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from fuzzing import NO_PROCESS
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.chat import ChatConfig
@@ -32,12 +33,6 @@ NEEDED = {
     ChatConfig: ["--checkpoint", "m"],
     PromptEvalConfig: ["--checkpoints", "m"],
 }
-NO_PROCESS = settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 FEW, MANY = settings(NO_PROCESS, max_examples=120), settings(NO_PROCESS, max_examples=3000)
 TRIED = Counter()
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import NO_PROCESS
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from row_strategies import CSV_KINDS, NEEDED, TEXT, csv_line, row_files, sound_rows, turns
@@ -23,12 +24,6 @@ from utils.data.instructions import SFT_SPLITS, load_conversations
 from utils.data.preferences import load_comparisons
 from utils.data.rows import has_split
 
-NO_PROCESS = settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 FEW, MANY = settings(NO_PROCESS, max_examples=150), settings(NO_PROCESS, max_examples=8000)
 TRIED = Counter()
 

@@ -6,9 +6,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT
 
 from utils.distributed import builds
+from utils.distributed.process_group import free_port
 
 # The limit is 3 s and counts for joining too: ranks join when both have imported everything.
 HANG = """

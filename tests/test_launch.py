@@ -9,13 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT
 from test_steps import sft
 
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from utils.distributed.process_group import free_port
 
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, free_port, metrics_of, run_ranks
+from conftest import ROOT, metrics_of, run_ranks
 from small_models import config_of
 from test_steps import CLOSE, assert_same_path, ppo
 
 from step3_ppo import check_models, self_check
+from utils.distributed.process_group import free_port
 
 FUNCTION = "from step3_ppo.reward_functions import length_target as score\n"
 ONE_STEP = ["--ppo_epochs", 1, "--global_batch_size", 16]

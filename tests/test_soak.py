@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT
 from test_launch import run
 from test_steps import ppo
+
+from utils.distributed.process_group import free_port
 
 pytestmark = pytest.mark.slow
 
