@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from step3_ppo import algorithm
-from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, train_forward
+from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
 from utils.data import batches, chat_template, preferences, rows, splits
 from utils.distributed import process_group
 from utils.models import generation, scalar_model
@@ -18,27 +18,21 @@ PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 
 def samples_follow_the_policy(check) -> str:
     """Sampled tokens are as surprising as the policy's entropy says: not greedy, not truncated."""
-    logs = (
-        train_forward(check, check.probe, logits=True).float() / check.config.temperature
-    ).log_softmax(-1)
-    p = logs.exp()
-    entropy = -(p * logs).sum(-1)
-    variance = (p * logs.square()).sum(-1) - entropy.square()
-    kept = check.probe.response_mask.to(check.device)
-    ids = check.probe.response_ids.to(check.device)
-    surprise = -logs.gather(-1, ids[..., None]).squeeze(-1)
-    excess = float((surprise - entropy)[kept].mean())
-    spread = float(variance.clamp(min=0)[kept].sum().sqrt()) + 1e-9
-    z = excess * int(kept.sum()) / spread
+    probe = own_rows(check)
+    seen, kept = distributions(check, probe), probe.response_mask.to(check.device)
+    surprise = -seen.logprobs - seen.entropies
+    sums = [x[kept].double().sum() for x in (surprise, seen.variances)]
+    total, variance, count = process_group.sum_over_ranks([*sums, kept.sum()], check.device)
+    excess, z = total / count, total / (variance**0.5 + 1e-9)
     what = f"−log p exceeds the entropy by {excess:+.3f} nats a token ({z:+.1f} standard errors)"
     # Upwards a rare token among sure ones is many standard errors, so size counts there too.
     if z < -6 or (z > 6 and excess > 0.1):
         raise Fault(
-            f"over {int(kept.sum())} sampled tokens {what}: sampling is greedy or leaves tokens "
+            f"over {count:.0f} sampled tokens {what}: sampling is greedy or leaves tokens "
             "out, or its temperature is not that of the log-probabilities; see "
             "generation.sample_tokens and --temperature"
         )
-    return f"over {int(kept.sum())} tokens {what}"
+    return f"over {count:.0f} tokens {what}"
 
 
 def ranks_and_rows_draw_apart(check) -> str:

@@ -5,13 +5,16 @@ unless --self_check warn) or Doubt (a warning).
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 
+from step3_ppo.rollout import Rollout
 from utils.distributed import process_group, zero
 from utils.models import generation, language_model, scalar_model
 
 PROBE_COPIES, PROBE_TOKENS, PROBE_NOISE = 4, 32, 2**31 + 7  # a noise that no rollout draws
+LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB in fp32
 
 
 class Fault(Exception):
@@ -49,79 +52,137 @@ def _must_agree(check, a, b, what: str, cause: str) -> str:
     return f"{what} within {most:.1e}"
 
 
+def own_rows(check) -> Rollout:
+    """The probe's rows that this rank has drawn, as many on every rank. A check that runs a model
+    runs it on these, so what it costs does not grow with the ranks."""
+    rank, world = process_group.rank(), process_group.world_size()
+    return check.probe.select(list(range(rank, len(check.probe.scores), world)))
+
+
+def _batch(check, rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,P+R) ids and mask on the device. A rollout lies on the CPU, what was just decoded does
+    not."""
+    ids = (rollout.prompt_ids, rollout.response_ids)
+    masks = (rollout.prompt_mask, rollout.response_mask)
+    return tuple(torch.cat([x.to(check.device) for x in pair], 1) for pair in (ids, masks))
+
+
 @torch.no_grad()
-def train_forward(check, rollout, critic: bool = False, logits: bool = False) -> torch.Tensor:
-    """(B,R) log-probabilities (or values, or logits (B,R,V)) by the forward pass that updates
-    take, in train mode."""
-    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1).to(check.device)
-    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1).to(check.device)
+def train_forward(check, rollout, critic: bool = False) -> torch.Tensor:
+    """(B,R) log-probabilities (or values) by the forward pass that updates take, in train mode."""
+    ids, mask = _batch(check, rollout)
     length, pieces = rollout.response_ids.shape[1], []
     micro = check.config.micro_batch_size
     for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
         if critic:
             pieces.append(check.models.critic(i, m)[:, -length - 1 : -1])
-        elif logits:
-            pieces.append(language_model.response_logits(check.models.actor, i, m, length))
         else:
             settings = (length, check.config.temperature)
             pieces.append(language_model.new_logprobs(check.models.actor, i, m, *settings))
     return torch.cat(pieces)
 
 
+@dataclass
+class Distributions:
+    """What the training forward says of each response position: (B,R) fp32 each, in nats."""
+
+    logprobs: torch.Tensor  # of the token that stands there
+    best: torch.Tensor  # of the likeliest token
+    entropies: torch.Tensor
+    variances: torch.Tensor  # of −log p under p
+
+
+@torch.no_grad()
+def distributions(check, rollout) -> Distributions:
+    """Logits exist for a few rows at a time: all of them would be gigabytes."""
+    ids, mask = _batch(check, rollout)
+    length = rollout.response_ids.shape[1]
+    # Reckoned with the limit and not with this rank's length, so that ranks go in step.
+    row = PROBE_TOKENS * check.models.actor.module.config.vocab_size
+    micro = max(1, min(check.config.micro_batch_size, LOGITS_AT_ONCE // row))
+    pieces = []
+    for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
+        logits = language_model.response_logits(check.models.actor, i, m, length)
+        # Impossible tokens (−∞) add 0 to the sums, where 0 × −∞ would be no number.
+        logs = (logits.float() / check.config.temperature).log_softmax(-1).clamp(min=-1e4)
+        own = logs.gather(-1, i[:, -length:, None]).squeeze(-1)
+        p = logs.exp()
+        entropy = -torch.linalg.vecdot(p, logs)
+        variance = torch.linalg.vecdot(p, logs.square()) - entropy.square()
+        pieces.append((own, logs.amax(-1), entropy, variance.clamp(min=0)))
+    return Distributions(*map(torch.cat, zip(*pieces, strict=True)))
+
+
 def generator_equals_model(check) -> str:
     """Greedy tokens and the log-probabilities of sampled ones, decode loop against training."""
-    from utils.models.rollout_engines import Request, Sampling
-
-    probe, models, temperature = check.probe, check.models, check.config.temperature
-    ids, mask = probe.prompt_ids.to(check.device), probe.prompt_mask.to(check.device)
+    probe, models = own_rows(check), check.models
     limit = min(check.config.max_response_length, PROBE_TOKENS)
-    noise = generation.uniform_noise(len(ids), limit, check.config.seed, PROBE_NOISE + 1)
+    shape = (len(check.probe.scores), limit, check.config.seed, PROBE_NOISE + 1)
+    noise = generation.uniform_noise(*shape)[process_group.rank() :: process_group.world_size()]
     drawn, engine = {}, models.rollout_engine
-    settings = Sampling(
-        limit,
-        temperature,
-        stop_id=models.tokenizer.eos_token_id,
-        pad_id=models.tokenizer.pad_token_id,
-        logprobs=True,
-    )
     with models.hybrid.generating() as generator:
         stale = _stale_weights(models.actor.module, generator)
-        drawn["greedy"] = engine.generate(Request(ids, mask), settings)
-        drawn["sampled"] = engine.generate(Request(ids, mask, noise), settings)
+        drawn["greedy"] = _decode(check, probe, limit, None)
+        drawn["sampled"] = _decode(check, probe, limit, noise)
     stale = sorted(set().union(*process_group.gather_objects(stale)))
     if stale:
         raise Fault(
             f"{len(stale)} weights of the generator are not those of the trained model (first "
             f"{stale[0]}): it is stale or damaged; see utils/distributed/hybrid_engine.py"
         )
-    short = 0.0
-    for kind, batch in drawn.items():
-        responses = batch.response_ids
-        kept = generation.mask_through_stop(responses, settings.stop_id)
-        part = dataclasses.replace(probe, response_ids=responses, response_mask=kept)
-        logprobs = train_forward(check, part)[kept]
-        if kind == "greedy":
-            logits = train_forward(check, part, logits=True).float() / temperature
-            best = logits.log_softmax(-1).amax(-1)[kept]
-            short = _worst(float((best - logprobs).max()))[0]
-            if short > 10 * check.tolerance:
-                raise Fault(
-                    f"greedy tokens of the decode loop are up to {short:.2g} nats below the best "
-                    "token of the training forward: cache, position ids or left padding are wrong "
-                    "for this model; see utils/models/generation.py"
-                )
-    if batch.logprobs is None:
+    responses, _ = drawn["greedy"]
+    kept = generation.mask_through_stop(responses, models.tokenizer.eos_token_id)
+    seen = distributions(
+        check, dataclasses.replace(probe, response_ids=responses, response_mask=kept)
+    )
+    short = _worst(float((seen.best - seen.logprobs)[kept].max()))[0]
+    # Written so that nan fails.
+    if not short <= 10 * check.tolerance:
+        raise Fault(
+            f"greedy tokens of the decode loop are up to {short:.2g} nats below the best "
+            "token of the training forward: cache, position ids or left padding are wrong "
+            "for this model; see utils/models/generation.py"
+        )
+    responses, logprobs = drawn["sampled"]
+    if logprobs is None:
         return (
             f"greedy tokens equal up to {short:.1e} nats ({engine.name} tells no log-probabilities)"
         )
+    kept = generation.mask_through_stop(responses, models.tokenizer.eos_token_id)
+    sampled = dataclasses.replace(probe, response_ids=responses, response_mask=kept)
     found = _must_agree(
         check,
-        logprobs,
-        batch.logprobs[kept],
+        train_forward(check, sampled)[kept],
+        logprobs[kept],
         "log-probabilities of sampled tokens, decode loop and training forward,",
         "cache, position ids, left padding or temperature; see utils/models/generation.py",
     )
     return f"greedy tokens equal up to {short:.1e} nats, {found}"
+
+
+def _decode(check, probe, limit: int, noise: torch.Tensor | None):
+    """(B,P) prompts of `probe` → (B,R) responses and their log-probabilities (or None), in batches
+    as large as a rollout's. noise: (B,R), or None for greedy tokens."""
+    from utils.models.rollout_engines import Request, Sampling
+
+    tokenizer = check.models.tokenizer
+    ids, mask = probe.prompt_ids.to(check.device), probe.prompt_mask.to(check.device)
+    settings = Sampling(
+        limit,
+        check.config.temperature,
+        stop_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        logprobs=True,
+    )
+    widths, found = probe.prompt_mask.sum(1).tolist(), []
+    for rows in generation.batches_of(widths, limit, check.config.generation_tokens):
+        left = ids.shape[1] - max(widths[rows])  # pads that none of them needs
+        request = Request(
+            ids[rows, left:], mask[rows, left:], None if noise is None else noise[rows]
+        )
+        batch = check.models.rollout_engine.generate(request, settings)
+        found.append((batch.response_ids, batch.logprobs))
+    return [None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)]
 
 
 @torch.no_grad()
@@ -183,7 +244,8 @@ def padding_invariance(check) -> str:
 def dropout_is_off(check) -> str:
     """Two passes of the same rows, in the mode that updates use, must be one."""
     for name in check.trained():
-        first, second = (train_forward(check, check.probe, name == "critic") for _ in range(2))
+        rows = own_rows(check)
+        first, second = (train_forward(check, rows, name == "critic") for _ in range(2))
         _must_agree(
             check,
             first,
@@ -197,7 +259,7 @@ def dropout_is_off(check) -> str:
 
 def rollouts_are_on_policy(check) -> str:
     """What rollouts store is what updates recompute."""
-    probe = check.probe
+    probe = own_rows(check)
     kept = probe.response_mask
     logprobs = train_forward(check, probe).cpu()
     found = [
