@@ -21,6 +21,7 @@ from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.distributed.training_state import Checkpoints
 from utils.models import generation, language_model
+from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -196,7 +197,8 @@ def main() -> None:
     # Loop.
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
     data = batches.fingerprint(row for e in examples for row in (e.ids, e.supervised))
-    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, parts, data)
+    carried = {"bad_steps": bad_steps, "products": PRODUCTS}
+    done = run.follow({"model": engine}, carried, parts, data)
     with run:
         for step in range(done, steps):
             tick = time.time()

@@ -22,6 +22,7 @@ from utils.data import batches, chat_template, instructions, preferences, rows, 
 from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
+from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
 
@@ -264,7 +265,8 @@ def main() -> None:
     # Loop.
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
     data = batches.fingerprint(row for r in train for row in (*r.answers, r.labels))
-    done = run.follow({"model": engine}, {"bad_steps": bad_steps}, parts, data)
+    carried = {"bad_steps": bad_steps, "products": PRODUCTS}
+    done = run.follow({"model": engine}, carried, parts, data)
     with run:
         for step in range(done, steps):
             tick = time.time()

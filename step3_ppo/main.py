@@ -25,6 +25,7 @@ from utils.data import batches, chat_template, instructions, rows, splits, toy_t
 from utils.distributed import checkpoint, planner, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model
+from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
 SHOWN = (
@@ -151,6 +152,7 @@ def main() -> None:
     check = self_check.SelfCheck(models, prompts, held, config, device, report.say)
     watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
+    carried["products"] = PRODUCTS
     if models.ptx is not None:
         carried["ptx"] = models.ptx
     data = batches.fingerprint(p.ids for p in prompts)

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from utils.distributed import process_group
+from utils.models import cpu_products
 
 # What takes longest begins first, so that no worker is left with it when the others have finished.
 LONG_FIRST = ["test_steps.py", "test_launch.py", "test_self_check.py", "test_ppo_options.py"]
@@ -129,3 +130,16 @@ def chain(tiny, tmp_path_factory) -> Path:
         run_ranks(jobs, 1)
 
     return built_once(tmp_path_factory, "chain", build)
+
+
+@pytest.fixture
+def onednn_wherever_it_can(monkeypatch):
+    """oneDNN multiplies on every CPU that has the kernels, faster or not."""
+    monkeypatch.setattr(cpu_products, "MARGIN", dict.fromkeys(cpu_products.MARGIN, 1e-9))
+
+
+@pytest.fixture
+def older_cpu() -> dict[str, str]:
+    """The environment of a process that takes this CPU for one without AVX-512. It reaches torch's
+    own kernels and oneDNN; MKL, NumPy and what DeepSpeed compiles still see the real one."""
+    return os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

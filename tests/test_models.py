@@ -128,8 +128,13 @@ def test_bf16_is_the_default_where_the_processor_computes_it(monkeypatch, flags)
     for there, dtype in ((flags, "bf16"), ("avx2 avx512f", "fp32")):
         text = f"model name : any\nflags : fpu {there} sse\n"
         monkeypatch.setattr(zero.Path, "read_text", lambda self, text=text: text)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
         assert zero.resolve_dtype("auto", cpu) == dtype
         assert [zero.resolve_dtype(d, cpu) for d in ("fp32", "bf16")] == ["fp32", "bf16"]
+    # A processor that has it, and an oneDNN that is told not to use it.
+    monkeypatch.setattr(zero.Path, "read_text", lambda self: f"flags : {flags}\n")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert zero.resolve_dtype("auto", cpu) == "fp32"
 
 
 @pytest.mark.parametrize("shape, end", [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])

@@ -11,6 +11,8 @@ from torch import nn
 from step1_sft.config import SFTConfig
 from utils.models import language_model, onednn_linear
 
+pytestmark = pytest.mark.usefixtures("onednn_wherever_it_can")
+
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (24,)])

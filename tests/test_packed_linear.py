@@ -7,7 +7,9 @@ from families import FAMILIES
 from torch import nn
 from torch.nn import functional as F
 
-from utils.models import packed_linear, token_attention
+from utils.models import cpu_products, packed_linear, token_attention
+
+pytestmark = pytest.mark.usefixtures("onednn_wherever_it_can")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -19,7 +21,9 @@ def test_packed_layers_multiply_as_before(dtype, tolerance, shape):
     hidden = F.linear(x.double(), *(p.double() for p in model[0].parameters())).to(dtype).double()
     expected = F.linear(hidden, model[1].weight.double())
     with torch.no_grad(), packed_linear.packed(model):
-        assert all("forward" in vars(layer) for layer in model)
+        packs = cpu_products.PRODUCTS.onednn("decoding", dtype)  # bf16: not on every CPU
+        assert all(("forward" in vars(layer)) == packs for layer in model)
+        assert packs or dtype == torch.bfloat16
         got = model(x)
     assert got.dtype == dtype and got.shape == expected.shape
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

@@ -29,12 +29,13 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Matrix products of bf16 in one instruction: AVX-512 BF16, or AMX tiles."""
+    """Matrix products of bf16 in one instruction (AVX-512 BF16, or AMX tiles), and oneDNN, which
+    makes them, may use it (ONEDNN_MAX_CPU_ISA)."""
     try:
         flags = set(re.findall(r"avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()))
     except OSError:
         return False
-    return bool(flags)
+    return bool(flags) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from utils.distributed import zero
 from utils.model_files import refused
 from utils.models import loading, onednn_linear, packing, vocabulary_head
+from utils.models.cpu_products import PRODUCTS
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> nn.Module:
@@ -94,7 +95,9 @@ def fit_to_tokenizer(model: nn.Module, tokenizer, path: str) -> None:
 
 def prepare_training(model: nn.Module, config) -> None:
     """Dropout to 0 wherever a family keeps its rates; gradient checkpointing where asked for; on a
-    CPU the faster matrix products."""
+    CPU the faster matrix products. Every rank must call it."""
+    from deepspeed.accelerator import get_accelerator
+
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -104,7 +107,9 @@ def prepare_training(model: nn.Module, config) -> None:
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
-    onednn_linear.use(model)
+    if get_accelerator().device_name() == "cpu":
+        PRODUCTS.agree(next(model.parameters()).dtype)
+        onednn_linear.use(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -1,24 +1,21 @@
-"""fp32 linear layers by oneDNN on a CPU, forward and backward.
+"""fp32 linear layers by oneDNN on a CPU where that is faster, forward and backward.
 
-torch gives fp32 matrix products on a CPU to MKL, which on AMD uses half of the vector width.
-Measured on one core (Zen, AVX-512), 1,536 rows, layers of 256 to 688: MKL 91 to 101 GFLOP/s,
-oneDNN 174 to 238, results within 1.2e-6 of the largest. bf16 goes to oneDNN by itself, and so do
-the packed weights that answers are decoded with (packed_linear.py).
+torch gives fp32 matrix products on a CPU to MKL. Measured on one core (Zen 5, AVX-512), 1,536 rows,
+layers of 256 to 688: MKL 91 to 101 GFLOP/s, oneDNN 174 to 238, results within 1.2e-6 of the
+largest. bf16 goes to oneDNN by itself, and so do the packed weights that answers are decoded with
+(packed_linear.py).
 """
 
 import torch
 from torch import nn
 
+from utils.models.cpu_products import PRODUCTS, multiply
+
 
 def suits(x: torch.Tensor) -> bool:
-    """Is x an fp32 tensor on a CPU, and oneDNN there?"""
+    """Is x an fp32 tensor on a CPU where oneDNN multiplies faster?"""
     on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    return on_cpu and torch.backends.mkldnn.is_available()
-
-
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
-    """(…,I) @ (O,I)ᵀ + (O,) → (…,O). fp32 on the CPU; either matrix may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return on_cpu and PRODUCTS.onednn("training", x.dtype)
 
 
 class _Multiply(torch.autograd.Function):
@@ -54,5 +51,5 @@ def use(model: nn.Module) -> None:
     of their own stay as they are.
     """
     for layer in model.modules():
-        if type(layer) is nn.Linear and suits(layer.weight):
+        if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
             layer.__class__ = OneDNNLinear

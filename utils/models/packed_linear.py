@@ -1,8 +1,9 @@
 """Linear layers whose weights are laid out for oneDNN, for as long as the weights stay as they are.
 
-On a CPU torch multiplies fp32 matrices by MKL, which on AMD uses half of the vector width, and lays
-the weights out anew in every call. Measured on one core (Zen, AVX-512), layers of 256 to 688: 66
-GFLOP/s against 131 at 32 rows, 100 against 245 at 2,048; bf16 218 against 262 at 32 rows.
+On a CPU torch multiplies fp32 matrices by MKL, which lays the weights out anew in every call, and
+on AMD uses half of AVX-512's width. Measured on one core (Zen 5, AVX-512), layers of 256 to 688: 66
+GFLOP/s against 131 at 32 rows, 100 against 245 at 2,048; bf16 218 against 262 at 32 rows. Whether
+it pays on the CPU at hand, and whether the CPU can at all, cpu_products.py measures.
 """
 
 import contextlib
@@ -11,11 +12,11 @@ import functools
 import torch
 from torch import nn
 
-from utils.models.onednn_linear import OneDNNLinear, multiply
+from utils.models.cpu_products import PRODUCTS, multiply, pack
+from utils.models.onednn_linear import OneDNNLinear
 from utils.models.vocabulary_head import VocabularyHead
 
 DTYPES = (torch.float32, torch.bfloat16)
-ROWS = 32  # for how many oneDNN chooses the layout; any number may come
 
 
 @contextlib.contextmanager
@@ -28,8 +29,8 @@ def packed(model: nn.Module):
     kinds = (nn.Linear, OneDNNLinear, VocabularyHead)
     layers = [m for m in model.modules() if type(m) in kinds and _can_be_packed(m.weight)]
     for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
-        layer.forward = functools.partial(multiply, weight=weight, bias=layer.bias)
+        packed_weight = pack(layer.weight.detach())
+        layer.forward = functools.partial(multiply, weight=packed_weight, bias=layer.bias)
     try:
         yield
     finally:
@@ -42,5 +43,5 @@ def _can_be_packed(weight: torch.Tensor) -> bool:
         weight.device.type == "cpu"
         and weight.dtype in DTYPES
         and not hasattr(weight, "ds_id")
-        and torch.backends.mkldnn.is_available()
+        and PRODUCTS.onednn("decoding", weight.dtype)
     )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.models import onednn_linear
+from utils.models.cpu_products import multiply
 
 # Logits that exist at once, forward or backward: on a CPU 4 MB, which stay in its cache; on a GPU
 # 256 MB, 440 rows of a matrix product at the largest vocabularies.
@@ -74,7 +75,7 @@ class _LogProbs(torch.autograd.Function):
             slope.scatter_add_(1, targets[rows, None], scale[rows, None].to(hidden.dtype))
             if wants_hidden:
                 if onednn_linear.suits(slope):
-                    grad_hidden[rows] = onednn_linear.multiply(slope, weight.t())
+                    grad_hidden[rows] = multiply(slope, weight.t())
                 else:
                     torch.mm(slope, weight, out=grad_hidden[rows])
             if wants_weight:
@@ -97,7 +98,7 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
 
 def _logits(hidden, weight, bias, temperature: float) -> torch.Tensor:
     if onednn_linear.suits(hidden):
-        logits = onednn_linear.multiply(hidden, weight, bias)
+        logits = multiply(hidden, weight, bias)
     else:
         logits = F.linear(hidden, weight, bias).float()
     return logits if temperature == 1.0 else logits.div_(temperature)
