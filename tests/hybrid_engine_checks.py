@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from families import FAMILIES
 
 from benchmarks import zero_gathers
@@ -146,58 +145,6 @@ def modes(folder):
         assert torch.equal(torch.get_rng_state(), drawn)
         del engine
     print("held: modes")
-
-
-def no_waiting(folder):
-    """No forward pass waits for the device, however many steps have been taken: a captured graph
-    cannot, and a queue that is emptied at every token is no queue."""
-    accelerator, waits = get_accelerator(), []
-    ids = torch.ones(1, 4, dtype=torch.int64)
-    for stage in (0, 2, 3):
-        engine = zero_gathers.engine_of(big_llama(), stage)
-        for _ in range(3):  # DeepSpeed's timer does not look at the first two
-            engine.backward(engine(input_ids=ids).logits.sum(), normaliser=1)
-            engine.step()
-        real, accelerator.synchronize = accelerator.synchronize, lambda *_: waits.append(stage)
-        engine(input_ids=ids)
-        with HybridEngine(engine).generating() as model:
-            model(input_ids=ids)
-        accelerator.synchronize = real
-        assert not waits, f"ZeRO-{stage}: {len(waits)} of 2 forward passes wait for the device"
-        assert not engine.engine.tput_timer.started
-    print("held: no waiting")
-
-
-def overlapped(folder):
-    """Where there is a GPU, DeepSpeed accepts communication beside the passes for ZeRO-2 and 3, and
-    several micro-batches make the step that they make without."""
-    real, cuda = zero.deepspeed_config, torch.cuda.is_available
-
-    def settings_of_a_gpu(*args):
-        torch.cuda.is_available = lambda: True
-        try:
-            return real(*args)
-        finally:
-            torch.cuda.is_available = cuda
-
-    ids = torch.randint(3, 2048, (3, 1, 6), generator=torch.Generator().manual_seed(7))
-    for stage in (0, 1, 2, 3):
-        steps = []
-        for settings in (real, settings_of_a_gpu):
-            zero.deepspeed_config = settings
-            engine = zero_gathers.engine_of(big_llama(), stage)
-            zero.deepspeed_config = real
-            for row in ids:
-                logits = engine(input_ids=row).logits
-                engine.backward(logits.square().sum(), normaliser=row.numel())
-            norm = engine.step()["grad_norm"]
-            with zero.gathered(engine.module.parameters()):
-                steps.append([norm, [p.detach().clone() for p in engine.module.parameters()]])
-        overlaps = engine.engine._config.zero_config.overlap_comm
-        assert overlaps is (stage >= 2), f"ZeRO-{stage}: overlap_comm {overlaps}"
-        (norm, expected), (again, weights) = steps
-        assert norm == again > 0 and all(map(torch.equal, weights, expected)), f"ZeRO-{stage}"
-    print("held: overlapped")
 
 
 def choice_of_gather(folder):

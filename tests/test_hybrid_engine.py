@@ -14,8 +14,10 @@ WORKER = "tests/hybrid_engine_checks.py"
 
 def test_one_rank(tiny):
     """Modes, memory, families, who is chosen."""
-    checks = ["modes", "no_waiting", "overlapped", "choice_of_gather", "families", "choice_of_engine", "parity_sees_faults"]
-    output = run_ranks([(WORKER, [tiny / "base_model", *checks])], 1)
+    checks = ["modes", "choice_of_gather", "families", "choice_of_engine", "parity_sees_faults"]
+    settings = ("tests/engine_settings_checks.py", ["no_waiting", "overlapped"])
+    output = run_ranks([(WORKER, [tiny / "base_model", *checks]), settings], 1)
+    assert "held: no waiting" in output and "held: overlapped" in output, output
     assert output.count("family held") == 2 * (1 + len(FAMILIES)), output
     assert output.count("choice held") == 2 and "held: DeepSpeedHybridEngine" in output, output
 
