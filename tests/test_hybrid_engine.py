@@ -53,6 +53,23 @@ def test_why_deepspeeds_layers_cannot_generate(family, stage, reason):
     assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
+def test_without_a_cuda_toolkit_there_is_a_reason_and_no_crash(monkeypatch):
+    """The real builder on a pretended GPU: torch finds the device, and no nvcc is there."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import transformer_inference
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    builder = transformer_inference.InferenceBuilder
+    with pytest.raises(injected_kernels.MissingCUDAException):
+        builder().is_compatible()
+    monkeypatch.setattr(type(get_accelerator()), "get_op_builder", lambda self, name: builder)
+    found = injected_kernels.problems(model_of("Llama"), 0)
+    assert any("cannot be compiled here (CUDA_HOME does not exist" in x for x in found), found
+    assert any("wrong rows" in x for x in found), "the other reasons are still looked for"
+
+
 def test_a_reason_goes_with_its_cause():
     """Heads without groups, and groups under ZeRO-3, are not cut at wrong rows."""
     assert not any("wrong rows" in r for r in injected_kernels.problems(model_of("Llama"), 3))
