@@ -17,6 +17,9 @@ NAME = "packed_rows"
 # forward and backward. They keep the scores, so only rows with up to so many of them (heads ×
 # tokens²; 8 MB) go that way.
 SCORES = 2**22
+# What we set of varlen_attn, beside queries, keys, values and, for each side, the rows' boundaries
+# and the longest row.
+SETTINGS = ("scale", "window_size", "enable_gqa")
 
 
 def attention(
@@ -132,15 +135,35 @@ def obstacle(model: nn.Module, device: str, dtype: str) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - known
     if kinds or getattr(config, "attention_chunk_size", None):
         return f"{kind} has layers of another kind: {', '.join(sorted(kinds)) or 'chunked'}"
-    if device == "cuda":
-        try:
-            from torch.nn.attention.varlen import varlen_attn
-        except ImportError:
-            return f"torch {torch.__version__} has no varlen attention"
-        if "window_size" not in inspect.signature(varlen_attn).parameters:
-            return f"the varlen attention of torch {torch.__version__} has no window"
-        if dtype == "fp32":
-            return "the varlen kernel computes in bf16 and fp16 only"
+    return _kernel_obstacle(config, dtype) if device == "cuda" else ""
+
+
+def _kernel_obstacle(config, dtype: str) -> str:
+    """Why the varlen kernel does not take a text model's heads on this GPU; empty where it does."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no varlen attention"
+    try:
+        inspect.signature(varlen_attn).bind(*range(7), **dict.fromkeys(SETTINGS))
+    except TypeError as error:
+        return f"the varlen attention of torch {torch.__version__} is another one: {error}"
+    if dtype == "fp32":
+        return "the varlen kernel computes in bf16 and fp16 only"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return "the varlen kernel needs compute capability 8.0, this GPU has {}.{}".format(
+            *capability
+        )
+    # Some families have heads of another size for values, or for keys than head_dim says.
+    size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    size = size or config.hidden_size // config.num_attention_heads
+    values = getattr(config, "v_head_dim", None) or size
+    if size != values or size % 8 or size > 256:
+        return (
+            "the varlen kernel takes heads of one size, a multiple of 8 up to 256, and these have "
+            f"{size} for keys and {values} for values"
+        )
     return ""
 
 
