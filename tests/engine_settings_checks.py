@@ -5,9 +5,11 @@ import sys
 import torch
 from deepspeed.accelerator import get_accelerator
 from hybrid_engine_checks import big_llama
+from plan_checks import tensor_bytes
 
 from benchmarks import zero_gathers
-from utils.distributed import zero
+from utils.config import RunConfig
+from utils.distributed import engine_state, zero
 from utils.distributed.hybrid_engine import HybridEngine
 
 
@@ -61,6 +63,33 @@ def overlapped():
         (norm, expected), (again, weights) = steps
         assert norm == again > 0 and all(map(torch.equal, weights, expected)), f"ZeRO-{stage}"
     print("held: overlapped")
+
+
+def moments():
+    """What AdamW's first steps keep, counted tensor by tensor, is what was said to come; and
+    nothing comes to a device that the optimizer is not on."""
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    for dtype, stage in (("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)):
+        config = RunConfig(zero_stage=stage, dtype=dtype, micro_batch_size=1)
+        engine = zero.TrainEngine(
+            big_llama().to(zero.DTYPES[dtype]),
+            config,
+            dtype=dtype,
+            zero_stage=stage,
+            learning_rate=1e-3,
+            total_steps=9,
+        )
+        said = engine_state.moments_to_come(engine, torch.device("cpu"))
+        assert engine_state.moments_to_come(engine, torch.device("meta")) == 0
+        before = tensor_bytes()
+        for _ in range(2):
+            engine.backward(engine(input_ids=ids).logits.sum(), normaliser=1)
+            engine.step()
+        kept = sum(n for at, n in tensor_bytes().items() if at not in before)
+        assert said > 1e6 and abs(kept / said - 1) < 1e-3, (dtype, stage, kept, said)
+        assert engine_state.moments_to_come(engine, torch.device("cpu")) == 0
+        del engine
+    print("held: moments")
 
 
 def main() -> None:
