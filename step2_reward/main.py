@@ -19,7 +19,7 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed import checkpoint, host_memory, planner, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
 from utils.seeding import seed_everything
@@ -67,8 +67,8 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
 def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
     """(N,) scores of all answers of `ranked`, laid end to end."""
     answers = [ids for r in ranked for ids in r.answers]
-    ids = batches.pad(answers, pad_id).to(device)
-    mask = batches.pad([[True] * len(a) for a in answers], False).to(device)
+    ids = host_memory.send(batches.pad(answers, pad_id), device)
+    mask = batches.pad([[True] * len(a) for a in answers], False)
     return scalar_model.sequence_scores(engine, ids, mask)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils.distributed import host_memory
+
 NAME = "packed_rows"
 # On a CPU torch's fused attention is slow in bf16: plain matrix products take half its time
 # forward and backward. They keep the scores, so only rows with up to so many of them (heads ×
@@ -168,22 +170,31 @@ def _kernel_obstacle(config, dtype: str) -> str:
 
 
 def inputs(input_ids: torch.Tensor, mask: torch.Tensor) -> dict:
-    """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N)."""
-    lengths = mask.sum(1)
-    ends = F.pad(lengths.cumsum(0), (1, 0))
-    starts = ends[:-1].repeat_interleave(lengths)
-    rows = lengths.tolist()
+    """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N).
+
+    With a mask on the CPU, nothing waits for the device of `input_ids`.
+    """
+    device, mask = input_ids.device, mask.cpu()
+    rows = mask.sum(1).tolist()
+    ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
     return {
-        "input_ids": input_ids[mask][None],
-        "position_ids": (torch.arange(len(starts), device=mask.device) - starts)[None],
+        "input_ids": input_ids.flatten().index_select(0, places(mask, device))[None],
+        "position_ids": host_memory.send(torch.cat([torch.arange(n) for n in rows])[None], device),
         # A mask of four dimensions is one that transformers leaves alone; nothing reads it.
-        "attention_mask": torch.empty(1, 1, 1, 1, device=mask.device),
-        "cu_seq_lens_q": ends.int(),
+        "attention_mask": torch.empty(1, 1, 1, 1, device=device),
+        "cu_seq_lens_q": host_memory.send(ends.int(), device),
         "max_length_q": max(rows),
         "row_lengths": rows,
     }
 
 
-def unpacked(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(1,N) numbers of rows end to end → (B,T), 0 at the pads."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+def places(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Where a bool mask is True: its flat positions, (N,) int64 on `device`. With a mask on the
+    CPU, nothing waits for the device, as indexing by a mask there would (how many are True?)."""
+    return host_memory.send(mask.cpu().flatten().nonzero().squeeze(1), device)
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """N numbers → the shape of `mask`, each in the place of a True, 0 elsewhere."""
+    whole = values.new_zeros(mask.numel())
+    return whole.index_copy(0, places(mask, values.device), values.flatten()).view(mask.shape)
