@@ -205,17 +205,17 @@ def main() -> None:
                 step, config.global_batch_size, len(examples), config.seed
             )
             tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
-            loss_sum = 0.0
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             for micro in batches.deal(chosen, lengths, *batches.shares(config)):
                 batch = batches.supervised_batch(
                     [examples[i] for i in micro], tokenizer.pad_token_id
                 )
                 loss, _ = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
                 engine.backward(loss, normaliser=tokens)
-                loss_sum += loss.item()
+                loss_sum += loss.detach()
             metrics = engine.step()
             bad_steps.note(metrics["skipped"])
-            metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / tokens
+            metrics["loss"] = process_group.sum_over_ranks([loss_sum.item()], device)[0] / tokens
             metrics["seconds"] = time.time() - tick
             metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:

@@ -269,14 +269,15 @@ def main() -> None:
         for step in range(done, steps):
             tick = time.time()
             chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
-            loss_sum = 0.0
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             for micro in deal(chosen, train, config):
                 loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
                 engine.backward(loss, normaliser=len(chosen))
-                loss_sum += loss.item()
+                loss_sum += loss.detach()
             metrics = engine.step()
             bad_steps.note(metrics["skipped"])
-            metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / len(chosen)
+            (loss_sum,) = process_group.sum_over_ranks([loss_sum.item()], device)
+            metrics["loss"] = loss_sum / len(chosen)
             metrics["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
                 metrics |= evaluate(engine, held, config, pad_id, device)

@@ -141,10 +141,14 @@ def test_what_is_sent_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch):
         done.append((args, kwargs))
         return self
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
+    def pin_memory(self):
+        done.append(("pinned", self.is_contiguous()))
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    gpu, tensor = torch.device("cuda", 1), torch.ones(2)
-    assert host_memory.send(tensor, gpu) is tensor
-    assert done == ["pinned", ((gpu,), {"non_blocking": True})]
+    gpu, tensor = torch.device("cuda", 1), torch.arange(6.0).view(2, 3)[:, :2]
+    assert torch.equal(host_memory.send(tensor, gpu), tensor)
+    assert done == [("pinned", True), ((gpu,), {"non_blocking": True})]
     monkeypatch.setattr(torch.Tensor, "to", real)
     assert host_memory.send(tensor, torch.device("cpu")) is tensor

@@ -17,4 +17,5 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # What has gaps would go through ordinary memory once more.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
