@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits
-from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed import checkpoint, host_memory, planner, process_group, resuming, zero
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.distributed.training_state import Checkpoints
 from utils.models import generation, language_model
@@ -30,7 +30,8 @@ SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
     """Summed −log p of the supervised tokens, and how many there are.
 
-    ids, mask, supervised: (B,T). Token t is predicted from t−1, so column 0 never counts.
+    ids, mask, supervised: (B,T), the latter two on the CPU. Token t is predicted from t−1, so
+    column 0 never counts.
     """
     logprobs, _ = language_model.wanted_logprobs(model, ids, mask, supervised)
     return -logprobs.sum(), len(logprobs)
@@ -45,7 +46,7 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
     for chosen in batches.deal(range(len(examples)), lengths, *batches.shares(config)):
         # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
         batch = batches.supervised_batch([examples[i] for i in chosen or [0]], pad_id)
-        loss, count = response_loss(engine, *(t.to(device) for t in batch))
+        loss, count = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
         if chosen:
             total, tokens = total + loss.item(), tokens + count
     engine.module.train()
@@ -206,17 +207,17 @@ def main() -> None:
                 step, config.global_batch_size, len(examples), config.seed
             )
             tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
-            loss_sum = 0.0
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             for micro in batches.deal(chosen, lengths, *batches.shares(config)):
                 batch = batches.supervised_batch(
                     [examples[i] for i in micro], tokenizer.pad_token_id
                 )
-                loss, _ = response_loss(engine, *(t.to(device) for t in batch))
+                loss, _ = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
                 engine.backward(loss, normaliser=tokens)
-                loss_sum += loss.item()
+                loss_sum += loss.detach()
             metrics = engine.step()
             bad_steps.note(metrics["skipped"])
-            metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / tokens
+            metrics["loss"] = process_group.sum_over_ranks([loss_sum.item()], device)[0] / tokens
             metrics["seconds"] = time.time() - tick
             metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:

@@ -19,7 +19,7 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed import checkpoint, host_memory, planner, process_group, resuming, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
 from utils.models.cpu_products import PRODUCTS
@@ -68,8 +68,8 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
 def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
     """(N,) scores of all answers of `ranked`, laid end to end."""
     answers = [ids for r in ranked for ids in r.answers]
-    ids = batches.pad(answers, pad_id).to(device)
-    mask = batches.pad([[True] * len(a) for a in answers], False).to(device)
+    ids = host_memory.send(batches.pad(answers, pad_id), device)
+    mask = batches.pad([[True] * len(a) for a in answers], False)
     return scalar_model.sequence_scores(engine, ids, mask)
 
 
@@ -271,14 +271,15 @@ def main() -> None:
         for step in range(done, steps):
             tick = time.time()
             chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
-            loss_sum = 0.0
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             for micro in deal(chosen, train, config):
                 loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
                 engine.backward(loss, normaliser=len(chosen))
-                loss_sum += loss.item()
+                loss_sum += loss.detach()
             metrics = engine.step()
             bad_steps.note(metrics["skipped"])
-            metrics["loss"] = process_group.sum_over_ranks([loss_sum], device)[0] / len(chosen)
+            (loss_sum,) = process_group.sum_over_ranks([loss_sum.item()], device)
+            metrics["loss"] = loss_sum / len(chosen)
             metrics["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
                 metrics |= evaluate(engine, held, config, pad_id, device)

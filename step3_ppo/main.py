@@ -85,7 +85,8 @@ def say_engines(models, config, device, report) -> None:
     from utils.models import rollout_engines
 
     rows = config.decoded_at_once(process_group.world_size())
-    report.say(rollout_engines.settle(models.rollout_engine, config, rows))
+    others = [models.critic] if models.critic is not None else []
+    report.say(rollout_engines.settle(models.rollout_engine, config, rows, others))
     if config.offload_frozen and device.type != "cuda":
         report.say("offload_frozen: the models are in CPU memory anyway")
 

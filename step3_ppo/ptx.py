@@ -7,8 +7,10 @@ The actor's loss is PPO's plus `ptx_coef` × the mean negative log-likelihood a 
 
 from dataclasses import dataclass
 
+import torch
+
 from utils.data import batches, chat_template, instructions, rows
-from utils.distributed import process_group
+from utils.distributed import host_memory, process_group
 from utils.models import language_model
 
 
@@ -73,14 +75,12 @@ def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> floa
     examples.steps += 1
     tokens = sum(sum(examples.rows[i].supervised[1:]) for i in chosen)
     lengths = [len(e.ids) for e in examples.rows]
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for micro in batches.deal(chosen, lengths, *batches.shares(config)):
-        ids, mask, supervised = (
-            t.to(device)
-            for t in batches.supervised_batch([examples.rows[i] for i in micro], pad_id)
-        )
+        ids, mask, supervised = batches.supervised_batch([examples.rows[i] for i in micro], pad_id)
+        ids = host_memory.send(ids, device)
         logprobs, _ = language_model.wanted_logprobs(actor, ids, mask, supervised)
         nll = -logprobs.sum()
         actor.backward(config.ptx_coef * nll, normaliser=tokens)
-        total += nll.item()
-    return process_group.sum_over_ranks([total], device)[0] / tokens
+        total += nll.detach()
+    return process_group.sum_over_ranks([total.item()], device)[0] / tokens

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.data import batches, chat_template
+from utils.distributed import host_memory
 from utils.models import scalar_model
 
 
@@ -41,22 +42,28 @@ class RewardModel:
 
         input_ids, mask (B,T): prompts and responses in the policy's ids; prompts, texts and
         finished (B,): the same as messages, answers and whether each ended with the stop token.
+        The scores are where the mask is; with a mask on the CPU no micro-batch waits for the
+        device of the ids.
         """
+        device = input_ids.device
         if self.tokenizer is not None:
-            device = input_ids.device
             rows = [
                 self.encode(p.messages, text, done)
                 for p, text, done in zip(prompts, texts, finished.tolist(), strict=True)
             ]
-            input_ids = batches.pad(rows, self.tokenizer.pad_token_id).to(device)
-            mask = batches.pad([[True] * len(row) for row in rows], False).to(device)
-        scores = torch.zeros(len(mask), device=mask.device)
-        for rows in batches.in_step(mask.sum(1).tolist(), micro_batch_size, tokens):
-            used = mask[rows].any(0)
-            scores[rows] = scalar_model.sequence_scores(
-                self.model, input_ids[rows][:, used], mask[rows][:, used]
-            )
-        return scores
+            input_ids = batches.pad(rows, self.tokenizer.pad_token_id)
+            flags = batches.pad([[True] * len(row) for row in rows], False)
+        else:
+            input_ids, flags = input_ids.cpu(), mask.cpu()
+        found, order = [], []
+        for rows in batches.in_step(flags.sum(1).tolist(), micro_batch_size, tokens):
+            used = flags[rows].any(0)
+            ids = host_memory.send(input_ids[rows][:, used], device)
+            found.append(scalar_model.sequence_scores(self.model, ids, flags[rows][:, used]))
+            order += rows
+        scores = torch.empty(len(flags))
+        scores[order] = torch.cat(found).float().cpu()
+        return scores.to(mask.device)
 
     def encode(self, messages, text: str, finished: bool) -> list[int]:
         """One conversation in the reward model's own ids, up to its stop token; an answer cut at

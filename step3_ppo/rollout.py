@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from step3_ppo import algorithm, scoring
 from utils.data import batches
-from utils.distributed import process_group
+from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
 from utils.models import generation, language_model
 
@@ -138,13 +138,14 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
     lengths = [len(prompts[i].ids) for i in filled]
     widths = [max(lengths[i : i + world]) for i in range(0, len(filled), world)]
     parts = generation.batches_of(widths, config.max_response_length, config.generation_tokens)
-    prompt_ids, prompt_mask = (
-        t.to(device) for t in batches.prompt_batch([prompts[i].ids for i in mine], pad_id)
-    )
+    prompt_ids, prompt_mask = batches.prompt_batch([prompts[i].ids for i in mine], pad_id)
 
     started = time.time()
     with models.hybrid.generating() as generator:
-        responses, *decoded = sample(models, prompt_ids, prompt_mask, noise[mine], parts, config)
+        asked = prompt_ids.to(device), prompt_mask.to(device)
+        found = sample(models, *asked, noise[mine], parts, config)
+        # From here on all is on the CPU, but for the ids that a model reads and what it answers.
+        responses, *decoded = (None if x is None else x.cpu() for x in found)
         generated = time.time()
         response_mask = generation.mask_through_stop(responses, stop_id)
         input_ids = torch.cat([prompt_ids, responses], 1)
@@ -153,7 +154,7 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
         limits = config.micro_batch_size, config.micro_batch_tokens
         micro = batches.in_step(mask.sum(1).tolist(), *limits)
         score = functools.partial(
-            in_micro_batches, micro, prompt_ids, prompt_mask, responses, response_mask
+            in_micro_batches, micro, device, prompt_ids, prompt_mask, responses, response_mask
         )
         if models.old_logprobs.source != "decode":
             # With the weights that the update starts from; its mode is another, but dropout is 0.
@@ -167,7 +168,8 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
         (values,) = score(response_values, models.critic)
     finished = (responses == stop_id).any(1)
     texts = texts_of(models.tokenizer, responses, response_mask)
-    asked = ([prompts[i] for i in mine], texts, finished, input_ids, mask, *limits)
+    ids = host_memory.send(input_ids, device)
+    asked = ([prompts[i] for i in mine], texts, finished, ids, mask, *limits)
     part = Rollout(
         prompt_ids,
         prompt_mask,
@@ -185,7 +187,7 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
     if models.frozen_offload is not None:
         models.frozen_offload.park()
     own = len(range(rank, len(order), world))  # without the filling
-    part = Rollout(**{f.name: getattr(part, f.name)[:own].cpu() for f in dataclasses.fields(part)})
+    part = Rollout(**{f.name: getattr(part, f.name)[:own] for f in dataclasses.fields(part)})
     dealt = [i for r in range(world) for i in order[r::world]]
     rollout = _gather(process_group.gather_objects(part), dealt)
     if models.reward_function is not None:
@@ -225,24 +227,30 @@ def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config)
 
 
 def in_micro_batches(
-    micro, prompt_ids, prompt_mask, response_ids, response_mask, compute, *args
+    micro, device, prompt_ids, prompt_mask, response_ids, response_mask, compute, *args
 ) -> list[torch.Tensor]:
     """compute(ids (b,p+r), mask, r, *args) → tensors (b,r), for each list of b rows in `micro`
-    without the padding that none of them needs → the same (B,R) for all rows, 0 off the mask."""
-    wholes = None
+    without the padding that none of them needs → the same (B,R) for all rows, 0 off the mask.
+
+    All is on the CPU, but for the ids that compute gets and what it answers: no micro-batch waits
+    for the one before it.
+    """
+    answers, widths = [], []
     for rows in micro:
         masks = prompt_mask[rows], response_mask[rows]
         left, right = int(masks[0].long().argmax(1).min()), int(masks[1].sum(1).max())
-        found = compute(
-            torch.cat([prompt_ids[rows][:, left:], response_ids[rows][:, :right]], 1),
-            torch.cat([masks[0][:, left:], masks[1][:, :right]], 1),
-            right,
-            *args,
-        )
-        if wholes is None:
-            wholes = [part.new_zeros(response_mask.shape) for part in found]
-        for whole, part in zip(wholes, found, strict=True):
-            whole[rows, :right] = part * masks[1][:, :right]
+        ids = torch.cat([prompt_ids[rows][:, left:], response_ids[rows][:, :right]], 1)
+        mask = torch.cat([masks[0][:, left:], masks[1][:, :right]], 1)
+        answers.append(compute(host_memory.send(ids, device), mask, right, *args))
+        widths.append(right)
+    wholes = []
+    for parts in zip(*answers, strict=True):
+        flat = torch.cat([part.flatten() for part in parts]).cpu()
+        whole = flat.new_zeros(response_mask.shape)
+        pieces = flat.split([part.numel() for part in parts])
+        for rows, right, piece in zip(micro, widths, pieces, strict=True):
+            whole[rows, :right] = piece.view(-1, right) * response_mask[rows, :right]
+        wholes.append(whole)
     return wholes
 
 

@@ -7,7 +7,7 @@ import torch
 from step3_ppo import algorithm, ptx
 from step3_ppo.rollout import Experience
 from utils.data import batches
-from utils.distributed import process_group
+from utils.distributed import host_memory, process_group
 from utils.models import language_model
 
 
@@ -48,20 +48,21 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
 def micro_batches(experience: Experience, rows: list[int], config, device):
     """This rank's share of minibatch `rows`, a micro-batch at a time, like lengths together.
 
-    Yields (input_ids (b,P+R), mask (b,P+R), R, the experience of these rows on the device).
+    Yields (input_ids (b,P+R), mask (b,P+R), R, the experience of these rows), all on the device but
+    the mask: what depends on it is reckoned on the CPU, where that waits for nobody.
     """
     lengths = experience.rollout.lengths()
     for micro in batches.deal(rows, lengths, *batches.shares(config)):
         part = experience.rollout.select(micro)
         width = part.response_ids.shape[1]
         yield (
-            torch.cat([part.prompt_ids, part.response_ids], 1).to(device),
-            torch.cat([part.prompt_mask, part.response_mask], 1).to(device),
+            host_memory.send(torch.cat([part.prompt_ids, part.response_ids], 1), device),
+            torch.cat([part.prompt_mask, part.response_mask], 1),
             width,
             Experience(
                 part,
                 *(
-                    getattr(experience, name)[micro][:, :width].to(device)
+                    host_memory.send(getattr(experience, name)[micro][:, :width], device)
                     for name in ("mask", "logprobs", "values", "advantages", "returns")
                 ),
             ),
@@ -72,11 +73,12 @@ def step_actor(models, experience: Experience, rows: list[int], config, device) 
     """Policy update on global rows `rows`; returns metrics as means over their actions."""
     actor = models.actor
     actions = int(experience.mask[rows].sum())  # of all ranks: tokens, or whole answers
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_logprobs = language_model.new_logprobs(actor, ids, mask, length, config.temperature)
         if config.action_level == "sequence":
-            new_logprobs = algorithm.one_action(new_logprobs, mask[:, -length:])
+            answers = host_memory.send(mask[:, -length:], device)
+            new_logprobs = algorithm.one_action(new_logprobs, answers)
         taken = (new_logprobs, part.logprobs, part.advantages, part.mask)
         if config.algorithm == "ppo":
             clips = (config.clip_ratio, config.clip_ratio_high, config.dual_clip)
@@ -84,7 +86,7 @@ def step_actor(models, experience: Experience, rows: list[int], config, device) 
         else:
             loss, stats = algorithm.policy_gradient_loss(*taken)
         actor.backward(loss, normaliser=actions)
-        totals = {k: totals.get(k, 0.0) + float(v) for k, v in stats.items()}
+        _add(totals, stats)
     extra = {}
     if models.ptx is not None:
         pad_id = models.tokenizer.pad_token_id
@@ -96,7 +98,7 @@ def step_critic(engine, experience: Experience, rows: list[int], config, device)
     """Value update on global rows `rows`; returns metrics as means over their actions."""
     actions = int(experience.mask[rows].sum())  # of all ranks
     clip_value = config.clip_value if config.algorithm == "ppo" else math.inf
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_values = engine(ids, mask)[:, -length - 1 : -1][:, : part.mask.shape[1]]
         loss, stats = algorithm.value_loss(
@@ -104,11 +106,17 @@ def step_critic(engine, experience: Experience, rows: list[int], config, device)
         )
         stats["value_gap"] = ((new_values - part.values).abs() * part.mask).sum().detach()
         engine.backward(loss, normaliser=actions)
-        totals = {k: totals.get(k, 0.0) + float(v) for k, v in stats.items()}
+        _add(totals, stats)
     return _finish(engine, totals, actions, device, "critic")
 
 
 def _finish(engine, totals: dict, actions: int, device, who: str) -> dict[str, float]:
-    sums = process_group.sum_over_ranks(totals.values(), device)
+    sums = process_group.sum_over_ranks(torch.stack(list(totals.values())).tolist(), device)
     metrics = {name: total / actions for name, total in zip(totals, sums, strict=True)}
     return metrics | {f"{who}_{name}": value for name, value in engine.step().items()}
+
+
+def _add(totals: dict[str, torch.Tensor], stats: dict[str, torch.Tensor]) -> None:
+    """Sums over micro-batches, in fp64 on the device: to read one would be to wait for it."""
+    for name, value in stats.items():
+        totals[name] = totals.get(name, 0.0) + value.double()

@@ -13,7 +13,7 @@ from families import FAMILIES
 from benchmarks import zero_gathers
 from step3_ppo.config import PPOConfig
 from utils.data import chat_template
-from utils.distributed import hybrid_engine, injected_kernels, process_group, zero
+from utils.distributed import host_memory, hybrid_engine, injected_kernels, process_group, zero
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.models import generation, language_model, rollout_engines
 
@@ -148,22 +148,33 @@ def modes(folder):
 
 
 def choice_of_gather(folder):
-    """By the free memory, and the numbers are said."""
-    engine = zero_gathers.engine_of(big_llama())
-    hybrid, free = HybridEngine(engine), hybrid_engine._free_bytes
+    """By the memory that AdamW's moments leave free, and the numbers are said."""
+    engine, critic = zero_gathers.engine_of(big_llama()), zero_gathers.engine_of(big_llama(), 0)
+    hybrid, free = HybridEngine(engine), host_memory.free_bytes
     weights = 4 * sum(p.ds_numel for p in engine.module.parameters())
     cache = 2 * 1 * 64 * 4 * 3 * 40  # keys and values, layers, hidden, bytes, rows, tokens
-    # One rank with too little memory decides for all.
-    for spare, copies in ((10, True), (-10, False)):
-        hybrid_engine._free_bytes = lambda device, n=spare: (weights + cache) / 0.9 + n
-        said = hybrid.choose_gather("auto", rows=3, length=40)
-        assert hybrid._copies is copies and (hybrid.all_finished is bool) is copies, said
-        assert ("do not fit" in said) is not copies and "GiB" in said, said
+    needed = (weights + cache) / 0.9
+
+    def chosen(spare, *trained) -> bool:
+        host_memory.free_bytes = lambda: round(needed) + spare
+        said = hybrid.choose_gather("auto", rows=3, length=40, trained=trained)
+        assert (hybrid.all_finished is bool) is hybrid._copies, said
+        assert ("do not fit" in said) is not hybrid._copies and "GiB" in said, said
+        return hybrid._copies
+
+    for trained, moments in (((), 2 * weights), ((critic,), 4 * weights)):
+        assert chosen(moments + 10, *trained) and not chosen(moments - 10, *trained)
+    for one in (engine, critic):
+        one.backward(one(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.sum(), normaliser=1)
+        one.step()
+    # They are there now, and what is free is without them.
+    assert chosen(10, critic) and not chosen(-10, critic)
+    host_memory.free_bytes = free
     for asked in ("rollout", "layer"):
         assert "as asked" in hybrid.choose_gather(asked, 3, 40)
         assert hybrid._copies is (asked == "rollout")
-    hybrid_engine._free_bytes = free
-    found = set(process_group.gather_objects(free(torch.device("cpu"))))
+    real = hybrid_engine._free_bytes
+    found = set(process_group.gather_objects(real(torch.device("cpu"), 2**10)))
     assert len(found) == 1 and found.pop() > 2**20
     print("held: choice of gather")
 

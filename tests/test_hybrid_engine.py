@@ -15,7 +15,10 @@ WORKER = "tests/hybrid_engine_checks.py"
 def test_one_rank(tiny):
     """Modes, memory, families, who is chosen."""
     checks = ["modes", "choice_of_gather", "families", "choice_of_engine", "parity_sees_faults"]
-    output = run_ranks([(WORKER, [tiny / "base_model", *checks])], 1)
+    settings = ("tests/engine_settings_checks.py", ["no_waiting", "overlapped", "moments"])
+    output = run_ranks([(WORKER, [tiny / "base_model", *checks]), settings], 1)
+    for held in ("no waiting", "overlapped", "moments", "choice of gather"):
+        assert f"held: {held}" in output, output
     assert output.count("family held") == 2 * (1 + len(FAMILIES)), output
     assert output.count("choice held") == 2 and "held: DeepSpeedHybridEngine" in output, output
 
@@ -49,6 +52,23 @@ def test_why_deepspeeds_layers_cannot_generate(family, stage, reason):
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     assert any(reason in found for found in injected_kernels.problems(model, stage))
     assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_without_a_cuda_toolkit_there_is_a_reason_and_no_crash(monkeypatch):
+    """The real builder on a pretended GPU: torch finds the device, and no nvcc is there."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import transformer_inference
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    builder = transformer_inference.InferenceBuilder
+    with pytest.raises(injected_kernels.MissingCUDAException):
+        builder().is_compatible()
+    monkeypatch.setattr(type(get_accelerator()), "get_op_builder", lambda self, name: builder)
+    found = injected_kernels.problems(model_of("Llama"), 0)
+    assert any("cannot be compiled here (CUDA_HOME does not exist" in x for x in found), found
+    assert any("wrong rows" in x for x in found), "the other reasons are still looked for"
 
 
 def test_a_reason_goes_with_its_cause():

@@ -1,10 +1,14 @@
 """Rows end to end against the same rows padded: log-probabilities, values and their gradients."""
 
+import inspect
+import itertools
+
 import pytest
 import torch
 import transformers
 from families import FAMILIES
 from test_generation import VOCAB, tiny
+from torch.nn.attention import varlen
 
 from step1_sft.config import SFTConfig
 from utils.models import language_model, packing, scalar_model
@@ -158,6 +162,95 @@ def test_what_cannot_be_packed_is_refused_or_left():
     eager, _ = twins("Llama")
     eager.set_attn_implementation("eager")
     assert "eager" in packing.obstacle(eager, "cpu", "fp32")
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_varlen_kernel_is_called_as_its_signature_says(monkeypatch, window):
+    """With the kernel's own function in between, and each row's attention in the kernel's place."""
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def kernel(*args, **kwargs):
+        asked = signature.bind(*args, **kwargs).arguments
+        assert set(kwargs) == set(packing.SETTINGS)
+        assert asked["cu_seq_q"] is asked["cu_seq_k"] and asked["max_q"] == asked["max_k"] == 12
+        q, k, v = (asked[name].as_subclass(torch.Tensor) for name in ("query", "key", "value"))
+        assert asked["enable_gqa"] and q.shape[1] == 2 * k.shape[1]
+        left, right = asked["window_size"]
+        assert right == 0
+        found = []
+        for start, end in itertools.pairwise(asked["cu_seq_q"].tolist()):
+            for t in range(start, end):
+                first = max(start, t - left) if left >= 0 else start
+                keys, values = (x[first : t + 1].repeat_interleave(2, 1) for x in (k, v))
+                scores = torch.einsum("hd,thd->ht", q[t], keys) * asked["scale"]
+                found.append(torch.einsum("ht,thd->hd", scores.softmax(-1), values))
+        return torch.stack(found)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    lengths, generator = [7, 1, 12], torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, heads, 20, 8, generator=generator) for heads in (4, 2, 2)]
+    ends = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    settings = dict(scaling=0.3, sliding_window=window, row_lengths=lengths)
+    settings |= dict(cu_seq_lens_q=ends, max_length_q=12)
+    on_cpu, _ = packing.attention(None, *tensors, None, **settings)
+    on_gpu, _ = packing.attention(None, *(x.as_subclass(OnGPU) for x in tensors), None, **settings)
+    torch.testing.assert_close(on_gpu.as_subclass(torch.Tensor), on_cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lacks, reason",
+    [
+        ("scale", "unexpected keyword argument 'scale'"),
+        ("window_size", "unexpected keyword argument 'window_size'"),
+        ("enable_gqa", "unexpected keyword argument 'enable_gqa'"),
+        ("max_k", "too many positional arguments"),
+        ("", ""),
+    ],
+)
+def test_a_varlen_attention_of_another_torch_is_not_called(monkeypatch, lacks, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    signature = inspect.signature(varlen.varlen_attn)
+    left = [p for name, p in signature.parameters.items() if name != lacks]
+
+    def other(*args, **kwargs):
+        raise AssertionError("only its signature is read")
+
+    other.__signature__ = signature.replace(parameters=left)
+    monkeypatch.setattr(varlen, "varlen_attn", other)
+    found = packing.obstacle(twins("Llama")[0], "cuda", "bf16")
+    assert reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    "capability, sizes, dtype, reason",
+    [
+        ((7, 5), {}, "fp16", "needs compute capability 8.0, this GPU has 7.5"),
+        ((8, 0), {}, "fp32", "bf16 and fp16 only"),
+        ((8, 0), {"head_dim": 12}, "bf16", "have 12 for keys and 12 for values"),
+        ((9, 0), {"head_dim": 264}, "bf16", "have 264 for keys"),
+        ((9, 0), {"qk_head_dim": 192, "v_head_dim": 128}, "bf16", "192 for keys and 128 for"),
+        ((9, 0), {"head_dim": None, "hidden_size": 40}, "bf16", "have 10 for keys"),
+        ((9, 0), {"head_dim": 256}, "bf16", ""),
+        ((12, 0), {"head_dim": None, "hidden_size": 32}, "fp16", ""),
+    ],
+)
+def test_what_the_varlen_kernel_cannot_do_is_known_before(
+    monkeypatch, capability, sizes, dtype, reason
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    model, _ = twins("Llama")
+    assert model.config.num_attention_heads == 4
+    for name, value in sizes.items():
+        setattr(model.config, name, value)
+    found = packing.obstacle(model, "cuda", dtype)
+    assert reason in found and bool(found) == bool(reason)
+    assert packing.obstacle(model, "cpu", dtype) == ""
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ def test_chunks_give_the_numbers_and_gradients_of_whole_logits(
     head.weight = nn.Parameter(weight.detach())
     if biased:
         head.bias = nn.Parameter(bias.detach())
-    everywhere = torch.ones(1, TOKENS, dtype=torch.bool)
+    everywhere = torch.arange(TOKENS)
     asked = vocabulary_head.Question(everywhere, targets, temperature, with_entropies=True)
     with head.asked(asked):
         actual = head(hidden[None])
@@ -72,8 +72,8 @@ def test_chunks_give_the_numbers_and_gradients_of_whole_logits(
 def test_no_token_wanted_is_no_gradient():
     head = vocabulary_head.VocabularyHead(WIDTH, VOCABULARY)
     hidden = torch.randn(2, 3, WIDTH, requires_grad=True)
-    nowhere, none = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
-    with head.asked(vocabulary_head.Question(nowhere, none)):
+    none = torch.zeros(0, dtype=torch.int64)
+    with head.asked(vocabulary_head.Question(none, none)):
         answer = head(hidden)
     answer.sum().backward()
     assert answer.shape == (0,) and not hidden.grad.any() and not head.weight.grad.any()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import host_memory, process_group, zero
+from utils.distributed import engine_state, host_memory, process_group, zero
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -47,12 +47,13 @@ class HybridEngine:
         in_step = sharded and gather == "layer"
         self.all_finished = _finished_on_all_ranks if in_step else bool
 
-    def choose_gather(self, asked: str, rows: int, length: int) -> str:
+    def choose_gather(self, asked: str, rows: int, length: int, trained=()) -> str:
         """Follow --rollout_gather from now on; returns what was chosen, and why.
 
-        auto: "rollout", where weights and cache fit what is free now on every rank, so ask once
-        all else is loaded. rows, length: the sequences of one rank decoded at once and their
-        tokens at most, prompt included. Every rank must call it.
+        auto: "rollout", where weights and cache fit what is free now on every rank and stays so
+        once AdamW has its moments, so ask once all else is loaded. rows, length: the sequences of
+        one rank decoded at once and their tokens at most, prompt included. trained: the other
+        `zero.TrainEngine`s of the run. Every rank must call it.
         """
         module, stage = self.train_engine.module, self.train_engine.zero_stage
         if stage < 3:
@@ -65,14 +66,18 @@ class HybridEngine:
         each = parameters[0].ds_tensor.element_size()
         weights = sum(p.ds_numel * p.ds_tensor.element_size() for p in parameters)
         cache = cache_bytes(module.config, rows, length, each)
-        free = _free_bytes(parameters[0].device)
+        device = parameters[0].device
+        engines = (self.train_engine, *trained)
+        moments = sum(engine_state.moments_to_come(one, device) for one in engines)
+        free = _free_bytes(device, moments)
         fits = weights + cache <= SHARE_OF_FREE * free
         gather = "rollout" if fits else "layer"
         self._set_gather(gather)
         weights, cache, free = (f"{n / 2**30:.3g} GiB" for n in (weights, cache, free))
         return (
             f"ZeRO-3 weights {how[gather]}: {weights} of them and a cache of {cache} "
-            f"{'fit' if fits else 'do not fit'} into {SHARE_OF_FREE:.0%} of the {free} free"
+            f"{'fit' if fits else 'do not fit'} into {SHARE_OF_FREE:.0%} of the {free} that "
+            "AdamW's moments leave free"
         )
 
     @contextlib.contextmanager
@@ -189,15 +194,14 @@ def cache_bytes(config, rows: int, length: int, bytes_each: int) -> int:
     return 2 * config.num_hidden_layers * kv_heads * head_dim * rows * length * bytes_each
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory a rank may still take: the least of all ranks."""
+def _free_bytes(device: torch.device, promised: int) -> int:
+    """Memory that every rank may still take, beside so many bytes that this one needs later."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         free = host_memory.free_bytes()
-    found = process_group.gather_objects((socket.gethostname(), free))
-    if device.type == "cuda":
-        return min(free for _, free in found)
-    hosts = [host for host, _ in found]
-    return min(free // hosts.count(host) for host, free in found)
+    found = process_group.gather_objects((socket.gethostname(), free, promised))
+    hosts = [host for host, *_ in found]
+    sharers = {host: 1 if device.type == "cuda" else hosts.count(host) for host in hosts}
+    return min(free // sharers[host] - promised for host, free, promised in found)

@@ -8,10 +8,20 @@ known first. Each answer is read off the installed DeepSpeed and transformers.
 import inspect
 
 import torch
+from deepspeed.ops.op_builder.builder import MissingCUDAException
 from torch import nn
 
-# What DeepSpeed raises where a container or an op is not made for the model at hand.
-ERRORS = (RuntimeError, ValueError, AttributeError, TypeError, KeyError, AssertionError)
+# What DeepSpeed raises where a container or an op is not made for the model at hand, or cannot be
+# compiled: MissingCUDAException is a plain Exception.
+ERRORS = (
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    KeyError,
+    AssertionError,
+    MissingCUDAException,
+)
 
 
 def policies() -> dict[type, type]:
@@ -42,8 +52,12 @@ def problems(module: nn.Module, zero_stage: int) -> list[str]:
     builder = accelerator.get_op_builder("InferenceBuilder")
     if builder is None or builder.__name__ == "NotImplementedBuilder":
         found.append(f"its inference op is not implemented on {accelerator.device_name()}")
-    elif not builder().is_compatible():
-        found.append("its inference op cannot be compiled here")
+    else:
+        try:
+            if not builder().is_compatible():
+                found.append("its inference op cannot be compiled here")
+        except ERRORS as error:  # no CUDA toolkit, or an nvcc that says what nobody expects
+            found.append(f"its inference op cannot be compiled here ({error})")
     try:
         container = _container(module, layer, known[type(layer)])
     except ERRORS as error:

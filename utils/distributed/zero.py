@@ -46,9 +46,10 @@ def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
         zero_stage = 1
     zero = {
         "stage": zero_stage,
-        # Gradients leave in buckets while the backward pass goes on; ZeRO-2 alone may do so with
-        # caller-owned accumulation, and gloo gains nothing from it.
-        "overlap_comm": zero_stage == 2 and torch.cuda.is_available(),
+        # Gradients leave in buckets, and ZeRO-3's weights come, while the passes go on. ZeRO-1 may
+        # not with caller-owned accumulation (DeepSpeed asserts it); ZeRO-2 and 3 reduce after each
+        # backward pass, and wait for it at its end. gloo gains nothing from it.
+        "overlap_comm": zero_stage >= 2 and torch.cuda.is_available(),
         "contiguous_gradients": True,
         "reduce_bucket_size": int(5e7),
         "allgather_bucket_size": int(2e8),
@@ -76,6 +77,9 @@ def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
         # torch's fused AdamW steps on GPU and CPU without compiling anything.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
+        # On by default, it waits for the device at every forward pass of the module, each token's
+        # included, and a graph cannot be captured around it.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == "bf16":
         # Without the check a gradient of NaN would be stepped on (ZeRO-1 and 2).

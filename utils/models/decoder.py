@@ -11,12 +11,12 @@ import warnings
 import torch
 from torch import nn
 
-from utils.models import language_model, packing, token_attention
+from utils.models import graphs, language_model, packing, token_attention
 from utils.models.kv_cache import KVCache
 
 MODES = ("auto", "eager", "static", "graph")
 LEAVE_TOGETHER = 4  # stopped rows that leave at once: moving the others costs, and so do they
-STATIC_MULTIPLE = 64  # tokens; a length rounded up to it finds its graph again
+STATIC_MULTIPLE = 128  # tokens; a length rounded up to it finds its graph again
 # Attention that takes a mask over all of a fixed length, the unfilled end included.
 STATIC_ATTENTION = ("sdpa", "eager", packing.NAME, token_attention.NAME)
 
@@ -33,8 +33,7 @@ class Decoder:
         self.mode = mode
         self.cache: KVCache | None = None
         self.model: nn.Module | None = None
-        self._graphs: dict[tuple, tuple] = {}
-        self._addresses: tuple = ()
+        self._graphs = graphs.Graphs()
 
     def begin(
         self, model, prompt_ids, prompt_mask, new_tokens: int, in_step: bool = False
@@ -69,7 +68,9 @@ class Decoder:
         if self.static:
             position.fill_(width)
         if self.captures:
-            self._forget_graphs_of_other_memory()
+            addresses = [p.data_ptr() for p in model.parameters()]
+            addresses += [x.keys.data_ptr() for x in self.cache.layers]
+            self._graphs.forget_others(tuple(addresses))
         return logits
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -91,10 +92,8 @@ class Decoder:
         """
         rows = len(finished)
         live = rows - int(finished.sum())
-        if self.static:  # few shapes, so that there are few graphs
-            size = rows
-            while size > 1 and size // 2 >= live:
-                size //= 2
+        if self.static:  # powers of two, whatever it began with: few shapes, few graphs
+            size = min(rows, 1 << max(live - 1, 0).bit_length())
         else:
             size = max(live, 1) if rows - live >= LEAVE_TOGETHER else rows
         if size == rows:
@@ -111,7 +110,6 @@ class Decoder:
     def release(self) -> None:
         """Give the memory back; the next batch allocates anew."""
         self._graphs.clear()
-        self._addresses = ()
         self.cache = self.model = None
 
     def _is_static(self, device, in_step: bool) -> bool:
@@ -143,49 +141,18 @@ class Decoder:
             **extra,
         ).logits[:, -1]
 
-    def _forget_graphs_of_other_memory(self) -> None:
-        """A graph reads and writes the addresses it was captured with: weights and cache."""
-        now = tuple(p.data_ptr() for p in self.model.parameters())
-        now += tuple(x.keys.data_ptr() for x in self.cache.layers)
-        if now != self._addresses:
-            self._graphs.clear()
-            self._addresses = now
-
-    def _replay(self, ids, positions, mask) -> torch.Tensor:
-        inputs = (ids, positions, mask)
-        key = tuple(mask.shape)
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._capture(inputs)
-            except RuntimeError as error:
-                if self.mode == "graph":
-                    raise
-                warnings.warn(
-                    f"decode=auto goes on without CUDA graphs, which this model refused: {error}",
-                    stacklevel=2,
-                )
-                self.mode, self.captures = "eager", False
-                return self._forward(*inputs)
-        graph, buffers, logits = self._graphs[key]
-        for buffer, value in zip(buffers, inputs, strict=True):
-            buffer.copy_(value)
-        graph.replay()
-        return logits
-
-    def _capture(self, inputs) -> tuple:
-        """(graph, its input buffers, its logits). The passes that warm up write what the graph
-        will write again."""
-        buffers = tuple(x.clone() for x in inputs)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self._forward(*buffers)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._forward(*buffers)
-        return graph, buffers, logits
+    def _replay(self, *inputs) -> torch.Tensor:
+        try:
+            return self._graphs.run(self._forward, inputs)
+        except graphs.NotCapturable as error:
+            if self.mode == "graph":
+                raise
+            warnings.warn(
+                f"decode=auto goes on without CUDA graphs, which this model refused: {error}",
+                stacklevel=2,
+            )
+            self.mode, self.captures = "eager", False
+            return self._forward(*inputs)
 
 
 def _distinct(ids: torch.Tensor, mask: torch.Tensor) -> tuple:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.distributed import zero
+from utils.distributed import host_memory, zero
 from utils.model_files import refused
 from utils.models import loading, onednn_linear, packing, vocabulary_head
 from utils.models.cpu_products import PRODUCTS
@@ -131,6 +131,7 @@ def forward_inputs(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor
     Positions follow the mask: most models would otherwise count the left padding, and the same
     text would score differently in another batch. (Bloom and OPT derive them from the mask.)
     """
+    mask = host_memory.send(mask, input_ids.device)
     inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
     if accepts(type(model), "position_ids"):
         inputs["position_ids"] = positions(mask)
@@ -171,16 +172,19 @@ def wanted_logprobs(
 
     `forward` is the model or the DeepSpeed engine around it; token t is predicted from t−1, so a
     row's first token never counts. No other position passes the vocabulary head, and its logits
-    exist a chunk at a time, see vocabulary_head.
+    exist a chunk at a time, see vocabulary_head. With mask and wanted on the CPU, nothing waits for
+    the device of `input_ids`.
     """
-    model = getattr(forward, "module", forward)
-    wanted = wanted & follows_another(mask)
+    model, device = getattr(forward, "module", forward), input_ids.device
+    mask = mask.cpu()
+    wanted = wanted.cpu() & follows_another(mask)
     sources = F.pad(wanted[:, 1:], (0, 1))
     if packing.is_on(model):
-        inputs, sources = packing.inputs(input_ids, mask), sources[mask][None]
+        inputs, sources = packing.inputs(input_ids, mask), sources[mask]
     else:
         inputs = forward_inputs(model, input_ids, mask)
-    targets = input_ids[wanted]
+    sources = packing.places(sources, device)
+    targets = input_ids.flatten().index_select(0, packing.places(wanted, device))
     head = vocabulary_head.of(model)
     if head is not None and not head.changes_logits:
         asked = vocabulary_head.Question(sources, targets, temperature, with_entropies)
@@ -190,7 +194,8 @@ def wanted_logprobs(
             return answer, asked.entropies
         # A family that scales or caps its logits after the head has now done so to the answer.
         head.changes_logits = True
-    logits = forward(**inputs, use_cache=False).logits[sources].float() / temperature
+    logits = forward(**inputs, use_cache=False).logits.flatten(0, 1)
+    logits = logits.index_select(0, sources).float() / temperature
     entropies = None
     if with_entropies:
         with torch.no_grad():
@@ -215,7 +220,7 @@ def new_logprobs(forward, input_ids, mask, response_length: int, temperature: fl
     """(B,P+R) ids and mask → (B,R) fp32 log-probabilities with gradient, 0 off the mask."""
     wanted = response_part(mask, response_length)
     found, _ = wanted_logprobs(forward, input_ids, mask, wanted, temperature=temperature)
-    return _spread(found, wanted[:, -response_length:])
+    return packing.spread(found, wanted[:, -response_length:])
 
 
 @torch.no_grad()
@@ -229,10 +234,5 @@ def response_logprobs(forward, input_ids, mask, response_length, *, temperature,
             forward, ids, m, wanted, temperature=temperature, with_entropies=True
         )
         for parts, values in zip((logprobs, entropies), found, strict=True):
-            parts.append(_spread(values, wanted[:, -response_length:]))
+            parts.append(packing.spread(values, wanted[:, -response_length:]))
     return torch.cat(logprobs), torch.cat(entropies)
-
-
-def _spread(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """(N,) values → (B,R), each at its place, 0 elsewhere."""
-    return values.new_zeros(where.shape).masked_scatter(where, values)

@@ -12,11 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils.distributed import host_memory
+
 NAME = "packed_rows"
 # On a CPU torch's fused attention is slow in bf16: plain matrix products take half its time
 # forward and backward. They keep the scores, so only rows with up to so many of them (heads ×
 # tokens²; 8 MB) go that way.
 SCORES = 2**22
+# What we set of varlen_attn, beside queries, keys, values and, for each side, the rows' boundaries
+# and the longest row.
+SETTINGS = ("scale", "window_size", "enable_gqa")
 
 
 def attention(
@@ -132,35 +137,64 @@ def obstacle(model: nn.Module, device: str, dtype: str) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - known
     if kinds or getattr(config, "attention_chunk_size", None):
         return f"{kind} has layers of another kind: {', '.join(sorted(kinds)) or 'chunked'}"
-    if device == "cuda":
-        try:
-            from torch.nn.attention.varlen import varlen_attn
-        except ImportError:
-            return f"torch {torch.__version__} has no varlen attention"
-        if "window_size" not in inspect.signature(varlen_attn).parameters:
-            return f"the varlen attention of torch {torch.__version__} has no window"
-        if dtype == "fp32":
-            return "the varlen kernel computes in bf16 and fp16 only"
+    return _kernel_obstacle(config, dtype) if device == "cuda" else ""
+
+
+def _kernel_obstacle(config, dtype: str) -> str:
+    """Why the varlen kernel does not take a text model's heads on this GPU; empty where it does."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no varlen attention"
+    try:
+        inspect.signature(varlen_attn).bind(*range(7), **dict.fromkeys(SETTINGS))
+    except TypeError as error:
+        return f"the varlen attention of torch {torch.__version__} is another one: {error}"
+    if dtype == "fp32":
+        return "the varlen kernel computes in bf16 and fp16 only"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return "the varlen kernel needs compute capability 8.0, this GPU has {}.{}".format(
+            *capability
+        )
+    # Some families have heads of another size for values, or for keys than head_dim says.
+    size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    size = size or config.hidden_size // config.num_attention_heads
+    values = getattr(config, "v_head_dim", None) or size
+    if size != values or size % 8 or size > 256:
+        return (
+            "the varlen kernel takes heads of one size, a multiple of 8 up to 256, and these have "
+            f"{size} for keys and {values} for values"
+        )
     return ""
 
 
 def inputs(input_ids: torch.Tensor, mask: torch.Tensor) -> dict:
-    """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N)."""
-    lengths = mask.sum(1)
-    ends = F.pad(lengths.cumsum(0), (1, 0))
-    starts = ends[:-1].repeat_interleave(lengths)
-    rows = lengths.tolist()
+    """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N).
+
+    With a mask on the CPU, nothing waits for the device of `input_ids`.
+    """
+    device, mask = input_ids.device, mask.cpu()
+    rows = mask.sum(1).tolist()
+    ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
     return {
-        "input_ids": input_ids[mask][None],
-        "position_ids": (torch.arange(len(starts), device=mask.device) - starts)[None],
+        "input_ids": input_ids.flatten().index_select(0, places(mask, device))[None],
+        "position_ids": host_memory.send(torch.cat([torch.arange(n) for n in rows])[None], device),
         # A mask of four dimensions is one that transformers leaves alone; nothing reads it.
-        "attention_mask": torch.empty(1, 1, 1, 1, device=mask.device),
-        "cu_seq_lens_q": ends.int(),
+        "attention_mask": torch.empty(1, 1, 1, 1, device=device),
+        "cu_seq_lens_q": host_memory.send(ends.int(), device),
         "max_length_q": max(rows),
         "row_lengths": rows,
     }
 
 
-def unpacked(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(1,N) numbers of rows end to end → (B,T), 0 at the pads."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+def places(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Where a bool mask is True: its flat positions, (N,) int64 on `device`. With a mask on the
+    CPU, nothing waits for the device, as indexing by a mask there would (how many are True?)."""
+    return host_memory.send(mask.cpu().flatten().nonzero().squeeze(1), device)
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """N numbers → the shape of `mask`, each in the place of a True, 0 elsewhere."""
+    whole = values.new_zeros(mask.numel())
+    return whole.index_copy(0, places(mask, values.device), values.flatten()).view(mask.shape)

@@ -191,16 +191,17 @@ def build(config, load: Callable, train: Callable, tokenizer, dtype: str):
     return actor, fastest
 
 
-def settle(engine, config, rows: int) -> str:
+def settle(engine, config, rows: int, trained=()) -> str:
     """Choose how weights are gathered, once every model is loaded; what to say of the choice.
 
-    rows: the sequences that one rank decodes at once.
+    rows: the sequences that one rank decodes at once. trained: `zero.TrainEngine`s beside the
+    actor's.
     """
     asked = config.rollout_gather
     if config.hybrid_engine == "off" or engine.name == "deepspeed":
         asked = "layer"
     length = config.max_prompt_length + config.max_response_length
-    how = engine.hybrid.choose_gather(asked, rows, length)
+    how = engine.hybrid.choose_gather(asked, rows, length, trained)
     return f"rollouts: {engine.name} engine; " + "; ".join([how, *engine.reasons])
 
 

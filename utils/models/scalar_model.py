@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 
+from utils.distributed import host_memory
 from utils.models import language_model, packing
 
 
@@ -25,7 +26,10 @@ class Fp32Head(nn.Linear):
 
 
 class ScalarModel(nn.Module):
-    """`forward(ids (B,T), mask (B,T) bool) → (B,T)` fp32: value of each prefix, bias taken off."""
+    """`forward(ids (B,T), mask (B,T) bool) → (B,T)` fp32: value of each prefix, bias taken off.
+
+    The mask may be on the CPU, and then nothing waits for the device of the ids.
+    """
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -46,7 +50,7 @@ class ScalarModel(nn.Module):
             inputs = language_model.forward_inputs(backbone, input_ids, mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         values = self.classifier.score(hidden).squeeze(-1) - self.bias
-        return packing.unpacked(values, mask) if packed else values
+        return packing.spread(values, mask) if packed else values
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
@@ -100,4 +104,5 @@ def last_positions(mask: torch.Tensor) -> torch.Tensor:
 def sequence_scores(forward, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(B,T) ids and mask → (B,) fp32 score at each row's last real token."""
     values = forward(input_ids, mask)
-    return values.gather(1, last_positions(mask)[:, None]).squeeze(1)
+    last = host_memory.send(last_positions(mask), values.device)
+    return values.gather(1, last[:, None]).squeeze(1)

@@ -118,7 +118,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 class Question:
     """Which log-probabilities one forward pass shall give.
 
-    sources: (B,T) bool, the positions that predict. targets: (N,) int64, the token after each.
+    sources: (N,) int64, the positions of B × T that predict. targets: (N,) int64, the token after
+    each.
     """
 
     sources: torch.Tensor
@@ -151,7 +152,7 @@ class VocabularyHead(nn.Linear):
         if asked is None:
             return F.linear(hidden, self.weight, self.bias)
         logprobs, asked.entropies = _LogProbs.apply(
-            hidden[asked.sources],
+            hidden.flatten(0, 1).index_select(0, asked.sources),
             self.weight,
             self.bias,
             asked.targets,
