@@ -10,6 +10,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/utils/environment.sh"
 set_up_environment
+set_up_accelerator
 
 launch_flags() {
     if [ -n "${LAUNCH:-}" ]; then
@@ -79,9 +80,6 @@ launch() {
             fi
         done
     fi
-    # Without a GPU DeepSpeed would warn in every process that it takes the CPU.
-    [ -n "${DS_ACCELERATOR:-}" ] || "$PYTHON" -c 'import torch; exit(not torch.cuda.is_available())' ||
-        export DS_ACCELERATOR=cpu
     exec 9> >(exec tee -ia "$folder/log.txt")
     tee=$!
     # In the background, as bash hears no signal while it runs something in the foreground.
