@@ -206,7 +206,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from utils.distributed import injected_kernels
 sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).to(sys.argv[1])
-print("toolkit:", cpp_extension.CUDA_HOME)
+print("toolkit:", cpp_extension._find_cuda_home())  # CUDA_HOME, in a torch for CUDA
 print("why not:", injected_kernels.problems(model, 0))
 """
 
@@ -221,7 +221,7 @@ def test_deepspeeds_layers_are_refused_with_a_reason(device, hidden, tmp_path):
     command = [sys.executable, "-c", PROBE, device]
     if hidden:
         command = ["bash", ROOT / "tests/without_toolkit.sh", *command]
-        (tmp_path / "nvcc").touch()  # one more than this machine has
+        (tmp_path / "nvcc").touch(0o755)  # one more than this machine has
         environment["PATH"] += f":{tmp_path}"
         environment["CUDA_HOME"] = str(tmp_path)
     done = subprocess.run(
@@ -257,9 +257,11 @@ RANKS = next(n for n in (4, 2, 1) if n <= max(1, torch.cuda.device_count()))
 )
 def test_three_steps_take_one_path(tiny, chain, tmp_path, device, dtype):
     graphs, jobs = "graph" if device == "cuda" else "static", []
+    # What the others do on a CPU is in test_steps.py.
+    stages = STAGES if device == "cuda" else {name: STAGES[name] for name in ("zero0", "zero3")}
     # By name, so that what cannot be ends the run: the varlen kernel knows no fp32.
     shared = ["--dtype", dtype, "--packing", "on" if dtype == "bf16" else "off"]
-    for name, (flags, own) in STAGES.items():
+    for name, (flags, own) in stages.items():
         flags, out = [*shared, "--micro_batch_size", 2, *flags], tmp_path / name
         own = [graphs if word == "G" else word for word in own]
         jobs += [
@@ -274,8 +276,8 @@ def test_three_steps_take_one_path(tiny, chain, tmp_path, device, dtype):
     close = dict(rel=1e-3) if dtype == "fp32" else dict(rel=3e-2, abs=3e-2)
     for step in ("sft", "reward"):
         expected = metrics_of(tmp_path / "zero0" / step, "loss")
-        for name in STAGES:
+        for name in stages:
             assert metrics_of(tmp_path / name / step, "loss") == pytest.approx(expected, **close)
-    for name in STAGES:
+    for name in stages:
         assert (tmp_path / name / "ppo/actor_ema/model.safetensors").exists()
         assert abs(metrics_of(tmp_path / name / "ppo", "kl")[0]) < 0.05

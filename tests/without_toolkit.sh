@@ -6,18 +6,16 @@
 # torch looks at CUDA_HOME and CUDA_PATH, for nvcc on the PATH, then for /usr/local/cuda.
 set -euo pipefail
 unset CUDA_HOME CUDA_PATH
-without=""
-IFS=: read -ra folders <<<"$PATH"
-for folder in "${folders[@]}"; do
-    [ -e "$folder/nvcc" ] || without+="${without:+:}$folder"
-done
 hidden=$(mktemp -d)
 trap 'rm -rf "$hidden"' EXIT
-# Python reads this file when it starts, if it is on its path.
+# Python reads this file when it starts, if it is on its path. (nvcc's folder may be Python's own,
+# which must stay on the PATH.)
 cat >"$hidden/sitecustomize.py" <<'PY'
 import os
+import shutil
 
-_exists = os.path.exists
+_exists, _which = os.path.exists, shutil.which
 os.path.exists = lambda path: path != "/usr/local/cuda" and _exists(path)
+shutil.which = lambda name, *args, **more: None if name == "nvcc" else _which(name, *args, **more)
 PY
-PATH="$without" PYTHONPATH="$hidden${PYTHONPATH:+:$PYTHONPATH}" "$@"
+PYTHONPATH="$hidden${PYTHONPATH:+:$PYTHONPATH}" "$@"
