@@ -57,7 +57,7 @@ if [ $walk = 1 ] && [ ! -e benchmarks/.venv_trl/installed.txt ]; then
 elif PIP_RETRIES=1 PIP_DEFAULT_TIMEOUT=15 timeout 600 "$PYTHON" -m benchmarks.trl_environment; then
     trl=(trl-bf16)
 else
-    left_out "TRL: $(grep '^trl==' benchmarks/requirements_trl.txt | cut -d' ' -f1) is not there and could not be installed; PPO and SFT stand alone"
+    left_out "TRL: $(grep '^trl==' benchmarks/requirements_trl.txt | cut -d' ' -f1) is not there and could not be installed; ours stands alone"
 fi
 peers=(generate)
 if [ $walk = 1 ] || command -v "${CC:-cc}" >/dev/null; then
@@ -72,11 +72,13 @@ for shape in "${shapes[@]}"; do
     # Ours and TRL's models do not fit one GPU beside one another from 1.5B on, so each goes alone.
     part 240 benchmarks/ppo_throughput.py --work W --systems ours-bf16 "${here[@]}"
     part 150 benchmarks/sft_throughput.py --systems ours-bf16 "${here[@]}"
+    part 150 benchmarks/reward_throughput.py --systems ours-bf16 "${here[@]}"
     [ ${#trl[@]} -eq 0 ] || {
         here[7]="$OUTPUT/$shape/trl"
         mkdir -p "${here[7]}" && ln -sfn ../models "${here[7]}/models"
         part 300 benchmarks/ppo_throughput.py --work W --systems "${trl[@]}" "${here[@]}"
         part 150 benchmarks/sft_throughput.py --systems "${trl[@]}" "${here[@]}"
+        part 150 benchmarks/reward_throughput.py --systems "${trl[@]}" "${here[@]}"
     }
 done
 cases=()

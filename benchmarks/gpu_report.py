@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_report OUTPUT [--device cpu]
 
 Reads what its parts wrote: OUTPUT/SHAPE/NAME_throughput.json, TRL's in OUTPUT/SHAPE/trl, and
-OUTPUT/planner.json. Ends with exit code 1 where one of ours is missing.
+OUTPUT/planner.json. Ends with exit code 1 where one of ours is missing, or where on a GPU a phase
+took less than its floor, so that one of the two is wrong.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from benchmarks import figures
 from benchmarks.measure import ROOT
 
-PARTS = ("rollout", "ppo", "sft")
+PARTS = ("rollout", "ppo", "sft", "reward")
 FLOORS = (
     "The floor of a decode is reading weights, keys and values or its arithmetic, whichever takes "
     "longer; of anything else it is the arithmetic, so the share is the MFU. By the rates measured:"
@@ -46,6 +47,19 @@ def read(folder: Path) -> dict:
     return {"shapes": shapes, "planner": checked, "missing": missing}
 
 
+def impossible(shapes: dict) -> list[str]:
+    """Phases that were faster than can be (by more than the rates' own spread)."""
+    return [
+        f"{shape}/{part} {name}, {phase}: {seconds(system, phase):.3g} s, and the floor is "
+        f"{least:.3g}"
+        for shape, parts in shapes.items()
+        for part, systems in parts.items()
+        for name, system in systems.items()
+        for phase, least in system["floor_seconds"].items()
+        if phase in system["seconds"] and seconds(system, phase) < 0.9 * least
+    ]
+
+
 def seconds(system: dict, phase: str) -> float:
     return statistics.median(system["seconds"][phase])
 
@@ -71,7 +85,7 @@ def rows_of_decode(shape: str, systems: dict) -> list[dict]:
 
 
 def rows_of_steps(shape: str, systems: dict) -> list[dict]:
-    """PPO by phase, or SFT, which has one: seconds, share of the floor, the speed ÷ TRL's."""
+    """PPO by phase, or a step that has but one: seconds, share of the floor, speed ÷ TRL's."""
     rows, theirs = [], systems.get("trl-bf16")
     for name, system in systems.items():
         for phase in system["seconds"]:
@@ -105,6 +119,7 @@ def written(found: dict, here: dict, commit: str, left_out: list[str], walk: boo
         "Decode (W: 32 prompts × 64 tokens → 128 new ones)": ("rollout", rows_of_decode),
         "Step 3 (W)": ("ppo", rows_of_steps),
         "Step 1": ("sft", rows_of_steps),
+        "Step 2": ("reward", rows_of_steps),
     }
     for title, (part, rows_of) in tables.items():
         rows = [row for name, s in found["shapes"].items() for row in rows_of(name, s[part])]
@@ -142,8 +157,11 @@ def main() -> None:
     commit = subprocess.run(head, capture_output=True, text=True).stdout.strip() or "unknown"
     told = asked.folder / "left_out.txt"
     left_out = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    left_out += [f"gpu.sh: MISSING: {name}" for name in found["missing"]]
     walk = asked.device == "cpu"
+    # (On a CPU our products are not those of the rate.)
+    faults = [f"gpu.sh: MISSING: {name}" for name in found["missing"]]
+    faults += [] if walk else [f"gpu.sh: IMPOSSIBLE: {x}" for x in impossible(found["shapes"])]
+    left_out += faults
     record = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "machine": here}
     record |= {"walk": walk, "left_out": left_out} | found
     path = asked.folder / "gpu.json"
@@ -151,7 +169,7 @@ def main() -> None:
     report = written(found, here, commit, left_out, walk)
     (asked.folder / "gpu.md").write_text(report + "\n", encoding="utf-8")
     print("\n" + report)
-    if found["missing"]:
+    if faults:
         raise SystemExit(1)
 
 

@@ -40,6 +40,7 @@ def measured(tmp_path):
     write(shape, "ppo", side("ours-bf16", total, train=2.0, total=4.0))
     write(shape / "trl", "ppo", side("trl-bf16", total, train=5.0, total=14.0))
     write(shape, "sft", side("ours-bf16", {"total": 0.4}, total=1.0))
+    write(shape, "reward", side("ours-bf16", {"total": 0.5}, total=1.0))
     case = {"case": "sft-q0.5B", "predicted": 9e9, "measured": 1e10, "ratio": 0.9, "phase": "loss"}
     (tmp_path / "planner.json").write_text(json.dumps([case]))
     return tmp_path
@@ -77,6 +78,14 @@ def test_the_tables_hold_the_ratios_and_the_record_everything(measured):
     kept = json.loads((measured / "gpu.json").read_text(encoding="utf-8"))
     assert kept["walk"] and kept["date"] and kept["machine"]["cpu"] and kept["commit"]
     assert kept["shapes"]["qwen"]["ppo"]["trl-bf16"]["seconds"]["total"] == [28.0, 14.0, 7.0]
+
+
+def test_what_is_faster_than_its_floor_is_told(measured):
+    shapes = gpu_report.read(measured)["shapes"]
+    assert gpu_report.impossible(shapes) == []
+    shapes["qwen"]["ppo"]["ours-bf16"]["floor_seconds"]["train"] = 2.3
+    (told,) = gpu_report.impossible(shapes)
+    assert told == "qwen/ppo ours-bf16, train: 2 s, and the floor is 2.3"
 
 
 def test_a_part_that_is_missing_fails_the_report(measured):
