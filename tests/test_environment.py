@@ -89,8 +89,11 @@ def test_versions_below_the_floor_are_not_taken(house):
     shutil.rmtree(next((house / "have").glob("tqdm-*")))
     code, output = set_up(house)
     assert code == 0, output
-    lacks = "torch 2.11 or newer (it has 2.10.9), deepspeed 0.19.4 or newer (it has 0.19.3), "
-    lacks += "transformers 5.17 or newer (it has 5.9.0), tqdm"
+    lacks = "torch 2.11 or newer (older ones were never tried; it has 2.10.9), "
+    lacks += (
+        "deepspeed 0.19.4 or newer (the first with managed_gradient_accumulation; it has 0.19.3), "
+    )
+    lacks += "transformers 5.17 or newer (older ones were never tried; it has 5.9.0), tqdm"
     assert f"{house}/bin/python3 lacks {lacks} → making {house}/clone/.venv" in output
     assert "pip wheel" in output and f"pip {house}/clone/requirements.txt" in output
     assert f"took {house}/clone/.venv/bin/python" in output

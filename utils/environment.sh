@@ -7,7 +7,7 @@ environment_fail() {
 }
 
 # What `$1` (a Python) has of requirements.txt, one finding a line: "lacks NAME …", where it is not there
-# or older than the "from VERSION" of its comment; "newer NAME …", where it is newer than the pin.
+# or older than the "from VERSION (why)" of its comment; "newer NAME …", where it is newer than the pin.
 # Between the two nothing is said: whoever brings an environment has chosen it.
 environment_report() {
     "$1" - "$ROOT/requirements.txt" <<'PY'
@@ -16,7 +16,7 @@ def release(version):  # 2.11.0a0+git of a vendor's container counts as 2.11
     return [int(n) for n in re.findall(r"\d+", re.match(r"[\d.]*", version).group())]
 for line in open(sys.argv[1], encoding="utf-8"):
     name, _, pin = line.partition("#")[0].strip().partition("==")
-    floor = re.search(r"# from ([\d.]+\d)", line)
+    floor = re.search(r"# from ([\d.]+\d) \((.*?)\)", line)
     if name:
         try:
             have = importlib.metadata.version(name)
@@ -24,7 +24,7 @@ for line in open(sys.argv[1], encoding="utf-8"):
             print("lacks", name)
             continue
         if floor and release(have) < release(floor[1]):
-            print(f"lacks {name} {floor[1]} or newer (it has {have})")
+            print(f"lacks {name} {floor[1]} or newer ({floor[2]}; it has {have})")
         elif release(have) > release(pin):
             print(f"newer {name} {have} ({pin})")
 PY
@@ -66,8 +66,7 @@ set_up_environment() {
         return
     fi
     lacking=$(environment_lacks "$python" | paste -sd, | sed 's/,/, /g')
-    echo "set-up: $python lacks $lacking → making $ROOT/.venv from requirements.txt, which says why\
- (some minutes)"
+    echo "set-up: $python lacks $lacking → making $ROOT/.venv from requirements.txt (some minutes)"
     "$python" -m venv "$ROOT/.venv" ||
         environment_fail "python -m venv failed; on Debian install python3-venv"
     environment_check_disk
