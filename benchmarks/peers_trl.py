@@ -42,17 +42,23 @@ def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
     reporting.quiet_libraries()
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     clock = {"generated": 0.0, "began": 0.0, "scored": 0.0}
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     generate, whiten = ppo_trainer.batch_generation, ppo_trainer.masked_whiten
 
     def timed_generate(*args, **kwargs):
-        clock["began"] = time.perf_counter()
+        clock["began"] = now()
         found = generate(*args, **kwargs)
-        clock["generated"] = time.perf_counter()
+        clock["generated"] = now()
         return found
 
     def timed_whiten(*args, **kwargs):
         found = whiten(*args, **kwargs)
-        clock["scored"] = time.perf_counter()  # its last call in a rollout is of the advantages
+        clock["scored"] = now()  # its last call in a rollout is of the advantages
         return found
 
     def measured() -> dict[str, float]:
@@ -60,7 +66,7 @@ def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
         return {
             "seconds_generate": clock["generated"] - clock["began"],
             "seconds_score": clock["scored"] - clock["generated"],
-            "seconds_train": time.perf_counter() - clock["scored"],
+            "seconds_train": now() - clock["scored"],
             "tokens": int((values["sequence_lengths"] + 1).sum()),
         }
 

@@ -1,6 +1,7 @@
-"""Does the planner tell the truth? Predicted peaks of memory beside measured ones, on CPU.
+"""Does the planner tell the truth? Predicted peaks of memory beside measured ones.
 
     python benchmarks/planner_check.py [--cases sft-20M-fp32-zero0 …] [--output planner_check.json]
+    python benchmarks/planner_check.py --device cuda    # Qwen2.5's shapes, bytes by torch's count
 
 Each case trains in processes of its own: real engines (zero.TrainEngine) around random models, two
 optimizer steps of SFT or two rollouts of PPO with all its models, rows at their full length.
@@ -31,6 +32,7 @@ SIZES = {  # hidden, intermediate, layers
     "90M": (896, 2432, 8),
     "150M": (1024, 2816, 10),
 }
+QWEN = {"q0.5B": "qwen2.5-0.5b", "q1.5B": "qwen2.5-1.5b"}  # workload.SHAPES
 SETTINGS = {
     "sft": {"micro_batch_size": 4, "global_batch_size": 8, "max_length": 256},
     "ppo": {
@@ -41,6 +43,16 @@ SETTINGS = {
         "max_response_length": 32,
     },
 }
+# Of the Qwen shapes: long enough that what is not a weight counts.
+LONGER = {
+    "sft": {"micro_batch_size": 8, "global_batch_size": 16, "max_length": 512},
+    "ppo": SETTINGS["ppo"] | {"max_prompt_length": 128, "max_response_length": 128},
+}
+CASES_ON_GPU = [
+    *(f"{step}-{size}-bf16-zero0" for size in QWEN for step in ("sft", "ppo")),
+    "sft-q1.5B-bf16-zero0-checkpointing",
+    "ppo-q0.5B-bf16-zero3",
+]
 CASES = [
     *(f"sft-{size}-{dtype}-zero0" for size in ("20M", "60M", "150M") for dtype in ("fp32", "bf16")),
     *(f"ppo-{size}-{dtype}-zero0" for size in ("20M", "60M", "90M") for dtype in ("fp32", "bf16")),
@@ -62,7 +74,7 @@ def config_of(case: str, folder: Path):
     step, size, dtype, stage, *more = case.split("-")
     ranks = 2 if "2ranks" in more else 1
     model = str(folder / size)
-    given = SETTINGS[step] | {
+    given = (LONGER if size in QWEN else SETTINGS)[step] | {
         "output_dir": str(folder / "run"),
         "model_name_or_path": model,
         "zero_stage": int(stage.removeprefix("zero")),
@@ -75,32 +87,38 @@ def config_of(case: str, folder: Path):
 
 
 def write_models(folder: Path, size: str, scorer: bool) -> None:
-    """A random Llama of that size and, for PPO, a reward model, with one tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    """A random Llama of that size and, for PPO, a reward model, with one tokenizer; Qwen2.5's
+    shapes by name, in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+    from benchmarks import workload
     from utils.models import from_scratch
 
     words = [f"{a}{b} says {b}{a}." for a in "abcdefghij" for b in "klmnopqrst"]
     tokenizer = from_scratch.train_tokenizer(words * 3, 400)
-    hidden, intermediate, layers = SIZES[size]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    classes = {size: LlamaForCausalLM}
+    if size in QWEN:
+        config = workload.model_config(workload.SHAPES[QWEN[size]])
+    else:
+        hidden, intermediate, layers = SIZES[size]
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+        )
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    classes = {size: AutoModelForCausalLM}
     if scorer:
         config.num_labels = 1
-        classes[f"{size}-reward"] = LlamaForSequenceClassification
-    for name, model_class in classes.items():
-        model_class(config).save_pretrained(folder / name)
+        classes[f"{size}-reward"] = AutoModelForSequenceClassification
+    dtype = torch.bfloat16 if size in QWEN else torch.float32
+    for name, auto_class in classes.items():
+        auto_class.from_config(config, dtype=dtype).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 
@@ -135,8 +153,8 @@ def train_sft(config, dtype: str, device) -> None:
         total_steps=2,
     )
     shape = (config.micro_batch_size, config.max_length)
-    ids = torch.randint(10, 300, shape)
-    mask = torch.ones(shape, dtype=torch.bool)
+    ids = torch.randint(10, 300, shape, device=device)
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask[0, -1] = False  # rows of one length would need no attention mask
     for _ in range(2):
         for _ in range(config.accumulation(process_group.world_size())):
@@ -174,6 +192,8 @@ def train_ppo(config, dtype: str, device) -> None:
 
 def measure(case: str, folder: Path) -> None:
     """Trains the warmup model, then the case's; rank 0 prints the bytes of the second's peak."""
+    import torch
+
     from utils.distributed import process_group
     from utils.report import quiet_libraries
 
@@ -183,13 +203,18 @@ def measure(case: str, folder: Path) -> None:
     train = train_sft if step == "sft" else train_ppo
     train(config_of(case.replace(size, "warmup"), folder)[-1], dtype, device)
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    process_group.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = status("VmRSS")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        process_group.barrier()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before, peak = status("VmRSS"), lambda device: status("VmHWM")
     train(config, dtype, device)
     if process_group.is_main():
-        print("measured", status("VmHWM") - before, flush=True)
+        print("measured", peak(device) - before, flush=True)
     process_group.shut_down()
     process_group.end_process()
 
@@ -197,12 +222,12 @@ def measure(case: str, folder: Path) -> None:
 # In the process that compares.
 
 
-def run_case(case: str, folder: Path) -> dict:
+def run_case(case: str, folder: Path, device: str) -> dict:
     """{case, predicted, measured, ratio, phase}, bytes."""
     from utils.distributed import planner, process_group
 
     step, size, dtype, ranks, config = config_of(case, folder)
-    found = planner.plan(step, config, dtype, ranks, "cpu")
+    found = planner.plan(step, config, dtype, ranks, device)
     port = str(process_group.free_port())
     processes = []
     for rank in range(ranks):
@@ -212,7 +237,7 @@ def run_case(case: str, folder: Path) -> dict:
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": device,
             "OMP_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -251,11 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--cases", nargs="+", help="default: all of the device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", default="planner_check.json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    cases = asked.cases or (CASES if asked.device == "cpu" else CASES_ON_GPU)
     if asked.measure:
         measure(asked.measure, Path(asked.folder))
         return
@@ -265,17 +292,17 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for size in {case.split("-")[1] for case in asked.cases} | {"warmup"}:
+        for size in {case.split("-")[1] for case in cases} | {"warmup"}:
             write_models(
                 folder,
                 size,
-                any(c.startswith(f"ppo-{size}-") for c in asked.cases) or size == "warmup",
+                any(c.startswith(f"ppo-{size}-") for c in cases) or size == "warmup",
             )
         print("| case | predicted, MB | measured, MB | ratio | predicted peak in | seconds |")
         print("| --- | --- | --- | --- | --- | --- |")
-        for case in asked.cases:
+        for case in cases:
             started = time.time()
-            found = run_case(case, folder)
+            found = run_case(case, folder, asked.device)
             results.append(found)
             predicted, measured = (found[x] / 1e6 for x in ("predicted", "measured"))
             print(

@@ -20,7 +20,8 @@ from benchmarks.measure import System
 from benchmarks.workload import Shape
 
 PHASES = ("generate", "score", "train")
-SYSTEMS = ("ours-fp32", "ours-bf16", "trl-fp32", "generate-fp32", "generate-bf16")
+ON_CPU = ("ours-fp32", "ours-bf16", "trl-fp32", "generate-fp32", "generate-bf16")
+ON_GPU = ("ours-bf16", "generate-bf16", "compiled-bf16")
 W = workload.Work()
 SWEEPS = {
     "batch": {n: replace(W, prompts=n) for n in (8, 16, 32, 64)},
@@ -90,6 +91,7 @@ def sides(names, work, models: Path, output: Path, arguments, ranks=(1,)) -> lis
                 function = "benchmarks.sides:generate"
                 given = {"folder": str(models / "policy"), "prompts": prompts, "dtype": dtype}
                 given["new_tokens"] = work.new_tokens
+                given["cache"] = "static" if who == "compiled" else None
             cores = measure.cores_of(arguments, count)
             where = (output / "logs", cores, arguments.device, count, str(python))
             found.append(System(called, function, given, *where))
@@ -123,23 +125,27 @@ def floors(work: workload.Work, dtype: str, rate: dict[str, float]) -> dict[str,
 
 
 def peers_of(name: str) -> list[str]:
-    """TRL; for the decode plain generate in the same dtype; for two ranks one of the same."""
+    """TRL in fp32 and in the same dtype; for the decode plain generate, with a growing cache and
+    with a static one; for two ranks one of the same."""
     who, _, more = name.partition(",")
-    return [f"{who}, 1 rank"] if more else ["trl-fp32", f"generate-{figures.dtype_of(name)}"]
+    if more:
+        return [f"{who}, 1 rank"]
+    same = [f"{peer}-{figures.dtype_of(name)}" for peer in ("trl", "generate", "compiled")]
+    return list(dict.fromkeys(["trl-fp32", *same]))
 
 
 def main() -> None:
     parser = measure.parser(__doc__, repeats=4)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[])
+    parser.add_argument(
+        "--systems", nargs="+", choices=sorted({*ON_CPU, *ON_GPU, "trl-bf16"}), default=[]
+    )
     parser.add_argument("--work", nargs="+", choices=("W", "W-var"), default=["W", "W-var"])
     parser.add_argument("--sweep", choices=SWEEPS, help="instead: growth with one size, ours alone")
     parser.add_argument("--shape", choices=workload.SHAPES, default="w")
     arguments = parser.parse_args()
     output = Path(arguments.output_dir).resolve()
-    usual = ("ours-bf16", "generate-bf16") if arguments.device == "cuda" else SYSTEMS
+    usual = ON_GPU if arguments.device == "cuda" else ON_CPU
     names = arguments.systems or (("ours-fp32", "ours-bf16") if arguments.sweep else usual)
-    if arguments.device == "cuda" and "trl-fp32" in names:
-        raise SystemExit("TRL's PPO is measured on the CPU only; leave trl-fp32 out of --systems")
     ranks = (1, 2) if arguments.sweep == "ranks" else (1,)
     shape = workload.SHAPES[arguments.shape]
     works = {"W": workload.Work(shape=shape), "W-var": workload.Work(shape=shape, shortest=16)}

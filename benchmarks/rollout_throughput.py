@@ -23,14 +23,18 @@ PHASE = "generate"
 
 
 def sides(work, models: Path, output: Path, arguments) -> list[System]:
-    """Plain generate and ours, ZeRO-0 and ZeRO-3, in each dtype."""
+    """Plain generate (with a static cache too, if asked for) and ours, ZeRO-0 and ZeRO-3, in each
+    dtype."""
     prompts, found = workload.prompt_rows(work), []
     where = (output / "logs", measure.cores_of(arguments), arguments.device)
     file = workload.write_prompts(work, output / "data")
     for dtype in arguments.dtypes:
         given = {"folder": str(models / "policy"), "prompts": prompts, "dtype": dtype}
         given["new_tokens"] = work.new_tokens
-        found.append(System(f"generate-{dtype}", "benchmarks.sides:generate", given, *where))
+        for peer in arguments.peers:
+            cache = {"cache": "static" if peer == "compiled" else None}
+            name = f"{peer}-{dtype}"
+            found.append(System(name, "benchmarks.sides:generate", given | cache, *where))
         for stage in arguments.zero_stages:
             name = f"ours-{dtype}, ZeRO-{stage}"
             folder = output / "runs" / f"rollout-{dtype}-{stage}"
@@ -48,6 +52,13 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", choices=("W", "W-var"), default=["W", "W-var"])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--zero_stages", nargs="+", type=int, default=[0, 3])
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=("generate", "compiled"),
+        default=["generate"],
+        help="compiled: generate with a static cache, whose step transformers compiles on a GPU",
+    )
     parser.add_argument("--shape", choices=workload.SHAPES, default="w")
     arguments = parser.parse_args()
     output, shape = Path(arguments.output_dir).resolve(), workload.SHAPES[arguments.shape]
@@ -63,7 +74,7 @@ def main() -> None:
             sides(work, models, output, arguments),
             lambda system, work=work: {PHASE: ppo_throughput.numbers(system, work)[PHASE]},
             lambda dtype, rate, work=work: ppo_throughput.floors(work, dtype, rate),
-            lambda name: [f"generate-{figures.dtype_of(name)}"],
+            lambda name: [f"{peer}-{figures.dtype_of(name)}" for peer in arguments.peers],
             sum(work.answers()),
             arguments,
         )

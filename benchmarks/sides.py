@@ -65,8 +65,16 @@ def answered(rollout) -> int:
     return int(rollout.response_mask.sum())
 
 
-def generate(turns, folder: str, prompts: list[list[int]], new_tokens: int, dtype: str) -> None:
-    """`generate` of plain transformers, sampling, on the whole batch at once."""
+def generate(
+    turns,
+    folder: str,
+    prompts: list[list[int]],
+    new_tokens: int,
+    dtype: str,
+    cache: str | None = None,
+) -> None:
+    """`generate` of plain transformers, sampling, on the whole batch at once. cache: "static" is
+    the one with which it compiles its decode step on a GPU by itself."""
     from transformers import AutoModelForCausalLM
 
     from utils.distributed import zero
@@ -76,6 +84,7 @@ def generate(turns, folder: str, prompts: list[list[int]], new_tokens: int, dtyp
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=zero.DTYPES[dtype]).to(device).eval()
     ids = torch.tensor(prompts, device=device)
     sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    sampling |= {"cache_implementation": cache} if cache else {}
     turns.ready()
     while True:
         started = time.perf_counter()

@@ -1,5 +1,6 @@
 """The environment that TRL runs in beside this repository: benchmarks/.venv_trl (1.7 GB)."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,12 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def make_environment() -> Path:
-    """The interpreter of .venv_trl, which is made where it is missing or its pins have changed."""
+    """An interpreter with the TRL that is pinned: this one if it has it, else that of .venv_trl,
+    which is made where it is missing or its pins have changed."""
     python, done = VENV / "bin/python", VENV / "installed.txt"
     pins = REQUIREMENTS.read_text(encoding="utf-8")
+    if f"trl=={_installed('trl')} " in pins:
+        return Path(sys.executable)
     if done.exists() and done.read_text(encoding="utf-8") == pins:
         return python
     print(f"making {VENV} from {REQUIREMENTS.name} (some minutes)", flush=True)
@@ -31,3 +35,14 @@ def make_environment() -> Path:
     subprocess.run([*pip, "-r", REQUIREMENTS], check=True)
     done.write_text(pins, encoding="utf-8")
     return python
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    print(make_environment())

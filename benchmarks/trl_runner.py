@@ -59,8 +59,8 @@ def trl_settings(config, output_dir: str) -> TRLConfig:
         seed=config.seed,
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=config.dtype == "bf16",  # autocast over fp32 weights
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

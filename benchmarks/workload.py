@@ -58,7 +58,9 @@ class Shape:
 
 SHAPES = {
     "w": Shape(8192, 256, 688, 6, 8, 8),
+    "walk": Shape(512, 96, 128, 2, 4, 4),  # no figure: to see that every line runs
     "qwen2.5-0.5b": Shape(151936, 896, 4864, 24, 14, 2, family="qwen2"),
+    "qwen2.5-1.5b": Shape(151936, 1536, 8960, 28, 12, 2, family="qwen2"),
     "qwen2.5-7b": Shape(152064, 3584, 18944, 28, 28, 4, tied=False, family="qwen2"),
 }
 

@@ -103,7 +103,7 @@ def bash(script, cwd, *words, **environment):
 
 LAUNCH = f"""
 set -u
-eval "$(sed -e '/^set_up_environment$/d' -e '/^ROOT=/d' -e '/^\\. /d' "{ROOT}/utils/launch.sh")"
+eval "$(sed -e '/^set_up_/d' -e '/^ROOT=/d' -e '/^\\. /d' "{ROOT}/utils/launch.sh")"
 ROOT={ROOT} PYTHON=./fake_python DS_ACCELERATOR=cpu
 launch step1_sft/main.py "$@"
 """

@@ -10,26 +10,47 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$ROOT/utils/environment.sh"
 set_up_environment
+set_up_accelerator
 
 launch_flags() {
-    if [ -n "${LAUNCH:-}" ]; then
-        echo "$LAUNCH"
-        return
+    local flags=${LAUNCH:-}
+    if [ -z "$flags" ]; then
+        # The port is a free one, so that two runs can share a machine.
+        flags="--num_accelerators $(ranks_here) --master_port $(free_port)"
+    elif gives_visible_devices "$flags" && [[ ! " $flags" =~ \ --num_(gpus|accelerators) ]]; then
+        flags+=" --num_accelerators $(ranks_here)"
     fi
-    # All GPUs, or two processes on a CPU: they use two cores better than two threads do. MAX_RANKS
-    # (a recipe's) limits both. The port is a free one, so that two runs can share a machine.
+    echo "$flags"
+}
+
+# All GPUs, or two processes on a CPU: they use two cores better than two threads do. MAX_RANKS (a
+# recipe's) limits both.
+ranks_here() {
     "$PYTHON" - "${MAX_RANKS:-0}" <<'PY'
-import os, socket, sys
+import os, sys
 limit, gpus = int(sys.argv[1]), 0
 if os.environ.get("DS_ACCELERATOR") != "cpu":
     import torch  # takes a second
     gpus = torch.cuda.device_count()
 ranks = gpus or min(2, os.cpu_count() or 1)
+print(min(ranks, limit or ranks))
+PY
+}
+
+free_port() {
+    "$PYTHON" - <<'PY'
+import socket
 with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
-print(f"--num_accelerators {min(ranks, limit or ranks)} --master_port {port}")
+    print(s.getsockname()[1])
 PY
+}
+
+# Must ranks be given CUDA_VISIBLE_DEVICES by us? Not on other machines, nor where the launcher's
+# flags $1 name devices themselves, of which DeepSpeed then says that they count and not the variable.
+gives_visible_devices() {
+    [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ ! -e /job/hostfile ] &&
+        [[ ! " $1" =~ \ (--(hostfile|include|exclude)|-[Hie]) ]]
 }
 
 # The value of --output_dir among the arguments (of --output_file its folder).
@@ -63,7 +84,7 @@ PY
 SHELL_CHARACTERS=$'[][;&|<>$`\\\\"\'(){}*?!#~\n]'
 
 launch() {
-    local program="$ROOT/$1" folder launcher tee code traps asked=0 flags word
+    local program="$ROOT/$1" folder launcher tee code traps asked=0 flags word hidden=() given=()
     shift
     folder=$(output_of "$@")
     mkdir -p "$folder"
@@ -79,14 +100,18 @@ launch() {
             fi
         done
     fi
-    # Without a GPU DeepSpeed would warn in every process that it takes the CPU.
-    [ -n "${DS_ACCELERATOR:-}" ] || "$PYTHON" -c 'import torch; exit(not torch.cuda.is_available())' ||
-        export DS_ACCELERATOR=cpu
+    # DeepSpeed's launcher drops the variable where it is told how many GPUs to take, gives its ranks
+    # the numbers 0, 1, … for it, and knows no UUIDs. So it does not see it, and ranks get it as it is.
+    if gives_visible_devices "$flags"; then
+        flags+=" --no_python --no_local_rank" hidden=(env -u CUDA_VISIBLE_DEVICES)
+        given=(env "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" "$PYTHON" -u)
+    fi
     exec 9> >(exec tee -ia "$folder/log.txt")
     tee=$!
     # In the background, as bash hears no signal while it runs something in the foreground.
     # shellcheck disable=SC2086  # flags of the launcher are words
-    "$PYTHON" -m deepspeed.launcher.runner --log_level warning $flags "$program" "$@" >&9 2>&1 &
+    "${hidden[@]}" "$PYTHON" -m deepspeed.launcher.runner --log_level warning $flags \
+        "${given[@]}" "$program" "$@" >&9 2>&1 &
     launcher=$!
     traps=$(trap -p TERM USR1 INT)
     trap 'asked=1; ask_ranks_to_stop $launcher' TERM USR1
