@@ -19,7 +19,7 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, planner, process_group, resuming, zero
+from utils.distributed import checkpoint, planner, process_group, resuming, shared_files, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
 from utils.seeding import seed_everything
@@ -239,6 +239,7 @@ def main() -> None:
     resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
+    shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
 
