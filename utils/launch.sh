@@ -67,14 +67,14 @@ ranks_of() {
 ask_ranks_to_stop() {
     echo "asked to stop: waiting for the end of the step, and a checkpoint" >&2
     "$PYTHON" - "$1" <<'PY'
-import re, shlex, signal, subprocess, sys
+import os, re, shlex, signal, subprocess, sys
 import psutil
 launcher = psutil.Process(int(sys.argv[1]))
 spawner = next(iter(launcher.children()), None)
 words = spawner.cmdline() if spawner else []
 if launcher.name() == "srun":
     launcher.send_signal(signal.SIGUSR1)  # which it hands to every task
-elif words[:1] == ["pdsh"]:
+elif any(os.path.basename(word) == "pdsh" for word in words[:2]):
     # On every machine, by the same way: the children of the launcher that has this run's address.
     there = [re.escape(w) for w in words if w.startswith(("--master_addr=", "--master_port="))]
     pattern = "^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*" + " ".join(there) + " "
