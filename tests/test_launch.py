@@ -263,6 +263,8 @@ def test_readme_names_real_flags_and_files():
         "row",
         "step",  # the planner's
     }
+    known |= set("nodes ntasks gpus signal".split())  # sbatch's
+    known |= set("nnodes node_rank nproc_per_node master_addr".split())  # torchrun's
     assert "@@" not in README, "a figure is still to be filled in"
     flags = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
     assert flags - known - {"sft", "reward", "ppo", "collect"} == set()

@@ -63,7 +63,7 @@ def stop() -> None:
 def wait_for_news() -> None:
     """After an error that a dead peer may have caused: let the thread find it, which ends us."""
     if _thread is not None and not _stop.is_set():
-        time.sleep(SECONDS_OF_NEWS)
+        time.sleep(SECONDS_OF_NEWS if len(_leaders) > 1 else 2.5 * SECONDS_BETWEEN_LOOKS)
 
 
 def _look(me: int, here: dict[int, int], connected: links.Links | None, names: list[str]) -> None:
