@@ -1,6 +1,7 @@
 """Machines of their own on this one: network, host name, processes and mounts, each with an sshd.
 
-Everything lies in a temporary folder or in namespaces, which end with the process that made them.
+Everything lies in a temporary folder or in namespaces without a name, which end with the process
+that made them, however it ends.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 NAMES = ("node-a", "node-b")
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 SSHD = """
 Port 22
 HostKey {folder}/host_key
@@ -43,6 +45,11 @@ exec /usr/sbin/sshd -D -e -f {folder}/sshd_config 2>>{folder}/{name}.log
 """
 
 
+def tidy_up_when_terminated() -> None:
+    """SIGTERM ends the tests as Ctrl-C does: what they made is taken away."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def command(*words) -> str:
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
     assert done.returncode == 0, f"{words}: {done.stderr}"
@@ -56,14 +63,12 @@ class Machines:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._spaces = {name: f"rlhf-{os.getpid()}-{name}" for name in NAMES}
         self._booted: dict[str, subprocess.Popen] = {}
-        self._made: list[str] = []
         try:
             self._write_ssh()
-            self._lay_cable()
             for name in NAMES:
                 self._boot(name)
+            self._lay_cable()
         except BaseException:
             self.close()
             raise
@@ -79,33 +84,31 @@ class Machines:
         wrapper.write_text(f'#!/bin/sh\nexec {ssh} -F {self.folder}/ssh_config "$@"\n')
         wrapper.chmod(0o755)
 
-    def _lay_cable(self) -> None:
-        for space in self._spaces.values():
-            command("ip", "netns", "add", space)
-            self._made.append(space)
-        a, b = self._spaces.values()
-        cable = ["eth0", "type", "veth", "peer", "name", "eth0", "netns", b]
-        command("ip", "-n", a, "link", "add", *cable)
-        for name, space in self._spaces.items():
-            command("ip", "-n", space, "addr", "add", f"{self.addresses[name]}/24", "dev", "eth0")
-            self.cable(name, "up")
-            command("ip", "-n", space, "link", "set", "lo", "up")
-
-    def cable(self, name: str, state: str) -> None:
-        """Pull out ("down") or plug in ("up") the machine's cable."""
-        command("ip", "-n", self._spaces[name], "link", "set", "eth0", state)
-
     def _boot(self, name: str) -> None:
         script = BOOT.format(name=name, folder=self.folder)
-        alone = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        booted = subprocess.Popen(
-            ["ip", "netns", "exec", self._spaces[name], *alone, "bash", "-ec", script]
-        )
+        spaces = ["--net", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        booted = subprocess.Popen([*DIES_WITH_US, "unshare", *spaces, "bash", "-ec", script])
         self._booted[name] = booted
         end = time.monotonic() + 30
         while "listening on" not in self.log(name):
             assert booted.poll() is None and time.monotonic() < end, self.log(name)
             time.sleep(0.05)
+
+    def _lay_cable(self) -> None:
+        a, b = NAMES
+        cable = ["eth0", "type", "veth", "peer", "name", "eth0", "netns", self._init(b)]
+        self._ip(a, "link", "add", *cable)
+        for name in NAMES:
+            self._ip(name, "addr", "add", f"{self.addresses[name]}/24", "dev", "eth0")
+            self._ip(name, "link", "set", "lo", "up")
+            self.cable(name, "up")
+
+    def cable(self, name: str, state: str) -> None:
+        """Pull out ("down") or plug in ("up") the machine's cable."""
+        self._ip(name, "link", "set", "eth0", state)
+
+    def _ip(self, name: str, *words) -> None:
+        command("nsenter", "--target", self._init(name), "--net", "ip", *words)
 
     def log(self, name: str) -> str:
         log = self.folder / f"{name}.log"
@@ -154,5 +157,3 @@ class Machines:
                 process.send_signal(signal.SIGKILL)
             booted.kill()
             booted.wait()
-        for space in self._made:
-            command("ip", "netns", "del", space)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+from machines import DIES_WITH_US
 
 from utils.distributed.process_group import free_port
 
@@ -64,7 +65,11 @@ class Cluster:
         name = Path(words[0]).name
         with open(self.folder / f"{name}.out", "a") as out:
             started = subprocess.Popen(
-                [shutil.which(words[0], path=self.environment["PATH"]), *map(str, words[1:])],
+                [
+                    *DIES_WITH_US,
+                    shutil.which(words[0], path=self.environment["PATH"]),
+                    *map(str, words[1:]),
+                ],
                 env=self.environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from machines import NAMES, Machines
+from machines import NAMES, Machines, tidy_up_when_terminated
 
 pytestmark = pytest.mark.nodes
 LIMIT = 60.0  # seconds that ranks may outlive those of another machine
@@ -26,6 +26,7 @@ FLAGS = """--rounds 1 --save_every 25 --sft.max_steps 150 --collect.num_prompts 
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
+    tidy_up_when_terminated()
     folder = tmp_path_factory.mktemp("machines")
     found = Machines(folder)
     slots = "".join(f"{address} slots=1\n" for address in found.addresses.values())
@@ -137,38 +138,42 @@ def test_run_all_survives_a_killed_machine_and_a_signal(machines, whole, tmp_pat
     assert metrics(out) == metrics(whole)
 
 
-def test_a_machine_that_is_cut_off_ends_the_run(machines, whole, tmp_path):
+SMALL = """--dtype fp32 --zero_stage 0 --global_batch_size 8 --micro_batch_size 4
+    --max_length 96 --max_eval_rows 8 --sample_answers 0""".split()
+
+
+def start_step_1(machines, tiny, out: Path, *flags) -> subprocess.Popen:
+    data = {"MODEL": str(tiny / "base_model"), "DATA": str(tiny / "data/sft.jsonl")}
+    script = "step1_sft/launch/multi_node.sh"
+    return start(machines, script, *SMALL, *flags, out=out, **data)
+
+
+def test_a_machine_that_is_cut_off_ends_the_run(machines, tiny, tmp_path):
     out = tmp_path / "out"
-    flags = ["--dtype", "fp32", "--zero_stage", "0", "--global_batch_size", "32"]
-    process = start(
-        machines,
-        "step1_sft/launch/multi_node.sh",
-        *[*flags, "--max_steps", "100000", "--max_length", "96"],
-        out=out,
-        MODEL=str(whole / "base_model"),
-        DATA=str(whole / "data/sft.jsonl"),
-    )
+    process = start_step_1(machines, tiny, out, "--max_steps", "100000")
     wait_for_step(process, out, ".", 5)
     machines.cable("node-b", "down")
     try:
         ranks, everything = seconds_until_all_ended(machines, process)
     finally:
         machines.cable("node-b", "up")
-    print(f"node-b cut off: all ranks had ended after {ranks:.1f} s, the launcher {everything:.1f}")
+    print(
+        f"\nnode-b cut off: all ranks had ended after {ranks:.1f} s, the launcher after "
+        f"{everything:.1f} s"
+    )
     assert process.returncode not in (0, 75), told(out)
     assert "on node-b)'s machine does not answer any more" in told(out), told(out)
 
 
-def test_torchrun_on_each_machine(machines, whole, tmp_path):
+def test_torchrun_on_each_machine(machines, tiny, tmp_path):
     """README's third way."""
     processes, out = [], tmp_path / "out"
-    program = [ROOT / "step1_sft/main.py", "--model_name_or_path", whole / "base_model"]
-    program += ["--sft_data", whole / "data/sft.jsonl", "--output_dir", out, "--max_length", "96"]
-    program += ["--global_batch_size", "32", "--micro_batch_size", "16", "--max_steps", "3"]
+    program = [ROOT / "step1_sft/main.py", "--model_name_or_path", tiny / "base_model"]
+    program += ["--sft_data", tiny / "data/sft.jsonl", "--output_dir", out, *SMALL]
     for node, name in enumerate(NAMES):
         where = ["--nnodes", "2", "--node_rank", node, "--nproc_per_node", "1"]
         where += ["--master_addr", machines.addresses["node-a"], "--master_port", "29500"]
-        words = [Path(sys.executable).parent / "torchrun", *where, *program]
+        words = [Path(sys.executable).parent / "torchrun", *where, *program, "--max_steps", "3"]
         kept = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         processes.append(machines.start(name, words, text=True, **kept))
     output = [process.communicate(timeout=600)[0] for process in processes]
@@ -176,20 +181,13 @@ def test_torchrun_on_each_machine(machines, whole, tmp_path):
     assert "× ranks 2" in output[0] and (out / "model.safetensors").exists()
 
 
-def test_an_output_folder_that_is_not_shared_is_named(machines, whole, tmp_path):
+def test_an_output_folder_that_is_not_shared_is_named(machines, tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     machines.run("node-b", ["mount", "-t", "tmpfs", "tmpfs", out])
-    process = start(
-        machines,
-        "step1_sft/launch/multi_node.sh",
-        *["--dtype", "fp32", "--zero_stage", "0", "--global_batch_size", "32"],
-        out=out,
-        MODEL=str(whole / "base_model"),
-        DATA=str(whole / "data/sft.jsonl"),
-    )
-    assert process.wait(timeout=300) == 2, told(out)
+    process = start_step_1(machines, tiny, out)
+    assert process.wait(timeout=600) == 2, told(out)
     machines.run("node-b", ["umount", out])
     assert f"output_dir={out}: what node-b writes there is not seen on node-a" in told(out)
     assert "Traceback" not in told(out)
-    assert not [name for name in os.listdir(out) if name != "log.txt"]
+    assert os.listdir(out) == ["log.txt"]
