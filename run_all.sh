@@ -20,7 +20,8 @@
 # begins anew and deletes what an earlier run made in the same folder. SIGTERM or SIGUSR1 saves at the
 # next step boundary and ends with exit code 75.
 #
-# LAUNCH holds flags of the deepspeed launcher, e.g. LAUNCH="--hostfile hosts".
+# LAUNCH holds flags of the deepspeed launcher, e.g. LAUNCH="--hostfile hosts"; LAUNCH=srun starts
+# the ranks by Slurm (utils/slurm.sh is the job for it).
 set -uo pipefail
 for word in "$@"; do
     case $word in -h | --help) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;; esac
@@ -115,7 +116,7 @@ in_root() { PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 launcher=$(launch_flags)
 echo "recipe $RECIPE → $OUTPUT; launcher: $launcher"
 # A flag that step 3 does not know should not cost the hours of steps 1 and 2.
-ranks=$(echo "$launcher" | grep -oE -- '--num_(accelerators|gpus) [0-9]+' | grep -oE '[0-9]+$')
+ranks=$(ranks_of "$launcher")
 check() { WORLD_SIZE=${ranks:-1} "$PYTHON" "$ROOT/$1" --check_config "${@:2}" || exit 2; }
 [[ $ROUNDS =~ ^[1-9][0-9]*$ && $seed =~ ^[0-9]+$ ]] || {
     echo "run_all.sh: --rounds $ROUNDS and --seed $seed must be whole numbers" >&2

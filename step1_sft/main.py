@@ -17,7 +17,15 @@ from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits
-from utils.distributed import checkpoint, host_memory, planner, process_group, resuming, zero
+from utils.distributed import (
+    checkpoint,
+    host_memory,
+    planner,
+    process_group,
+    resuming,
+    shared_files,
+    zero,
+)
 from utils.distributed.hybrid_engine import HybridEngine
 from utils.distributed.training_state import Checkpoints
 from utils.models import generation, language_model
@@ -158,6 +166,7 @@ def main() -> None:
     resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
+    shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
 

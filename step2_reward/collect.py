@@ -22,7 +22,7 @@ from utils import report as reporting
 from utils import whole_files
 from utils.config import RunConfig, setting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
-from utils.distributed import process_group, resuming, zero
+from utils.distributed import process_group, resuming, shared_files, zero
 from utils.models import generation, language_model, scalar_model
 from utils.models.decoder import Decoder
 from utils.seeding import seed_everything
@@ -264,6 +264,7 @@ def main() -> None:
     resuming.check_file(config, Path(config.output_file), settings_of(config))
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
+    shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     dtype = zero.resolve_dtype(config.dtype, device)
     started = time.time()

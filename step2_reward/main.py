@@ -19,7 +19,15 @@ from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits
-from utils.distributed import checkpoint, host_memory, planner, process_group, resuming, zero
+from utils.distributed import (
+    checkpoint,
+    host_memory,
+    planner,
+    process_group,
+    resuming,
+    shared_files,
+    zero,
+)
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, scalar_model
 from utils.models.cpu_products import PRODUCTS
@@ -240,6 +248,7 @@ def main() -> None:
     resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
+    shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
 

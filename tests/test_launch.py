@@ -93,6 +93,7 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
     config = {"step1_sft": SFTConfig, "step2_reward": RewardConfig, "step3_ppo": PPOConfig}
     known = {f.name for f in fields(config[script.parent.parent.name])}
     known |= {"num_gpus", "hostfile", "data"} | {f.name for f in fields(CollectConfig)}
+    known |= set("signal requeue open nodes ntasks gpus".split())  # sbatch's
     assert set(re.findall(r"--([a-z_0-9]+)", text)) <= known
     assert {p.name for p in script.parent.iterdir()} == {
         "tiny.sh",
@@ -101,6 +102,7 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
         "zero3.sh",
         "zero3_offload.sh",
         "multi_node.sh",
+        "slurm.sh",
     }
 
 
@@ -261,6 +263,8 @@ def test_readme_names_real_flags_and_files():
         "row",
         "step",  # the planner's
     }
+    known |= set("nodes ntasks gpus signal".split())  # sbatch's
+    known |= set("nnodes node_rank nproc_per_node master_addr".split())  # torchrun's
     assert "@@" not in README, "a figure is still to be filled in"
     flags = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
     assert flags - known - {"sft", "reward", "ppo", "collect"} == set()

@@ -3,6 +3,7 @@
 Works under `deepspeed`, `torchrun` and plain `python` (one process), on NCCL and gloo.
 """
 
+import ipaddress
 import os
 import re
 import socket
@@ -50,6 +51,10 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     _share_cores()
+    if int(os.environ["WORLD_SIZE"]) > 1 and (name := interface_towards(os.environ["MASTER_ADDR"])):
+        # By itself gloo takes the address that the machine's own name has: on many that is
+        # 127.0.1.1, where no other machine finds it.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     builds.watch()
     timeout = timedelta(minutes=timeout_minutes)
     # DeepSpeed makes groups of its own and names no timeout for them: theirs would be 10 minutes
@@ -75,6 +80,20 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that reaches `host` from here; None for one of this machine alone."""
+    import psutil
+
+    family, kind, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as s:
+        s.connect(address)  # sends nothing: the kernel chooses where it would
+        own = s.getsockname()[0]
+    if ipaddress.ip_address(own.partition("%")[0]).is_loopback:
+        return None
+    found = psutil.net_if_addrs().items()
+    return next((name for name, each in found if own in [a.address for a in each]), None)
 
 
 def _share_cores() -> None:

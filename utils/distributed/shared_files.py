@@ -1,0 +1,130 @@
+"""What the machines of a run must share is looked at before anything is read from it."""
+
+import dataclasses
+import hashlib
+import os
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+
+from utils.distributed import peers, process_group
+
+SECONDS_TO_APPEAR = 5.0  # a network file system may show a new file a little later
+BYTES_COMPARED = 65_536  # of each file's beginning and end
+PASSED_OVER = {"checkpoints", "tensorboard"}  # of a model's folder: read by no step
+WRITTEN = {"output_dir", "output_file"}
+
+
+def check(config) -> None:
+    """End the run where a machine does not see what another one wrote to the output folder, or
+    where data or models at a path differ. Every rank must call it, once all have joined."""
+    leaders = peers.leaders()
+    if len(leaders) < 2:
+        return
+    problems = _output_problems(config, leaders) + _input_problems(config, leaders)
+    if not problems:
+        return
+    if process_group.is_main():
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        print(f"the machines do not see the same files:\n{lines}", file=sys.stderr, flush=True)
+    process_group.shut_down()
+    raise SystemExit(2)
+
+
+def _output_problems(config, leaders: list[int]) -> list[str]:
+    """Each machine writes a file of its own and looks for those of the others."""
+    folder = Path(config.output_dir)
+    token = process_group.gather_objects(secrets.token_hex(8))[0]
+    files = {rank: folder / f".machine-{token}-{rank}" for rank in leaders}
+    mine, error, unseen = process_group.rank() in leaders, "", []
+    if mine:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files[process_group.rank()].touch()
+        except OSError as problem:
+            error = str(problem)
+    process_group.barrier()
+    if mine:
+        unseen = _unseen(files)
+    found = process_group.gather_objects((socket.gethostname(), error, unseen))
+    if mine and not error:
+        files[process_group.rank()].unlink(missing_ok=True)
+    hosts = [host for host, _, _ in found]
+    failed = [f"output_dir={folder} cannot be written to on {h}: {e}" for h, e, _ in found if e]
+    pairs = [(hosts[w], hosts[r]) for r in leaders for w in found[r][2] if not found[w][1]]
+    return failed + [
+        f"output_dir={folder}: what {writer} writes there is not seen on {reader}; give a folder "
+        "of a file system that all machines mount (NFS, Lustre, …)"
+        for writer, reader in pairs
+    ]
+
+
+def _unseen(files: dict[int, Path]) -> list[int]:
+    end = time.monotonic() + SECONDS_TO_APPEAR
+    while True:
+        unseen = [rank for rank, file in files.items() if not file.exists()]
+        if not unseen or time.monotonic() > end:
+            return unseen
+        time.sleep(0.1)
+
+
+def _input_problems(config, leaders: list[int]) -> list[str]:
+    """Settings that name a file or folder which is not the same on every machine."""
+    mine = _inputs(config) if process_group.rank() in leaders else {}
+    found = process_group.gather_objects((socket.gethostname(), mine))
+    problems = []
+    for setting in found[0][1]:
+        (first, here), *others = [(found[r][0], found[r][1][setting]) for r in leaders]
+        for host, there in others:
+            if here != there:
+                problems.append(
+                    f"{setting[0]}={setting[1]}: {_told(here)} on {first}, {_told(there)} on "
+                    f"{host}; copy it to the same path on every machine, or give one that all mount"
+                )
+                break
+    return problems
+
+
+def _inputs(config) -> dict[tuple[str, str], tuple | None]:
+    """(setting, value) → (files, bytes, digest) of what lies at that path, None where nothing."""
+    found = {}
+    for field in dataclasses.fields(config):
+        values = getattr(config, field.name)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str) and value and field.name not in WRITTEN:
+                path = value if os.path.exists(value) else value.rpartition(":")[0]  # NAME:SPLIT
+                found[field.name, value] = _fingerprint(Path(path)) if path else None
+    return found
+
+
+def _fingerprint(path: Path) -> tuple | None:
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else _files_below(path)
+    digest, size = hashlib.sha256(), 0
+    for file in files:
+        length = file.stat().st_size
+        with open(file, "rb") as opened:
+            beginning = opened.read(BYTES_COMPARED)
+            opened.seek(max(0, length - BYTES_COMPARED))
+            ending = opened.read(BYTES_COMPARED)
+        digest.update(repr((str(file.relative_to(path)), length, beginning, ending)).encode())
+        size += length
+    return len(files), size, digest.hexdigest()
+
+
+def _files_below(folder: Path) -> list[Path]:
+    found = []
+    for place, inner, names in os.walk(folder):
+        inner[:] = [n for n in inner if n not in PASSED_OVER and not n.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
+
+
+def _told(found: tuple | None) -> str:
+    if found is None:
+        return "missing"
+    files, size, digest = found
+    return f"{files} file{'s' * (files > 1)} of {size:,} bytes ({digest[:8]})"
