@@ -117,7 +117,11 @@ launcher=$(launch_flags)
 echo "recipe $RECIPE → $OUTPUT; launcher: $launcher"
 # A flag that step 3 does not know should not cost the hours of steps 1 and 2.
 ranks=$(ranks_of "$launcher")
-check() { WORLD_SIZE=${ranks:-1} "$PYTHON" "$ROOT/$1" --check_config "${@:2}" || exit 2; }
+checks=() # all at once: each is a second or two of imports
+check() {
+    WORLD_SIZE=${ranks:-1} "$PYTHON" "$ROOT/$1" --check_config "${@:2}" &
+    checks+=($!)
+}
 [[ $ROUNDS =~ ^[1-9][0-9]*$ && $seed =~ ^[0-9]+$ ]] || {
     echo "run_all.sh: --rounds $ROUNDS and --seed $seed must be whole numbers" >&2
     exit 2
@@ -126,6 +130,8 @@ check step1_sft/main.py --model_name_or_path m --sft_data "${SFT_DATA[@]:-d}" --
 check step2_reward/main.py --model_name_or_path m --preference_data "${PREFERENCE_DATA[@]:-d}" --output_dir o "${REWARD_FLAGS[@]}"
 check step3_ppo/main.py --model_name_or_path m --reward_model r --prompt_data "${PROMPT_DATA[@]:-d}" --output_dir o "${PPO_FLAGS[@]}"
 [ "$EMBEDDED" = 0 ] || check step2_reward/collect.py --policy m --prompt_data d --output_file o/c.jsonl "${COLLECT_FLAGS[@]}"
+for one in "${checks[@]}"; do wait "$one" || refused=1; done
+[ -z "${refused:-}" ] || exit 2
 if [ "$overwrite" = 1 ]; then
     rm -rf "$OUTPUT"/{data,base_model,step1_sft,step2_reward,step3_ppo,summary.json,summary.txt,.seed,.seconds}
     rm -rf "$OUTPUT"/round[0-9]*

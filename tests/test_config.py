@@ -331,9 +331,9 @@ def test_parse_prints_on_rank_0_only(monkeypatch, capsys):
             run_config.parse(SFTConfig, "")
         assert caught.value.code == 2
         said = capsys.readouterr().err
-        assert ("main.py: these settings cannot work:\n  - unknown flag --nope" in said) == (
-            rank == "0"
-        )
+        assert (
+            "step1_sft/main.py: these settings cannot work:\n  - unknown flag --nope" in said
+        ) == (rank == "0")
 
 
 def test_parse_counts_the_ranks(monkeypatch, capsys):
@@ -365,5 +365,7 @@ def test_a_wrong_flag_ends_the_program_before_anything_is_loaded(tmp_path):
     (tmp_path / "model").mkdir()
     done = run_main(tmp_path, *NEEDED[SFTConfig], "--nope")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "main.py: these settings cannot work:\n  - unknown flag --nope\n"
+    assert (
+        done.stderr == "step1_sft/main.py: these settings cannot work:\n  - unknown flag --nope\n"
+    )
     assert os.listdir(tmp_path) == ["model"], "nothing written"

@@ -343,9 +343,9 @@ def parse(config_class, description: str):
         config = build(config_class, argv, world_size)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"{Path(sys.argv[0]).name}: these settings cannot work:\n{error}", file=sys.stderr
-            )
+            # With its folder: every step has a main.py, and run_all.sh asks them all at once.
+            program = "/".join(Path(sys.argv[0]).absolute().parts[-2:])
+            print(f"{program}: these settings cannot work:\n{error}", file=sys.stderr)
         raise SystemExit(2) from None
     if len(argv) < len(sys.argv) - 1:
         raise SystemExit(0)  # --check_config: the settings can work, and that was the question
