@@ -9,7 +9,8 @@ autograd, DeepSpeed and transformers run as they are, several times slower.
 It shows tensors left on the wrong device, wherever code is walked. It cannot show kernels, streams,
 NCCL, memory or speed. What torch.cuda and DeepSpeed answer is in pretended_cuda.py.
 
-A storage of which nothing is known (made in C++, or before) joins the side that it first meets.
+A storage of which nothing is known (made in C++, or before) counts as the host's until it joins
+the side that it first meets lawfully.
 """
 
 import functools
@@ -22,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
-_NUMBERS = ("aten.masked_fill.Tensor", "aten.masked_fill_.Tensor")  # take one on the host as well
+# These take a single number on the host, as pointwise operations do.
+_NUMBERS = ("aten.masked_fill.Tensor", "aten.masked_fill_.Tensor", "aten.fill_.Tensor")
 # These wait for the device, to know a number or a size.
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 _WAITING += ("is_nonzero",)
@@ -76,7 +78,7 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _WAITING or (name in _INDEXING and _by_a_mask(args[1])):
             forbid_while_capturing(func)
-        if func.namespace == "c10d" or (where is DEVICE and HOST in tags):
+        if func.namespace == "c10d" or (where is DEVICE and tags.count(DEVICE) < len(tags)):
             _check(func, args, inputs, tags)
         if where is DEVICE and func is torch.ops.aten.sum.default:
             # A GPU adds in another order.
@@ -117,23 +119,25 @@ def _check(func, args, inputs, tags) -> None:
     """Raises what a GPU would, where this operation may not have these inputs."""
     name = func.overloadpacket.__name__
     if name in _CROSSING:
-        return forbid_while_capturing(func)
+        if HOST in tags:
+            forbid_while_capturing(func)
+        return
     if func.namespace == "c10d":
         if HOST in tags and name != "barrier":  # whose tensor PyTorch makes itself
             raise RuntimeError(
                 f"No backend type associated with device type cpu: {_told(func, inputs)}"
             )
         return
-    host = [x for x, where in zip(inputs, tags, strict=True) if where is HOST]
+    host = [x for x, where in zip(inputs, tags, strict=True) if where is not DEVICE]
     if name in _INDEXING:
         # Indices may lie on the host; a value too, if it is a single number.
         own, values = args[0], [x for x in args[2:3] if isinstance(x, torch.Tensor)]
-        if tag_of(own) is DEVICE and all(x.dim() == 0 for x in values if tag_of(x) is HOST):
+        if tag_of(own) is DEVICE and all(x.dim() == 0 for x in values if tag_of(x) is not DEVICE):
             return
     elif all(x.dim() == 0 for x in host) and _takes_numbers(func):
         # A single number on the host counts as one, unless it is what is written to.
         written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        if not written or tag_of(args[0]) is not HOST:
+        if not written or tag_of(args[0]) is DEVICE:
             return
     raise RuntimeError(f"Expected all tensors to be on the same device: {_told(func, inputs)}")
 

@@ -118,6 +118,17 @@ def test_where_things_are(device):
     assert torch.equal(h, before) and d.sum().item() == 6.0, "a move shared its memory"
 
 
+def test_a_tensor_from_before_counts_as_the_hosts():
+    """As do those that C++ makes: a model that was loaded and never moved may be such."""
+    before, number = torch.ones(2, 3), torch.ones(())
+    with Pretended():
+        d = torch.ones(2, 3, device="cuda")
+        with pytest.raises(RuntimeError, match="on the same device"):
+            before + d
+        assert (d + number).is_cuda and torch.equal(before.cuda(), d)
+        assert before.device.type == "cpu"
+
+
 def test_a_captured_graph_is_replayed_and_may_not_wait():
     import pretended_cuda
 
