@@ -13,6 +13,8 @@ from step3_ppo.rollout import Rollout
 from utils.distributed import process_group, zero
 from utils.models import generation, language_model, scalar_model
 
+WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+CHECKSUM_CHUNK = 2**22  # weights summed at once: 32 MB of positions
 PROBE_COPIES, PROBE_TOKENS, PROBE_NOISE = 4, 32, 2**31 + 7  # a noise that no rollout draws
 LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB in fp32
 
@@ -25,10 +27,21 @@ class Doubt(Exception):
     """As Fault, of what may be meant."""
 
 
-def checksum(model) -> float:
-    return sum(
-        float(getattr(p, "ds_tensor", p).detach().double().abs().sum()) for p in model.parameters()
-    )
+@torch.no_grad()
+def checksum(model) -> int:
+    """Of this rank's weights and of where they stand: Σ bits × (2·position + 1), modulo 2⁶⁴.
+
+    Sums of whole numbers are the same in any order, so on any device. One bit that flips always
+    changes it (odd × 2ᵏ is not 0), and so do two numbers of up to 32 bits that change places.
+    """
+    total = position = 0
+    for p in model.parameters():
+        weight = getattr(p, "ds_tensor", p).detach().reshape(-1)
+        for bits in weight.view(WHOLE_NUMBERS[weight.element_size()]).split(CHECKSUM_CHUNK):
+            place = torch.arange(position, position + len(bits), device=bits.device)
+            total += int(place.mul_(2).add_(1).mul_(bits).sum())
+            position += len(bits)
+    return total % 2**64
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
@@ -368,8 +381,8 @@ def gradients_reach(check) -> str:
         now = checksum(model)
         if now != check.sums[name]:
             raise Fault(
-                f"the {name} is to be frozen, and its weights changed (sum of magnitudes "
-                f"{check.sums[name]:.9g} → {now:.9g}): does it share tensors with a trained model?"
+                f"the {name} is to be frozen, and its weights changed (checksum "
+                f"{check.sums[name]:x} → {now:x}): does it share tensors with a trained model?"
             )
     return (
         f"gradients reached all {' and all '.join(counts)}; {', '.join(check.frozen())} unchanged"

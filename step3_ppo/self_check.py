@@ -10,6 +10,7 @@ its checkpoint is read. No check draws what its rollouts would miss: it ends as 
 """
 
 import dataclasses
+import sys
 
 from step3_ppo import check_data, check_models
 from step3_ppo import rollout as rollouts
@@ -58,7 +59,7 @@ class SelfCheck:
         self.metrics: dict[str, float] = {}
         self.gradients: dict[str, set[str]] = {"actor": set(), "critic": set()}
         self.hooks: list = []
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, int] = {}
         self.watched: dict[str, tuple] = {}
 
     def trained(self) -> dict:
@@ -125,12 +126,18 @@ class SelfCheck:
         self.say(f"self-check, {when}:")
         faults = []
         for name, check in checks.items():
+            verdict = None
             try:
                 verdict = ("passed", check(self))
             except Doubt as doubt:
                 verdict = ("DOUBT", str(doubt))
             except Fault as fault:
                 verdict = ("FAULT", str(fault))
+            finally:
+                if verdict is None:  # another error ends the run, as it would anywhere
+                    rank = process_group.rank()
+                    told = f"self-check, {when}: {name!r} broke off on rank {rank}, no verdict:"
+                    print(told, file=sys.stderr, flush=True)
             # One rank's fault is everybody's: all ranks stop, at the same place.
             verdicts = process_group.gather_objects(verdict)
             level, text = min(verdicts, key=lambda v: ("FAULT", "DOUBT", "passed").index(v[0]))

@@ -23,6 +23,7 @@ from utils.models import cpu_products
 
 # What takes longest begins first, so that no worker is left with it when the others have finished.
 LONG_FIRST = ["test_steps.py", "test_launch.py", "test_self_check.py", "test_ppo_options.py"]
+LONG_FIRST += ["test_pretended_device.py"]
 
 
 @pytest.hookimpl(trylast=True)  # pytest itself sorts by the parameters of fixtures

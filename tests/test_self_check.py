@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, built_once, run_ranks
 from families import FAMILIES, write
+from small_models import config_of
 from test_steps import ppo, reward
 
 from step3_ppo import self_check
@@ -291,3 +293,17 @@ def test_a_critic_or_reference_of_another_template_is_refused(tiny, house, tmp_p
         assert found["kind"] == "SystemExit" and f"{flag}=" in found["stopped"]
         assert "differ in chat template" in found["stopped"]
         assert "self-check" not in found["said"]
+
+
+def test_an_error_that_is_no_verdict_says_in_which_check_it_came(capfd):
+    """It ends the run as it would anywhere, --self_check warn or not."""
+
+    def breaks(check):
+        raise ZeroDivisionError("by nothing")
+
+    config, device = config_of(self_check="warn", dtype="fp32"), torch.device("cpu")
+    check = self_check.SelfCheck(None, [], [], config, device, print)
+    with pytest.raises(ZeroDivisionError, match="by nothing"):
+        check._run({"sound": lambda check: "as it is", "odd": breaks}, "before the first step")
+    told = capfd.readouterr().err
+    assert told == "self-check, before the first step: 'odd' broke off on rank 0, no verdict:\n"
