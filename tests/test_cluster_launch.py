@@ -81,13 +81,15 @@ def test_other_machines_get_what_changes_a_run_and_no_secret(tmp_path):
     assert "secret" not in found and "GLOO" not in found
 
 
-# Runs what it is given on "machines" of this one, %n being their number, as pdsh does.
+# Runs what it is given on "machines" of this one, %n being their number, as pdsh does; of the
+# environment they have what ssh would leave them.
 PDSH = r"""#!/usr/bin/env python3
-import subprocess, sys
-words = sys.argv[1:]
+import os, subprocess, sys
+words, left = sys.argv[1:], {name: os.environ[name] for name in ("PATH", "HOME")}
 hosts, command = words[words.index("-w") + 1].split(","), " ".join(words[words.index("-w") + 2:])
 started = [
-    subprocess.Popen(["bash", "-c", command.replace("%n", str(n))]) for n in range(len(hosts))
+    subprocess.Popen(["bash", "-c", command.replace("%n", str(n))], env=left)
+    for n in range(len(hosts))
 ]
 sys.exit(max(p.wait() for p in started))
 """
