@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of several nodes on one machine: bash tests/nodes.sh [pytest arguments]
+# The tests of several nodes on one machine: bash tests/nodes.sh [pytest arguments, e.g. -k slurm]
 #
 # Two machines made of Linux namespaces, each with its own sshd, joined by pdsh; and Slurm with two
 # slurmd. Needs root (namespaces, mounts) and Debian's packages openssh-server, openssh-client, pdsh,
@@ -28,4 +28,4 @@ END
 set_up_environment
 cd "$ROOT" || exit
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-"$PYTHON" -m pytest -n 0 -s -m nodes "$@"
+"$PYTHON" -m pytest -n 0 -s -m nodes tests/test_nodes.py tests/test_slurm.py "$@"

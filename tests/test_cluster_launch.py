@@ -81,13 +81,15 @@ def test_other_machines_get_what_changes_a_run_and_no_secret(tmp_path):
     assert "secret" not in found and "GLOO" not in found
 
 
-# Runs what it is given on "machines" of this one, %n being their number, as pdsh does.
+# Runs what it is given on "machines" of this one, %n being their number, as pdsh does; of the
+# environment they have what ssh would leave them.
 PDSH = r"""#!/usr/bin/env python3
-import subprocess, sys
-words = sys.argv[1:]
+import os, subprocess, sys
+words, left = sys.argv[1:], {name: os.environ[name] for name in ("PATH", "HOME")}
 hosts, command = words[words.index("-w") + 1].split(","), " ".join(words[words.index("-w") + 2:])
 started = [
-    subprocess.Popen(["bash", "-c", command.replace("%n", str(n))]) for n in range(len(hosts))
+    subprocess.Popen(["bash", "-c", command.replace("%n", str(n))], env=left)
+    for n in range(len(hosts))
 ]
 sys.exit(max(p.wait() for p in started))
 """
@@ -99,17 +101,21 @@ time.sleep(600)
 """
 
 
-def test_over_pdsh_ranks_are_asked_to_save_and_75_comes_back(tmp_path):
+@pytest.mark.parametrize("way", ["pdsh", "this machine"])
+def test_ranks_are_asked_to_save_and_75_comes_back(tmp_path, way):
     script(tmp_path / "bin/pdsh", PDSH)
     program = script(tmp_path / "rank.py", RANK)
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=2\n")
-    flags = f"--hostfile hosts --no_ssh_check --master_addr 127.0.0.1 --master_port {free_port()}"
+    flags = "--hostfile hosts --no_ssh_check --master_addr 127.0.0.1"
+    flags = flags if way == "pdsh" else "--num_accelerators 3"
     relative = os.path.relpath(program, ROOT)
     command = f". {ROOT}/utils/launch.sh; launch {relative} --output_dir {tmp_path}/out"
     process = subprocess.Popen(
         ["bash", "-c", command],
         cwd=tmp_path,
-        env=environment(tmp_path, LAUNCH=flags, HF_HOME="/models/hf"),
+        env=environment(
+            tmp_path, LAUNCH=f"{flags} --master_port {free_port()}", HF_HOME="/models/hf"
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
