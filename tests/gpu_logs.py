@@ -49,6 +49,7 @@ def not_injected(line: str, run: Setting) -> bool:
 # (what the line holds, when it is to be expected). Ours first, each as the code says it.
 FALLBACKS: list[tuple[str, Callable[[str, Setting], bool]]] = [
     ("goes on without CUDA graphs", never),
+    ("packing=auto: rows are padded", never),
     ("not DeepSpeed's: ", not_injected),
     ("generating fails (", never),
     ("deepspeed.initialize failed (", never),

@@ -150,9 +150,13 @@ def test_a_packed_model_generates_and_takes_padded_rows_as_before():
     assert torch.equal(plain.generate(**prompt), packed.generate(**prompt))
 
 
-def test_what_cannot_be_packed_is_refused_or_left():
+def test_what_cannot_be_packed_is_refused_or_left(capsys):
+    packing._tell.cache_clear()
     bloom = tiny("Bloom")
     packing.choose(bloom, SFTConfig(packing="auto"), "fp32")
+    packing.choose(bloom, SFTConfig(packing="auto"), "fp32")
+    told = capsys.readouterr().out
+    assert told.count("packing=auto: rows are padded, as Bloom") == 1, "told, and once"
     assert not packing.is_on(bloom)
     with pytest.raises(SystemExit, match="packing=on: BloomForCausalLM takes no att"):
         packing.choose(bloom, SFTConfig(packing="on"), "fp32")

@@ -6,13 +6,14 @@ row; without them (generation, a padded batch) it is transformers' own sdpa. On 
 through one varlen kernel, on a CPU one by one.
 """
 
+import functools
 import inspect
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.distributed import host_memory
+from utils.distributed import host_memory, process_group
 
 NAME = "packed_rows"
 # On a CPU torch's fused attention is slow in bf16: plain matrix products take half its time
@@ -97,7 +98,8 @@ def _seen(length: int, window: int, device) -> torch.Tensor:
 
 
 def choose(model: nn.Module, config, dtype: str) -> None:
-    """Turn packing on or not, as `--packing` says; refuses what cannot be."""
+    """Turn packing on or not, as `--packing` says; refuses what cannot be, tells what `auto` leaves
+    out."""
     if config.packing == "off":
         return
     from deepspeed.accelerator import get_accelerator
@@ -107,6 +109,13 @@ def choose(model: nn.Module, config, dtype: str) -> None:
         turn_on(model)
     elif config.packing == "on":
         raise SystemExit(f"packing=on: {found}; set --packing auto or off")
+    elif process_group.is_main():
+        _tell(f"packing=auto: rows are padded, as {found}")
+
+
+@functools.cache  # once a reason, though a run loads several models
+def _tell(text: str) -> None:
+    print(text, flush=True)
 
 
 def turn_on(model: nn.Module) -> None:
