@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable
 
 
+def files_of(folder: Path, pattern: str) -> list[Path]:
+    """The repository's files below `folder`, without the environments that were made there."""
+    found = sorted(folder.rglob(pattern))
+    return [p for p in found if not any(part.startswith(".venv") for part in p.parts)]
+
+
 def build_tiny(folder: Path, family: str = "llama") -> Path:
     """data/ of the embedded task (small) and base_model/ with two layers, under `folder`."""
     from utils.data import toy_tasks

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files_of
 from test_steps import sft
 
 from step1_sft.config import SFTConfig
@@ -270,8 +270,7 @@ def test_readme_names_real_flags_and_files():
     assert flags - known - {"sft", "reward", "ppo", "collect"} == set()
     tree = README[README.index("## The house") :].split("```")[1]
     for name in re.findall(r"[\w/]+\.(?:py|sh)", tree):
-        found = [p for p in ROOT.rglob(Path(name).name) if ".venv" not in p.parts]
-        assert found, f"{name} is not in the repository"
+        assert files_of(ROOT, Path(name).name), f"{name} is not in the repository"
 
 
 def test_readme_shows_the_refusal_as_it_is(tmp_path):

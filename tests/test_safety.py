@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files_of
 
 from step1_sft.config import SFTConfig
 from utils import config as run_config
@@ -18,7 +18,7 @@ from utils.terminal import visible
 CODE = [
     path
     for folder in ("utils", "step1_sft", "step2_reward", "step3_ppo", "evaluation", "benchmarks")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+    for path in files_of(ROOT / folder, "*.py")
 ]
 NEEDED = "--output_dir out --model_name_or_path model --sft_data d".split()
 
