@@ -30,7 +30,7 @@ done
 
 RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL="" MAX_RANKS=0
 SFT_DATA=() PREFERENCE_DATA=() PROMPT_DATA=()
-COMMON_FLAGS=() SCRATCH_FLAGS=() SFT_FLAGS=() COLLECT_FLAGS=() REWARD_FLAGS=() PPO_FLAGS=()
+COMMON_FLAGS=() SCRATCH_FLAGS=() SFT_FLAGS=() COLLECT_FLAGS=() REWARD_FLAGS=() PPO_FLAGS=() LATER_PPO_FLAGS=()
 my_model="" my_rounds="" my_sft=() my_preference=() my_prompts=()
 overwrite=0 my_common=() my_sft_flags=() my_collect=() my_reward=() my_ppo=() seed=42
 
@@ -83,6 +83,7 @@ OUTPUT=${OUTPUT:-output/$RECIPE}
 SFT_FLAGS=("${COMMON_FLAGS[@]}" "${SFT_FLAGS[@]}" "${my_common[@]}" "${my_sft_flags[@]}")
 COLLECT_FLAGS=("${COMMON_FLAGS[@]}" "${COLLECT_FLAGS[@]}" "${my_common[@]}" "${my_collect[@]}")
 REWARD_FLAGS=("${COMMON_FLAGS[@]}" "${REWARD_FLAGS[@]}" "${my_common[@]}" "${my_reward[@]}")
+LATER_PPO_FLAGS=("${COMMON_FLAGS[@]}" "${PPO_FLAGS[@]}" "${LATER_PPO_FLAGS[@]}" "${my_common[@]}" "${my_ppo[@]}")
 PPO_FLAGS=("${COMMON_FLAGS[@]}" "${PPO_FLAGS[@]}" "${my_common[@]}" "${my_ppo[@]}")
 if [ "$EMBEDDED" = 0 ]; then
     [ ${#SFT_DATA[@]} -gt 0 ] && [ ${#PREFERENCE_DATA[@]} -gt 0 ] || {
@@ -180,7 +181,7 @@ for round in $(seq 1 "$ROUNDS"); do
         --reward_model "$folder/step2_reward" --prompt_data "${PROMPT_DATA[@]}" \
         --preference_data "${PREFERENCE_DATA[@]}" --reference_model "$OUTPUT/step1_sft" \
         --output_dir "$folder/step3_ppo" "${PPO_FLAGS[@]}"
-    policy="$folder/step3_ppo/actor"
+    policy="$folder/step3_ppo/actor" PPO_FLAGS=("${LATER_PPO_FLAGS[@]}")
 done
 extra=()
 [ "$EMBEDDED" = 0 ] || extra=(--verifier_data "$OUTPUT/data/held_out.jsonl")

@@ -41,7 +41,7 @@ ROUNDS = 3
 
 
 def recipe_flags(step: str) -> list[str]:
-    """The tiny recipe's flags of SFT, COLLECT, REWARD or PPO."""
+    """The tiny recipe's flags of SFT, COLLECT, REWARD, PPO, or PPO after round 1 (LATER_PPO)."""
     script = f'. recipes/tiny.sh; printf "%s\\n" "${{{step}_FLAGS[@]}}"'
     return subprocess.check_output(["bash", "-c", script], cwd=ROOT, text=True).splitlines()
 
@@ -116,7 +116,8 @@ def run_rounds(base: Path, seed: int, rounds: int, flags: list[str]) -> None:
         comparisons.append(folder / "comparisons.jsonl")
         collect(base, policy / "actor", comparisons[-1], seed + number)
         train_reward_model(base, comparisons, folder / "step2_reward", seed)
-        ppo(base, policy / "actor", folder / "step2_reward", folder, seed + number, flags)
+        more = [*recipe_flags("LATER_PPO"), *flags]
+        ppo(base, policy / "actor", folder / "step2_reward", folder, seed + number, more)
         policy = folder
 
 

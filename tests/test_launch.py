@@ -205,18 +205,27 @@ def test_run_all_gives_each_round_what_the_last_one_made(tmp_path):
         ("step2_reward/collect.py", f"policy=step1_sft, output_file={first}"),
         ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={first}"),
         ("step3_ppo/main.py", "model_name_or_path=step1_sft, reward_model=round1/step2_reward")
-        + (f"preference_data={first}, reference_model=step1_sft, output_dir=round1/step3_ppo",),
+        + (f"preference_data={first}, reference_model=step1_sft, output_dir=round1/step3_ppo",)
+        + ("max_steps=25",),
         ("step2_reward/collect.py", "policy=round1/step3_ppo/actor"),
         ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={both}"),
         ("step3_ppo/main.py", "model_name_or_path=round1/step3_ppo/actor")
         + (f"preference_data={both}, reference_model=step1_sft, output_dir=step3_ppo",)
-        + ("reward_model=step2_reward, prompt_data=data/prompts.jsonl",),
+        + ("reward_model=step2_reward, prompt_data=data/prompts.jsonl, max_steps=40",),
         ("evaluation.summary", "verifier_data=data/held_out.jsonl"),
     ]
     assert [program for program, _ in found] == [program for program, *_ in expected]
     for (program, flags), (_, *wanted) in zip(found, expected, strict=True):
         for flag, value in (pair.split("=") for pair in ", ".join(wanted).split(", ")):
             assert flags[flag] == value, f"{program} --{flag}"
+
+
+def test_a_flag_of_the_users_wins_in_every_round(tmp_path):
+    stages = stages_of_run_all(tmp_path, "--output_dir", tmp_path / "out", "--ppo.max_steps", 7)
+    steps = [
+        flags["max_steps"] for program, flags in stages if program.endswith("step3_ppo/main.py")
+    ]
+    assert steps == ["7", "7"]
 
 
 def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
