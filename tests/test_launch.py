@@ -211,7 +211,7 @@ def test_run_all_gives_each_round_what_the_last_one_made(tmp_path):
         ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={both}"),
         ("step3_ppo/main.py", "model_name_or_path=round1/step3_ppo/actor")
         + (f"preference_data={both}, reference_model=step1_sft, output_dir=step3_ppo",)
-        + ("reward_model=step2_reward, prompt_data=data/prompts.jsonl, max_steps=40",),
+        + ("reward_model=step2_reward, prompt_data=data/prompts.jsonl, max_steps=32",),
         ("evaluation.summary", "verifier_data=data/held_out.jsonl"),
     ]
     assert [program for program, _ in found] == [program for program, *_ in expected]
