@@ -8,9 +8,10 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 
 from utils import report as reporting
-from utils.distributed import manifest, preemption, process_group
+from utils.distributed import background_writer, manifest, preemption, process_group
 from utils.distributed.training_state import Checkpoints
 
 
@@ -44,6 +45,10 @@ def main() -> None:
     try:
         module.main()
     except Crash:
+        # The next job may run in this process, where a thread of the last one would write on.
+        for thread in threading.enumerate():
+            if isinstance(thread, background_writer.Writing):
+                thread.join()
         print(f"crashed after step {step}")
     except SystemExit as stopped:
         assert how != "crash" and stopped.code == preemption.EXIT_CODE, stopped.code
