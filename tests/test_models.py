@@ -176,6 +176,7 @@ def test_gradient_checkpointing_recomputes_in_every_step(tiny, chain, tmp_path):
 def test_no_family_keeps_dropout(family, auto):
     """Rates stand in nn.Dropout, in attributes under many names (Bloom, OPT), or are read from the
     config in each pass (Falcon)."""
+    torch.manual_seed(0)  # OPT may drop all its layers, twice in a row
     ids = torch.arange(3, 30)[None]
     settings = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = auto.from_config(with_dropout(family, **settings)).train()
