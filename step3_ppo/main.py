@@ -154,9 +154,7 @@ def main() -> None:
     check = self_check.SelfCheck(models, prompts, held, config, device, report.say)
     watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
-    carried["products"] = PRODUCTS
-    if models.ptx is not None:
-        carried["ptx"] = models.ptx
+    carried |= {"products": PRODUCTS} | ({"ptx": models.ptx} if models.ptx is not None else {})
     data = batches.fingerprint(p.ids for p in prompts)
     done = run.follow(check.trained(), carried, saved, data, models.ema)
 
