@@ -116,7 +116,11 @@ class PPOConfig(RunConfig):
         choices=("none", "running", "fixed"),
     )
     score_clip: float = setting(0.0, "scores limited to ± this, once normalised; 0: not")
-    missing_eos_penalty: float = setting(0.0, "a response cut at the limit scores − this; 0: off")
+    missing_eos_penalty: float = setting(
+        0.0,
+        "a response cut at the limit gets min(its own score, mean of the rollout's finished ones) "
+        "− this, after normalisation and clip: in deviations where scores are normalised; 0: off",
+    )
     ptx_coef: float = setting(
         0.0, "weight of the language-model loss on --ptx_data in the actor's (InstructGPT: 27.8)"
     )

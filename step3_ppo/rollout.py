@@ -281,15 +281,7 @@ class Experience:
 def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
     """Scores → rewards → advantages; and the rollout's metrics."""
     mask, logprobs, values = rollout.response_mask, rollout.logprobs, rollout.values
-    scores = rollout.scores
-    if config.score_normalisation == "running":
-        state.see(scores)
-    if config.score_normalisation != "none":
-        scores = state.normalised(scores)
-    if config.missing_eos_penalty > 0:
-        scores = torch.where(rollout.finished, scores, -config.missing_eos_penalty)
-    if config.score_clip > 0:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
+    scores, clipped = state.shaped(rollout, config)
     rewards, kl = algorithm.token_rewards(
         scores, logprobs, rollout.ref_logprobs, mask, state.kl_coef, config.kl_estimator
     )
@@ -301,7 +293,8 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
     # Without a critic values are 0, and with λ = 1 the advantage is the return itself.
     lam = 1.0 if config.algorithm == "reinforce" else config.lam
     advantages, returns = algorithm.gae(rewards, values, mask, config.gamma, lam)
-    metrics = measure(rollout, config.kl_estimator) | {
+    metrics = measure(rollout, config.kl_estimator) | clipped
+    metrics |= {
         "kl_coef": state.kl_coef,
         "reward": rewards.sum(1).mean().item(),
         "advantage_std": advantages[mask].std().item(),

@@ -140,8 +140,9 @@ def _eos_share_at_an_end(watch: Watch) -> str:
     eos, length = watch.mean("eos_share", 3), watch.mean("response_length", 3)
     if eos is not None and eos <= 0.02:
         return (
-            f"{eos:.1%} of the responses end by themselves: raise --max_response_length, set "
-            "--missing_eos_penalty, and look whether step 1's answers stop (its samples show it)"
+            f"{eos:.1%} of the responses end by themselves: raise --max_response_length, look "
+            "whether step 1's answers stop (its samples show it), and set --missing_eos_penalty 1 "
+            "with --score_normalisation running"
         )
     # All ending is as it should be, unless they end before they begin.
     if eos is not None and eos >= 0.99 and length <= 2.0:
@@ -173,6 +174,17 @@ def _updates_are_clipped(watch: Watch) -> str:
     )
 
 
+def _scores_are_clipped(watch: Watch) -> str:
+    share, normalised = watch.mean("score_clipped", 3), watch.config.score_normalisation != "none"
+    if share is None or share <= 0.1:
+        return ""
+    mend = "raise --score_clip" if normalised else "set --score_normalisation running"
+    return (
+        f"{share:.1%} of the scores lie beyond ± {watch.config.score_clip} (--score_clip) over 3 "
+        f"rollouts, where one answer is as good as another: {mend}"
+    )
+
+
 def _entropy_collapses(watch: Watch) -> str:
     first, now = watch.history[0]["entropy"], watch.mean("entropy", 3)
     if now is None or now >= 0.1 * first:
@@ -189,7 +201,7 @@ def _proxy_rises_while_the_judge_falls(watch: Watch) -> str:
         if len(seen) < 2:
             continue
         best, now = max(seen, key=lambda m: m[name]), seen[-1]
-        spread = 1.0 if name == "eval/verifier" else best["eval/score_std"]
+        spread = best[deviation] if deviation else 1.0
         if now["eval/score"] > best["eval/score"] and now[name] < best[name] - 0.04 * spread:
             return (
                 f"held-out score {best['eval/score']:.3f} → {now['eval/score']:.3f} while "
@@ -207,6 +219,7 @@ WARNINGS = {
     "eos_share at an end": _eos_share_at_an_end,
     "the critic explains nothing": _critic_explains_nothing,
     "updates are clipped": _updates_are_clipped,
+    "scores are clipped": _scores_are_clipped,
     "entropy collapses": _entropy_collapses,
     "the score rises and the judge falls": _proxy_rises_while_the_judge_falls,
 }
