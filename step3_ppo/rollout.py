@@ -329,6 +329,7 @@ def measure(rollout: Rollout, kl_estimator: str) -> dict[str, float]:
         metrics["score_model"] = metrics["score"] - metrics["score_function"]
     if rollout.judge_scores.any():
         metrics["judge"] = rollout.judge_scores.mean().item()
+        metrics["judge_std"] = rollout.judge_scores.std(correction=0).item()
     return metrics | {f"kl_{name}": value for name, value in kls.items()}
 
 

@@ -196,8 +196,9 @@ def _entropy_collapses(watch: Watch) -> str:
 
 
 def _proxy_rises_while_the_judge_falls(watch: Watch) -> str:
-    for name in ("eval/verifier", "eval/judge"):
-        seen = [m for m in watch.evaluations if name in m]
+    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
+    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
+        seen = [m for m in watch.evaluations if (deviation or name) in m]
         if len(seen) < 2:
             continue
         best, now = max(seen, key=lambda m: m[name]), seen[-1]

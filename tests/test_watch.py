@@ -36,8 +36,9 @@ def rollouts(count: int, **series) -> list[dict]:
     ]
 
 
-def evaluated(judge: str, scores, judged, spread=1.0) -> list[dict]:
-    found = {"eval__score": scores, "eval__score_std": spread, f"eval__{judge}": judged}
+def evaluated(judge: str, scores, judged, spread=1.0, score_std=1.0) -> list[dict]:
+    found = {"eval__score": scores, "eval__score_std": score_std}
+    found |= {f"eval__{judge}": judged, f"eval__{judge}_std": spread}
     return rollouts(len(scores), **found)
 
 
@@ -121,8 +122,9 @@ HISTORIES = [
     ),
     (
         "the score rises and the judge falls",
-        evaluated("judge", [1.0, 2.0], [4.0, 3.5], spread=10.0),
-        evaluated("judge", [1.0, 2.0], [4.0, 3.7], spread=10.0),
+        # By the judge's own deviation, which has nothing to do with the reward model's.
+        evaluated("judge", [1.0, 2.0], [4.0, 3.5], spread=10.0, score_std=100.0),
+        evaluated("judge", [1.0, 2.0], [4.0, 3.7], spread=10.0, score_std=1.0),
     ),
     (
         "the score rises and the judge falls",
