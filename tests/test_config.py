@@ -43,6 +43,37 @@ def write(path, text):
 # Precedence and types.
 
 
+@pytest.mark.parametrize(
+    "file, argv, overwrite, resume",
+    [
+        ("resume: auto\nresume_anyway: true", ["--overwrite"], True, "no"),
+        ("resume: auto", ["--overwrite", "false"], False, "auto"),
+        ("overwrite: true", ["--resume", "auto"], False, "auto"),
+        ("overwrite: true", ["--resume", "no"], True, "no"),
+        ("overwrite: true", [], True, "no"),
+    ],
+)
+def test_overwrite_and_resume_of_a_saved_file_give_way_to_flags(
+    tmp_path, file, argv, overwrite, resume
+):
+    config = sft("--config", write(tmp_path / "c.yaml", file), *argv)
+    assert (config.overwrite, config.resume, config.resume_anyway) == (overwrite, resume, False)
+
+
+@pytest.mark.parametrize(
+    "file, argv",
+    [
+        ("overwrite: true\nresume: auto", []),
+        ("resume: auto", ["--overwrite", "--resume", "auto"]),
+        ("", ["--overwrite", "--resume", "auto"]),
+    ],
+)
+def test_overwrite_and_resume_said_together_are_refused(tmp_path, file, argv):
+    argv = ["--config", write(tmp_path / "c.yaml", file), *argv]
+    (problem,) = problems_of(SFTConfig, [*NEEDED[SFTConfig], *argv])
+    assert "overwrite begins anew and resume=auto goes on" in problem
+
+
 @ALL
 def test_defaults(config_class):
     config = build(config_class, NEEDED[config_class], 1)
