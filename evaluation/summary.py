@@ -157,8 +157,8 @@ def plot(output: Path) -> None:
         draw(right, ppo, "eval/verifier", "held-out verifier", marker="s", color="tab:green")
         right.set(ylabel="verifier", ylim=(0, 1))
         right.legend(loc="upper left")
-    draw(axes[1][1], ppo, "kl", "k1", marker=".", alpha=0.6)
-    draw(axes[1][1], ppo, "kl_k3", "k3", marker=".")
+    for estimator in ("k1", "k2", "k3"):  # by their own names: `kl` is what --kl_estimator says
+        draw(axes[1][1], ppo, f"kl_{estimator}", estimator, marker=".", alpha=0.6)
     axes[1][1].set(title="step 3: KL to the reference", xlabel="rollout", ylabel="nats a response")
     axes[1][1].legend()
     for axis in axes.flat:
