@@ -11,8 +11,6 @@ divergence" (k1, k2, k3); Williams 1992 (REINFORCE); Mnih et al. 2016 (A2C); Ye 
 clip); Yu et al. 2025, DAPO (a wider upper clip).
 """
 
-import math
-
 import torch
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -44,7 +42,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, sequences: int, ho
     return kl_coef * (1.0 + error * sequences / horizon)
 
 
-def penalise_cut(scores, finished, penalty: float, stand_in: float = math.inf):
+def penalise_cut(scores, finished, penalty: float, stand_in: float = torch.inf):
     """(B,) scores, (B,) bool finished → (B,): an answer cut at the limit gets min(its own score,
     mean of the finished ones) − penalty, so that not to stop never pays, whatever the scale.
 

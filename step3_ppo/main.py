@@ -103,6 +103,8 @@ def start(config, device, resumed_at: int | None):
         f"epochs; an action is a {config.action_level}; {dtype}, ZeRO-{config.zero_stage} (critic "
         f"{config.stage_of_critic()}), " + reporting.batch_arithmetic(config, world)
     )
+    critic = "" if config.algorithm == "reinforce" else f", critic {config.rate_of_critic():g}"
+    report.say(f"peak learning rates: actor {config.learning_rate:g}{critic}")
     run_config.save(config, config.output_dir, world, process_group.is_main())
     language_model.check_positions(
         config.model_name_or_path,

@@ -97,7 +97,8 @@ def step_actor(models, experience: Experience, rows: list[int], config, device) 
 def step_critic(engine, experience: Experience, rows: list[int], config, device) -> dict:
     """Value update on global rows `rows`; returns metrics as means over their actions."""
     actions = int(experience.mask[rows].sum())  # of all ranks
-    clip_value = config.clip_value if config.algorithm == "ppo" else math.inf
+    clipped = config.algorithm == "ppo" and config.clip_value > 0
+    clip_value = config.clip_value if clipped else math.inf
     totals: dict[str, torch.Tensor] = {}
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_values = engine(ids, mask)[:, -length - 1 : -1][:, : part.mask.shape[1]]

@@ -159,8 +159,8 @@ def _critic_explains_nothing(watch: Watch) -> str:
         return ""
     return (
         f"explained_variance below 0 for 10 rollouts (now {values[-1]:.2f}): advantages are noise. "
-        "Raise --critic_learning_rate, --ppo_epochs or --clip_value, or normalise the scores "
-        "(--score_normalisation running)"
+        "Raise --critic_learning_rate or --ppo_epochs, leave --clip_value at 0, or normalise the "
+        "scores (--score_normalisation running)"
     )
 
 

@@ -77,6 +77,8 @@ def test_every_option_takes_one_path(tiny, chain, tmp_path):
     assert_same_path({"a2c": tmp_path / "a2c_0_1", "ppo": tmp_path / "as_ppo"}, names)
     # Some answers pay for being cut, measured by the finished ones of both ranks.
     assert 0 < metrics_of(tmp_path / "sequence_0_2", "eos_share")[0] < 1
+    rates = (metrics_of(tmp_path / "added_0_1", f"{w}_learning_rate") for w in ("critic", "actor"))
+    assert next(rates) == pytest.approx([5 * rate for rate in next(rates)])
     scores_add_up(*(tmp_path / f"{name}_0_1" for name in chosen))
     states_are_saved(*(tmp_path / f"{name}_0_1" for name in chosen))
 
