@@ -143,7 +143,7 @@ def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
 
 def load_data(config, tokenizer, report):
     """(training comparisons, held-out comparisons, held-out demonstrations), tokenised."""
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
     def load(names, role):
         return preferences.load_comparisons(

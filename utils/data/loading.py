@@ -56,14 +56,14 @@ def load_as(
         try:
             rows = read_rows(name, splits[split_role], bad)
             found = _convert_rows(convert, known, schema, rows, bad)
-            if not found and bad.on_bad_rows == "skip":
+            if not found and bad.max_share:
                 first = bad.problems[before]
                 raise DataError(f"{name}: not one of its rows can be used; first: {first}")
             items += found
         except DataError as error:
             problems += error.problems
     if problems:
-        raise DataError(problems + (bad.problems if bad.on_bad_rows == "error" else []))
+        raise DataError(problems + (bad.problems if bad.too_many else []))
     return items
 
 
