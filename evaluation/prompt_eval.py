@@ -148,7 +148,7 @@ def load_questions(config) -> list[Question]:
     if not config.prompts:
         shown = BUILT_IN_PROMPTS[: config.max_prompts or None]
         return [Question((), (text,), f"built-in {n}") for n, text in enumerate(shown, 1)]
-    bad = rows.BadRows("error")
+    bad = rows.BadRows()
     found, problems = [], []
     for name in config.prompts:
         try:

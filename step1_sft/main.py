@@ -65,7 +65,7 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
 
 def load_data(config, tokenizer, report):
     """(training examples, held-out examples, held-out conversations), tokenised."""
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
     def load(names, role):
         return instructions.load_conversations(

@@ -252,7 +252,7 @@ def settings_of(config) -> Path:
 
 def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     found = preferences.load_comparisons([config.rankings], split_role="train", bad=bad)
     bad.finish(config.rankings)
     prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in found]
@@ -273,7 +273,7 @@ def main() -> None:
             import_rankings(config)
         process_group.shut_down()
         return
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
     def load(names, role):
         return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)

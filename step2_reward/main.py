@@ -29,7 +29,7 @@ from utils.distributed import (
     zero,
 )
 from utils.distributed.training_state import Checkpoints
-from utils.models import language_model, scalar_model
+from utils.models import language_model, packing, scalar_model
 from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
@@ -74,11 +74,12 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
 
 
 def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
-    """(N,) scores of all answers of `ranked`, laid end to end."""
+    """(N,) scores of all answers of `ranked`, laid end to end. A prompt goes forward once."""
     answers = [ids for r in ranked for ids in r.answers]
     ids = host_memory.send(batches.pad(answers, pad_id), device)
     mask = batches.pad([[True] * len(a) for a in answers], False)
-    return scalar_model.sequence_scores(engine, ids, mask)
+    shared = packing.shared_beginnings([r.answers for r in ranked])
+    return scalar_model.sequence_scores(engine, ids, mask, shared)
 
 
 def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:
@@ -143,7 +144,7 @@ def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
 
 def load_data(config, tokenizer, report):
     """(training comparisons, held-out comparisons, held-out demonstrations), tokenised."""
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
     def load(names, role):
         return preferences.load_comparisons(

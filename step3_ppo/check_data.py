@@ -167,7 +167,7 @@ def reward_model_sanity(check) -> str:
 def _held_out_accuracy(check) -> dict:
     """The reward model's accuracy on held-out pairs of --preference_data, as step 2 measures it."""
     config, reward = check.config, check.models.reward
-    bad = rows.BadRows(config.on_bad_rows)
+    bad = rows.BadRows(config.max_bad_rows)
 
     def load(names, role):
         return preferences.load_comparisons(names, split_role=role, bad=bad)

@@ -44,7 +44,7 @@ EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no 
 
 def load_prompts(config, tokenizer, report):
     """(training prompts, held-out prompts), each a list of rollout.Prompt."""
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
     def load(names, role):
         return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)

@@ -31,13 +31,13 @@ class Examples:
 
 def load(config, tokenizer) -> Examples:
     """Demonstrations (the answers count), or rows of plain `text` (all of it counts)."""
-    bad = rows.BadRows(config.on_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     limit = config.max_prompt_length + config.max_response_length
     found: list[chat_template.Encoded] = []
     counts = batches.Counts()
     for name in config.ptx_data:
         splits = instructions.SFT_SPLITS["train"]
-        seen = rows.read_rows(name, splits, rows.BadRows("skip"))
+        seen = rows.read_rows(name, splits, rows.BadRows(1.0))
         if seen and all(_is_plain(row.data) for row in seen):
             for row in rows.read_rows(name, splits, bad):
                 try:

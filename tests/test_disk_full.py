@@ -77,7 +77,7 @@ def tensorboard(folder, amount):
 
 
 def bad_rows_jsonl(folder, amount):
-    bad = BadRows("skip", str(folder / "bad_rows.jsonl"))
+    bad = BadRows(1.0, str(folder / "bad_rows.jsonl"))
     for number in range(20 * amount):
         bad.add(f"f:{number}", "blank", {"a": "x" * 100})
     bad.finish("data")

@@ -183,9 +183,9 @@ def test_problems_of_all_names_come_in_one_message(tmp_path):
 def test_skip_mode_refuses_a_name_with_nothing_left(tmp_path):
     path = save(tmp_path / "a.jsonl", {**ALPACA, "output": ""})
     with pytest.raises(DataError, match="not one of its rows can be used; first: .*:1: output is"):
-        load_conversations([path], bad=BadRows("skip"))
+        load_conversations([path], bad=BadRows(1.0))
     mixed = save(tmp_path / "b.jsonl", {**ALPACA, "output": ""}, ALPACA)
-    assert len(load_conversations([mixed], bad=BadRows("skip"))) == 1
+    assert len(load_conversations([mixed], bad=BadRows(1.0))) == 1
 
 
 def test_settings_that_do_not_exist_are_named(tmp_path):

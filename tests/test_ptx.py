@@ -68,7 +68,7 @@ def test_a_row_without_text_is_named(tokenizer, tmp_path, value, said):
     with pytest.raises(DataError) as error:
         load(tokenizer, tmp_path, rows)
     assert said in str(error.value) and "0.jsonl:2" in str(error.value)
-    (kept,) = load(tokenizer, tmp_path, rows, on_bad_rows="skip").rows
+    (kept,) = load(tokenizer, tmp_path, rows, max_bad_rows=1.0).rows
     assert "Snow" in tokenizer.decode(kept.ids)
     assert said in (tmp_path / "bad_rows.jsonl").read_text()
 

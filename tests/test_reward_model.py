@@ -2,7 +2,6 @@
 
 import json
 
-import families
 import pytest
 import torch
 from conftest import metrics_of, run_ranks
@@ -13,7 +12,7 @@ from step2_reward.config import RewardConfig
 from step3_ppo.reward_model import RewardModel, differences
 from step3_ppo.rollout import Prompt
 from utils.data import chat_template
-from utils.models import from_scratch, scalar_model
+from utils.models import scalar_model
 
 # Turns meet at special tokens: by hand a text is encoded whole, in the code turn by turn.
 TEMPLATE = (
@@ -21,16 +20,6 @@ TEMPLATE = (
     "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant<|im_start|>' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def other(tiny, tmp_path_factory):
-    """A GPT-2 as reward model: fewer tokens, other ids, a template of its own."""
-    folder = tmp_path_factory.mktemp("other")
-    texts = filter(str.isascii, from_scratch.texts_of([str(tiny / "data/sft.jsonl")]))
-    tokenizer = from_scratch.train_tokenizer(texts, 400)
-    tokenizer.chat_template = TEMPLATE
-    return families.write(folder, "GPT2", tokenizer) / "reward"
 
 
 def test_scores_are_those_of_the_text_in_its_own_template(tiny, other):

@@ -315,42 +315,6 @@ def test_a_damaged_saved_data_set_is_named(tmp_path, mark, content):
     assert refusal_of(str(tmp_path)).startswith(f"{tmp_path}: ")
 
 
-def test_error_mode_names_the_first_twenty_and_counts_the_rest():
-    bad = BadRows()
-    for number in range(1, 26):
-        bad.add(f"f.jsonl:{number}", "blank")
-    with pytest.raises(DataError) as caught:
-        bad.finish("training data")
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "training data: 25 bad row(s)"
-    assert lines[1:21] == [f"f.jsonl:{number}: blank" for number in range(1, 21)]
-    assert lines[21] == "... and 5 more" and "--on_bad_rows skip" in lines[22]
-    assert len(caught.value.problems) == 25 and len(bad) == 0
-    with pytest.raises(DataError, match="on_bad_rows='ignore'"):
-        BadRows("ignore")
-
-
-def test_skip_mode_writes_a_strict_report(tmp_path, capsys):
-    report = tmp_path / "out" / "bad.jsonl"
-    for _ in range(2):  # the second loading is appended
-        bad = BadRows("skip", str(report))
-        bad.add("f:1", "blank", {"a": ""})
-        bad.add("f:2", "surrogate", {"a": "\ud83d"})
-        bad.add("f:3", "not finite", {"a": float("nan")})
-        assert bad.finish("training data") == 3 and bad.finish("again") == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [f"training data: left out 3 bad row(s), listed in {report}"] * 2
-
-    def refuse(name):
-        raise AssertionError(name)
-
-    lines = report.read_text().splitlines()
-    rows = [json.loads(line, parse_constant=refuse) for line in lines]
-    assert len(rows) == 6
-    assert rows[0] == {"where": "f:1", "reason": "blank", "row": {"a": ""}}
-    assert rows[1]["row"] == {"a": "\ud83d"} and rows[2]["row"] == '{"a": NaN}'
-
-
 PIECES = st.sampled_from(
     [
         b'{"instruction": "a", "input": "", "output": "b"}',

@@ -46,10 +46,10 @@ class RunConfig:
     data_split: str = setting("", "share one data set among the three steps, e.g. 2,4,4")
     eval_fraction: float = setting(0.05, "rows held out where a data set has no test split")
     max_eval_rows: int = setting(512, "at most so many held-out rows are used")
-    on_bad_rows: str = setting(
-        "error",
-        "error: name them all and stop; skip: count and write them",
-        choices=("error", "skip"),
+    max_bad_rows: float = setting(
+        0.01,
+        "share of the rows that may be unusable: they are left out, counted, and kept in "
+        "bad_rows.jsonl; with more the run stops and names them",
     )
 
     max_steps: int = setting(0, "passes of the main loop; 0: as many as the epochs give")
@@ -164,6 +164,8 @@ class RunConfig:
             found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
         if not 0 < self.eval_fraction < 1:
             found.append(f"eval_fraction={self.eval_fraction} must lie between 0 and 1")
+        if not 0 <= self.max_bad_rows <= 1:
+            found.append(f"max_bad_rows={self.max_bad_rows} must lie in [0, 1]; it is a share")
         if not 0 <= self.adam_beta2 < 1:
             found.append(f"adam_beta2={self.adam_beta2} must lie in [0, 1); set --adam_beta2")
         if not 0 <= self.warmup_ratio < 1:

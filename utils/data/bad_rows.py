@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,17 +43,16 @@ class BadRow(ValueError):
 
 
 class BadRows:
-    """Collects the bad rows of one loading, and in the end refuses them or writes them down.
+    """Collects the bad rows of one loading, and in the end writes them down or refuses them all.
 
-    Arguments: on_bad_rows ("error" or "skip"), report_path (JSON Lines file for skipped rows).
-    Raises DataError for another on_bad_rows.
+    Arguments: max_share (of the rows seen, how many may be left out: 0 none, 1 whatever comes),
+    report_path (JSON Lines file that keeps the rows left out). Readers add to `seen`.
     """
 
-    def __init__(self, on_bad_rows: str = "error", report_path: str | None = None):
-        if on_bad_rows not in ("error", "skip"):
-            raise DataError(f"on_bad_rows={on_bad_rows!r}: set --on_bad_rows to error or skip")
-        self.on_bad_rows = on_bad_rows
+    def __init__(self, max_share: float = 0.0, report_path: str | None = None):
+        self.max_share = max_share
         self.report_path = report_path
+        self.seen = 0
         self._rows: list[tuple[str, str, Any]] = []
 
     def __len__(self) -> int:
@@ -62,6 +63,11 @@ class BadRows:
         """One text a bad row, `where: reason`."""
         return [f"{where}: {reason}" for where, reason, _ in self._rows]
 
+    @property
+    def too_many(self) -> bool:
+        """Whether more rows are bad than may be left out."""
+        return len(self._rows) > self.max_share * max(self.seen, len(self._rows))
+
     def add(self, where: str, reason: str, data: Any = None) -> None:
         """Notes one bad row: its place, what is wrong with it, and the row or its raw text."""
         self._rows.append((where, reason, data))
@@ -69,28 +75,40 @@ class BadRows:
     def finish(self, label: str) -> int:
         """Ends one loading and returns how many rows were left out.
 
-        "error" raises one DataError that names all bad rows. "skip" appends them to report_path
-        and prints one line. Either way the collection is empty afterwards.
+        Up to `max_share` of the rows are appended to report_path, and counted in one line with the
+        first of them. Raises one DataError that names them all where there are more. Either way
+        the collection is empty afterwards.
         """
-        rows, problems = self._rows, self.problems
-        self._rows = []
+        rows, problems, seen, too_many = self._rows, self.problems, self.seen, self.too_many
+        self._rows, self.seen = [], 0
         if not rows:
             return 0
-        if self.on_bad_rows == "error":
+        count = f"{len(rows)} bad row(s) of {seen}"
+        if too_many:
+            least = math.ceil(1e4 * len(rows) / max(seen, len(rows))) / 1e4
             raise DataError(
                 problems,
-                title=f"{label}: {len(rows)} bad row(s)",
-                advice="Mend them, or leave them out with --on_bad_rows skip.",
+                title=f"{label}: {count}, more than --max_bad_rows {self.max_share:g} lets out",
+                advice=f"Mend them, or leave them out with --max_bad_rows {least:g}.",
             )
-        written = ""
         if not process_group.is_main():
             return len(rows)  # rank 0 tells and writes for all
+        written = ""
         if self.report_path:
-            text = "".join(_report_line(*row) + "\n" for row in rows)
-            whole_files.append_lines(self.report_path, text)
-            written = f", listed in {self.report_path}"
-        print(f"{label}: left out {len(rows)} bad row(s){written}", flush=True)
+            self._keep([_report_line(*row) for row in rows])
+            written = f", kept in {self.report_path}"
+        print(f"{label}: left out {count}{written}; the first: {problems[0]}", flush=True)
         return len(rows)
+
+    def _keep(self, lines: list[str]) -> None:
+        """Adds lines that the report does not hold yet: a resumed run reads its data again."""
+        known: set[str] = set()
+        if os.path.exists(self.report_path):
+            with open(self.report_path, encoding="utf-8") as file:
+                known = set(file.read().splitlines())
+        new = [line + "\n" for line in lines if line not in known]
+        if new:
+            whole_files.append_lines(self.report_path, "".join(new))
 
 
 def _report_line(where: str, reason: str, data: Any) -> str:

@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=0, help="which row, from 0")
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.tokenizer)
-    bad = rows.BadRows("error")
+    bad = rows.BadRows()
     conversations = instructions.load_conversations([arguments.data], bad=bad)
     bad.finish(arguments.data)
     if not 0 <= arguments.row < len(conversations):

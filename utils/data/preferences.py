@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.data.instructions import (
-    Schema,
     in_order,
-    load_as,
     preference_answer,
     preference_prompt,
     prompt_column,
     ranked_responses,
 )
+from utils.data.loading import Schema, load_as
 from utils.data.rows import BadRow, BadRows, Row
 
 PREFERENCE_SPLITS = {

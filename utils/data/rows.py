@@ -32,6 +32,13 @@ def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[
     split_candidates (the first that the data set has is read; a plain file is read whole), bad
     (takes the rows that cannot be read). Raises DataError for what is wrong with a whole file.
     """
+    before = len(bad)
+    found = _read(name, split_candidates, bad)
+    bad.seen += len(found) + len(bad) - before
+    return found
+
+
+def _read(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
     kind, path, pinned = _locate(name)
     if kind == "file":
         return read_file(path, bad)

@@ -23,7 +23,7 @@ TEMPLATE_WORDS = ["system", "user", "assistant"]
 def texts_of(names: Iterable[str]) -> Iterator[str]:
     """Every message and answer in the data sets, whatever their schema."""
     for name in names:
-        bad = rows.BadRows("skip")
+        bad = rows.BadRows(1.0)
         try:
             for row in preferences.load_comparisons([name], split_role="train", bad=bad):
                 yield from (m["content"] for m in row.prompt)
@@ -31,7 +31,7 @@ def texts_of(names: Iterable[str]) -> Iterator[str]:
             continue
         except rows.DataError:
             pass  # not a preference set
-        bad = rows.BadRows("skip")
+        bad = rows.BadRows(1.0)
         for row in instructions.load_conversations([name], bad=bad):
             yield from (m["content"] for m in row.messages)
 

@@ -28,7 +28,9 @@ class Fp32Head(nn.Linear):
 class ScalarModel(nn.Module):
     """`forward(ids (B,T), mask (B,T) bool) → (B,T)` fp32: value of each prefix, bias taken off.
 
-    The mask may be on the CPU, and then nothing waits for the device of the ids.
+    The mask may be on the CPU, and then nothing waits for the device of the ids. shared: what the
+    rows begin with and need not go through twice (packing.shared_beginnings), where rows go end to
+    end; the values of those tokens are then 0 but in the first row.
     """
 
     def __init__(self, classifier: nn.Module):
@@ -42,15 +44,15 @@ class ScalarModel(nn.Module):
         """Scores become raw − bias; kept in the config that is saved with the weights."""
         self.bias = self.classifier.config.reward_bias = float(bias)
 
-    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, shared=None) -> torch.Tensor:
         backbone, packed = self.classifier.base_model, packing.is_on(self.classifier)
         if packed:
-            inputs = packing.inputs(input_ids, mask)
+            inputs = packing.inputs(input_ids, mask, shared)
         else:
             inputs = language_model.forward_inputs(backbone, input_ids, mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         values = self.classifier.score(hidden).squeeze(-1) - self.bias
-        return packing.spread(values, mask) if packed else values
+        return packing.spread(values, packing.own(mask, shared)) if packed else values
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
@@ -101,8 +103,10 @@ def last_positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long() * steps).argmax(-1)
 
 
-def sequence_scores(forward, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B,T) ids and mask → (B,) fp32 score at each row's last real token."""
-    values = forward(input_ids, mask)
+def sequence_scores(
+    forward, input_ids: torch.Tensor, mask: torch.Tensor, shared=None
+) -> torch.Tensor:
+    """(B,T) ids and mask → (B,) fp32 score at each row's last token (shared: see ScalarModel)."""
+    values = forward(input_ids, mask) if shared is None else forward(input_ids, mask, shared)
     last = host_memory.send(last_positions(mask), values.device)
     return values.gather(1, last[:, None]).squeeze(1)
