@@ -5,4 +5,5 @@
 launch step1_sft/main.py --model_name_or_path "${MODEL:-Qwen/Qwen2.5-7B}" \
     --sft_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
     --output_dir "${OUTPUT:-output/step1_sft}" \
-    --zero_stage 3 --dtype bf16 --gradient_checkpointing --global_batch_size 128 --micro_batch_size 4 --max_length 2048 "$@"
+    --zero_stage 3 --dtype bf16 --gradient_checkpointing --global_batch_size 128 --micro_batch_size 4 \
+    --max_length 2048 "$@"
