@@ -20,7 +20,7 @@ from utils import config as run_config
 from utils import report as reporting
 from utils import terminal, whole_files
 from utils.config import setting
-from utils.data import batches, instructions, rows
+from utils.data import batches, chat_template, instructions, rows
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.models import generation
 
@@ -207,6 +207,22 @@ def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
     )
 
 
+def refuse_unrendered(config, questions: list[Question]) -> None:
+    """Raise DataError that names each prompt which a checkpoint's template refuses, before any
+    checkpoint has answered in vain."""
+    problems = []
+    for path in config.checkpoints:
+        tokenizer = chat_template.load_tokenizer(path, config.trust_remote_code)
+        for question in questions:
+            turn = {"role": "user", "content": question.turns[0]}
+            try:
+                chat_template.encode_prompt(tokenizer, (*question.context, turn))
+            except chat_template.TemplateError as error:
+                problems.append(f"{question.where}: {path}: {error}")
+    if problems:
+        raise rows.DataError(problems, title="prompts that cannot be answered:")
+
+
 @torch.no_grad()
 def answer_all(config, checkpoint: str, questions: list[Question]):
     """(answers of each question, a turn after the other; seconds spent sampling)."""
@@ -343,6 +359,7 @@ def main() -> None:
     reporting.quiet_libraries()
     try:
         questions = load_questions(config)
+        refuse_unrendered(config, questions)
     except rows.DataError as error:
         raise SystemExit(str(error)) from error
     if config.output_dir:

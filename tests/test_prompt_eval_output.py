@@ -205,7 +205,17 @@ def test_answers_are_told_and_written_before_they_are_scored(
     assert all(terminal.visible(a).split("\n")[0] in said for a in answers)
 
 
-def test_a_prompt_that_a_checkpoints_template_refuses_is_named(policy, tmp_path):
+def test_a_prompt_that_a_checkpoints_template_refuses_ends_the_run_before_one_answers(
+    policy, tmp_path, monkeypatch, capsys
+):
+    other = with_template(policy, tmp_path / "other", WITHOUT_SYSTEM)
+    flags = ["--checkpoints", policy, other, "--prompts", write_talks(tmp_path)]
+    with pytest.raises(SystemExit, match=f"talks.jsonl:1: {other}: .*no system turns"):
+        run_main(monkeypatch, *flags)
+    assert "answered" not in capsys.readouterr().out
+
+
+def test_in_a_talk_the_turn_is_named(policy):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.chat_template = WITHOUT_SYSTEM
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
