@@ -9,7 +9,9 @@ share what they begin with: it goes through the model once, in the first of them
 
 import functools
 import inspect
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,6 +29,14 @@ SCORES = 2**22
 SETTINGS = ("scale", "window_size", "enable_gqa")
 
 
+@dataclass(frozen=True)
+class Tree:
+    """Rows with one beginning as one row of T tokens: seen (T,T) bool, positions (T,) int64."""
+
+    seen: torch.Tensor
+    positions: torch.Tensor
+
+
 def attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -40,13 +50,14 @@ def attention(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_k: int | None = None,
     row_lengths: list[int] | None = None,
-    shared_spans: list[tuple[int, int]] | None = None,
+    trees: list[Tree | None] | None = None,
     key_places: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """query (B,H,T,D), key and value (B,h,T,D) → (B,T,H,D). Where `row_lengths` say how long the
-    rows are that lie end to end in T, B is 1. Each also sees the keys of its shared span (start and
-    end in T, before the row); key_places (K,) are those of all rows in turn."""
+    rows are that lie end to end in T, B is 1. A CPU takes rows that share their beginning as one
+    row, whose tree says who sees whom; a GPU takes each with the keys of what it shares, key_places
+    (K,) being those of all rows in turn."""
     if row_lengths is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -72,47 +83,45 @@ def attention(
         )
         return found[None], None
     rows = zip(*(x.split(row_lengths, 2) for x in (query, key, value)), strict=True)
-    found = []
-    for (q, *row), (start, end) in zip(rows, shared_spans, strict=True):
-        if start < end:
-            both = zip((key, value), row, strict=True)
-            row = [torch.cat([whole[:, :, start:end], mine], 2) for whole, mine in both]
-        found.append(_one_row(q, *row, scaling, sliding_window).transpose(1, 2))
+    found = [
+        _one_row(*row, tree, scaling, sliding_window).transpose(1, 2)
+        for row, tree in zip(rows, trees, strict=True)
+    ]
     return torch.cat(found, 1), None
 
 
-def _one_row(query, key, value, scaling, window) -> torch.Tensor:
-    """query (1,H,Q,D), key and value (1,h,K,D) → (1,H,Q,D), causal, within the window; the queries
-    are of the last Q of the K tokens."""
-    _, heads, queries, width = query.shape
-    length, groups = key.shape[2], heads // key.shape[1]
-    windowed = bool(window) and window < length
-    if query.dtype == torch.float32 or heads * queries * length > SCORES:
-        plain = queries == length and not windowed
-        seen = None if plain else _seen(queries, length, window or length, query.device)
+def _one_row(query, key, value, tree, scaling, window) -> torch.Tensor:
+    """query (1,H,T,D), key and value (1,h,T,D) → (1,H,T,D), causal, within the window."""
+    _, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    plain = tree is None and not (window and window < length)
+    if query.dtype == torch.float32 or heads * length**2 > SCORES:
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=seen,
+            attn_mask=None if plain else _seen(length, tree, window, query.device),
             is_causal=plain,
             scale=scaling,
             enable_gqa=groups > 1,
         )
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    unseen = ~_seen(queries, length, window or length, query.device)
-    bias = torch.zeros(queries, length, dtype=query.dtype).masked_fill_(unseen, float("-inf"))
+    unseen = ~_seen(length, tree, window, query.device)
+    bias = torch.zeros(length, length, dtype=query.dtype).masked_fill_(unseen, float("-inf"))
     scale = width**-0.5 if scaling is None else scaling
     scores = torch.baddbmm(bias, query[0], key[0].transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), value[0])[None]
 
 
-def _seen(queries: int, length: int, window: int, device) -> torch.Tensor:
-    """(Q,K) bool: does the token of that row, one of the last Q, see that of that column?"""
-    all_pairs = torch.ones(queries, length, dtype=torch.bool, device=device)
-    before = length - queries
-    return all_pairs.tril_(before).triu_(before + 1 - window)
+def _seen(length: int, tree: Tree | None, window: int | None, device) -> torch.Tensor:
+    """(T,T) bool: does the token of that row see that of that column?"""
+    if tree is None:
+        all_pairs = torch.ones(length, length, dtype=torch.bool, device=device)
+        return all_pairs.tril_().triu_(1 - (window or length))
+    if not window:
+        return tree.seen
+    return tree.seen & (tree.positions[:, None] - tree.positions < window)
 
 
 def choose(model: nn.Module, config, dtype: str) -> None:
@@ -227,11 +236,10 @@ def inputs(
     """
     device, kept = input_ids.device, own(mask, shared).cpu()
     rows = kept.sum(1).tolist()
-    ends = F.pad(kept.sum(1).cumsum(0), (1, 0))
-    starts = ends.tolist()
-    spans = [(starts[first], starts[first] + n) for first, n in shared or [(0, 0)] * len(rows)]
-    seen = [n + end - start for n, (start, end) in zip(rows, spans, strict=True)]
+    shared = shared or [(i, 0) for i in range(len(rows))]
+    seen = [n + common for n, (_, common) in zip(rows, shared, strict=True)]
     positions = [torch.arange(k - n, k) for n, k in zip(rows, seen, strict=True)]
+    ends = F.pad(kept.sum(1).cumsum(0), (1, 0))
     found = {
         "input_ids": input_ids.flatten().index_select(0, places(kept, device))[None],
         "position_ids": host_memory.send(torch.cat(positions)[None], device),
@@ -241,18 +249,34 @@ def inputs(
         "max_length_q": max(rows),
         "max_length_k": max(seen),
         "row_lengths": rows,
-        "shared_spans": spans,
+        "trees": [None] * len(rows),
     }
     found["cu_seq_lens_k"] = found["cu_seq_lens_q"]
-    if seen != rows:
-        keys = [
-            torch.cat([torch.arange(*span), torch.arange(start, start + n)])
-            for span, start, n in zip(spans, starts, rows, strict=False)
-        ]
-        ends = F.pad(torch.tensor(seen).cumsum(0), (1, 0))
-        found["cu_seq_lens_k"] = host_memory.send(ends.int(), device)
-        found["key_places"] = host_memory.send(torch.cat(keys), device)
+    if seen == rows:
+        return found
+    starts, keys = ends.tolist(), []
+    for row, (first, common) in enumerate(shared):
+        keys.append(torch.arange(starts[first], starts[first] + common))
+        keys.append(torch.arange(starts[row], starts[row + 1]))
+    ends = F.pad(torch.tensor(seen).cumsum(0), (1, 0))
+    found["cu_seq_lens_k"] = host_memory.send(ends.int(), device)
+    found["key_places"] = host_memory.send(torch.cat(keys), device)
+    if device.type == "cpu":
+        groups = [list(g) for _, g in itertools.groupby(range(len(rows)), lambda i: shared[i][0])]
+        found["row_lengths"] = [sum(rows[i] for i in group) for group in groups]
+        found["trees"] = [_tree(group, positions, shared) for group in groups]
     return found
+
+
+def _tree(group: list[int], positions: list[torch.Tensor], shared) -> Tree | None:
+    """Neighbouring rows that share what the first of them begins with, as one row."""
+    if len(group) == 1:
+        return None
+    at = torch.cat([positions[i] for i in group])
+    row = torch.cat([torch.full_like(positions[i], i) for i in group])
+    common = torch.cat([torch.full_like(positions[i], shared[i][1]) for i in group])
+    same = (row[:, None] == row) & (at[:, None] >= at)
+    return Tree(same | (at < common[:, None]), at)  # only the first row has tokens that early
 
 
 def places(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
