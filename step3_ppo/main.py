@@ -182,9 +182,9 @@ def main() -> None:
                 metrics |= measured
                 state.adapt(metrics["kl"], len(sampled), config)
                 trained = time.time()
-                metrics |= train_on(models, experience, config, device, step, watch)
+                metrics |= train_on(models, experience, config, device, step, watch, check.follow)
                 metrics["seconds_train"] = time.time() - trained
-                check.after_the_first_rollout(rollout, metrics)
+                check.after_the_first_rollout(sampled, experience, metrics)
                 if config.check_only:
                     break
             else:
