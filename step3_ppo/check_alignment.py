@@ -205,8 +205,9 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
     if config.action_level == "sequence":
         rewards, values, mask = rewards.sum(1, keepdims=True), values[:, :1], tokens[:, :1]
     values = values * mask
-    if config.whiten_rewards:
-        rewards = rewards / np.sqrt(rewards[mask > 0].var() + 1e-8) * mask
+    if config.whiten_rewards:  # their mean stays
+        mean, variance = rewards[mask > 0].mean(), rewards[mask > 0].var()
+        rewards = ((rewards - mean) / np.sqrt(variance + 1e-8) + mean) * mask
     after = np.pad(values, ((0, 0), (0, 1)))[:, 1:]
     errors = (rewards + config.gamma * after - values) * mask
     decay = config.gamma * (1.0 if config.algorithm == "reinforce" else config.lam)

@@ -17,6 +17,7 @@ VOCABULARY, ROWS = 12, 24
 SETTINGS = {
     "defaults": {},
     "no whitening": {"whiten_advantages": False, "gamma": 0.9},
+    "whitened rewards": {"whiten_rewards": True},
     "a2c, k2": {"algorithm": "a2c", "kl_estimator": "k2"},
     "reinforce": {"algorithm": "reinforce", "lam": 0.5},
     "sequences": {"action_level": "sequence", "whiten_rewards": True},

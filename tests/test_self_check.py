@@ -240,8 +240,8 @@ def test_sound_families_pass(tiny, families, tmp_path, names, flags):
 ALGORITHMS = {
     "a2c": ("--algorithm", "a2c"),
     "reinforce": ("--algorithm", "reinforce", "--zero_stage", 3, "--packing", "on"),
-    "sequences": ("--action_level", "sequence", "--whiten_rewards", "true", "--dual_clip", 3),
-    "scores": ("--score_normalisation", "running", "--score_clip", 0.5, "--kl_estimator", "k3"),
+    "sequences": ("--action_level", "sequence", "--dual_clip", 3),
+    "scores": ("--score_normalisation", "running", "--score_clip", 0.5, "--whiten_rewards"),
 }
 
 
