@@ -276,6 +276,7 @@ class Experience:
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
 
 
 def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
@@ -304,7 +305,7 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
         metrics["explained_variance"] = algorithm.explained_variance(values, returns, mask).item()
     if config.whiten_advantages:
         advantages = algorithm.whiten(advantages, mask)
-    return Experience(rollout, mask, logprobs, values, advantages, returns), metrics
+    return Experience(rollout, mask, logprobs, values, advantages, returns, scores), metrics
 
 
 def measure(rollout: Rollout, kl_estimator: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from conftest import ROOT, metrics_of, run_ranks
 from small_models import config_of
 from test_steps import CLOSE, assert_same_path, ppo
 
-from step3_ppo import check_models, self_check
+from step3_ppo import check_updates, self_check
 from utils.distributed.process_group import free_port
 
 FUNCTION = "from step3_ppo.reward_functions import length_target as score\n"
@@ -185,10 +185,10 @@ def test_rounding_is_no_fault_at_the_first_update_and_another_policy_is(dtype, l
                 "response_length": float(max(tokens, 30)),
             },
         )
-        return check_models.on_policy_at_the_first_update(check)
+        return check_updates.on_policy_at_the_first_update(check)
 
     assert "first minibatch: ratio" in ask(gaps)
-    with pytest.raises(check_models.Fault, match="does not see the policy that sampled"):
+    with pytest.raises(check_updates.Fault, match="does not see the policy that sampled"):
         ask(gaps + max(0.5, 8 * tolerance * tokens**0.5))
 
 
