@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from utils import config as run_config
-from utils import whole_files
+from utils import model_code, whole_files
 from utils.distributed import manifest, process_group, zero
 
 Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
@@ -76,6 +76,7 @@ class ModelFolder:
                 shown.save_pretrained(temporary, state_dict=state)
                 # (Saving a tokenizer only reads it: the main thread may encode meanwhile.)
                 self.tokenizer.save_pretrained(temporary)
+                model_code.save(Path(temporary), self.model, self.tokenizer)
                 run_config.save(self.config, temporary, ranks)
                 replace_files(temporary, folder)
 

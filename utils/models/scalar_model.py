@@ -59,16 +59,8 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
     head: what to do where the folder has no head: "saved" refuses; "normal" draws
     N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0.
     """
-    from transformers import AutoModelForSequenceClassification
-
     classifier = language_model.from_pretrained(
-        AutoModelForSequenceClassification,
-        config,
-        path,
-        dtype,
-        zero_stage,
-        tokenizer,
-        num_labels=1,
+        config, path, dtype, zero_stage, tokenizer, scalar=True
     )
     language_model.prepare_training(classifier, config)
     packing.choose(classifier, config, dtype)
