@@ -47,8 +47,9 @@ def whole_state_dict(module: nn.Module, copy: Copy = to_cpu) -> dict[str, torch.
 class ModelFolder:
     """A transformers model, maybe sharded, as a folder that plain transformers loads.
 
-    The folder holds config, safetensors, generation config, tokenizer with its chat template and
-    `config.yaml`. average: the EMA whose weights are saved in place of the model's.
+    The folder holds config, safetensors, generation config, tokenizer with its chat template, the
+    Python files that came with either and `config.yaml`. average: the EMA whose weights are saved
+    in place of the model's.
     """
 
     model: nn.Module
