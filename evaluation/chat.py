@@ -18,7 +18,7 @@ from utils import config as run_config
 from utils import report as reporting
 from utils import terminal
 from utils.config import setting
-from utils.data import rows
+from utils.data import fitting, rows
 
 
 @dataclass
@@ -68,8 +68,12 @@ def answer(model, tokenizer, messages, room: int) -> str:
 
     ids = checkpoints.encode_prompt(tokenizer, messages, "this conversation")
     if len(ids) > room:
-        print(f"(its first {len(ids) - room} tokens no longer fit; /clear starts afresh)")
-        ids = ids[-room:]
+        fitted = fitting.shortened(tokenizer, messages, room)
+        if fitted is None:
+            print(f"(not answered: more than the {room} tokens that fit; /clear starts afresh)")
+            return ""
+        print("(its oldest turns no longer fit; /clear starts afresh)")
+        ids = checkpoints.encode_prompt(tokenizer, fitted, "this conversation")
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(
         input_ids=prompt,

@@ -37,7 +37,7 @@ class CollectConfig(RunConfig):
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
     answers_per_prompt: int = setting(4, "K, answers sampled a prompt (InstructGPT: 4 to 9)")
-    max_prompt_length: int = setting(256, "tokens; prompts are cut from the left")
+    max_prompt_length: int = setting(256, "tokens (see --long_prompts)")
     max_response_length: int = setting(256, "tokens sampled at most")
     temperature: float = setting(1.0, "sampling temperature")
     labeller: str = setting(
@@ -286,8 +286,8 @@ def main() -> None:
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]
     tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
-    limit = config.max_prompt_length
-    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, bad)
+    limit, fate = config.max_prompt_length, config.long_prompts
+    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, fate, bad)
     bad.finish("prompt_data")
     if process_group.is_main():
         print(counts.line("prompts"), flush=True)

@@ -18,7 +18,7 @@ from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, instructions, preferences, rows, splits
+from utils.data import batches, chat_template, fitting, instructions, preferences, rows, splits
 from utils.distributed import (
     checkpoint,
     host_memory,
@@ -43,32 +43,24 @@ class Ranked:
     characters: tuple[int, ...]
 
 
-def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], batches.Counts]:
+def encode(
+    tokenizer, comparisons, max_length: int, long_prompts: str, bad
+) -> tuple[list[Ranked], batches.Counts]:
     """Comparisons → (Ranked, Counts of answers). All answers of a comparison follow the same prompt
     tokens, cut so that the longest one fits; one that is too long even so keeps its stop token,
     where its score is read. Answers that the template cannot render go to `bad`."""
     counts, encoded = batches.Counts(), []
     for row in comparisons:
         try:
-            whole = [
-                chat_template.encode_conversation(
-                    tokenizer, (*row.prompt, {"role": "assistant", "content": text})
-                )
-                for text in row.responses
-            ]
+            answers, fate = fitting.encode_answers(
+                tokenizer, row.prompt, row.responses, max_length, long_prompts
+            )
         except chat_template.TemplateError as error:
             bad.add(row.where, str(error), list(row.responses))
             continue
-        pairs = [(e.ids[: e.last_answer], e.ids[e.last_answer :]) for e in whole]
-        prompt = pairs[0][0]
-        longest = max(len(answer) for _, answer in pairs)
-        room = batches.prompt_room(len(prompt), longest, max_length)
-        counts.cut_prompts += room < len(prompt)
-        stop_id = tokenizer.eos_token_id
-        answers = [
-            sum(batches.shorten(prompt[-room:], answer, max_length, stop_id, "cut", counts), [])
-            for _, answer in pairs
-        ]
+        counts += fate
+        if answers is None:
+            continue
         encoded.append(Ranked(tuple(answers), row.scores, tuple(len(t) for t in row.responses)))
     return encoded, counts
 
@@ -167,7 +159,9 @@ def load_data(config, tokenizer, report):
             step=1,
             bad=bad,
         )
-        encoded, _ = batches.encode_conversations(tokenizer, shown, config.max_length, "cut", bad)
+        encoded, _ = batches.encode_conversations(
+            tokenizer, shown, config.max_length, config.long_prompts, "cut", bad
+        )
         demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
     ties = len(train) + len(held)
     train, held = ([c for c in part if len(set(c.scores)) > 1] for part in (train, held))
@@ -176,8 +170,8 @@ def load_data(config, tokenizer, report):
         f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
         "answers are all equally good"
     )
-    train, counts = encode(tokenizer, train, config.max_length, bad)
-    held, held_counts = encode(tokenizer, held, config.max_length, bad)
+    train, counts = encode(tokenizer, train, config.max_length, config.long_prompts, bad)
+    held, held_counts = encode(tokenizer, held, config.max_length, config.long_prompts, bad)
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit("no comparison to train or evaluate on; give more --preference_data")

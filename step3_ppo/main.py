@@ -54,11 +54,17 @@ def load_prompts(config, tokenizer, report):
     )
     found = []
     for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
-        kept, ids, counts = batches.encode_prompts(tokenizer, part, config.max_prompt_length, bad)
+        limit, fate = config.max_prompt_length, config.long_prompts
+        kept, ids, counts = batches.encode_prompts(tokenizer, part, limit, fate, bad)
         pairs = zip(kept, ids, strict=True)
         found.append([rollouts.Prompt(i, p.messages, p.row) for p, i in pairs])
         report.say(counts.line(name))
     bad.finish("prompt_data")
+    if not all(found):
+        raise SystemExit(
+            f"no prompt left to train or evaluate on; max_prompt_length={config.max_prompt_length},"
+            f" long_prompts={config.long_prompts}: raise --max_prompt_length, or give more rows"
+        )
     return found
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 from chat_templates import STOPS, TEMPLATES, byte_level, put_in_front, with_template
 
-from utils.data import chat_template
+from utils.data import chat_template, fitting
 from utils.data.chat_template import TemplateError
 from utils.models import from_scratch
 
@@ -156,3 +156,17 @@ def test_a_system_turn_that_moves_with_the_questions_leaves_the_last_answer_supe
 def test_a_template_without_system_turns_says_so():
     with pytest.raises(TemplateError, match="refuses this conversation: no system role"):
         chat_template.encode_conversation(loaded("gemma"), turns("a", "tree", system="s"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_to_rank_stand_behind_the_prompt_of_ppo(name):
+    tokenizer = loaded(name)
+    prompt = turns("a", THOUGHTS + "tree", "b")
+    answers = ["dog", THOUGHTS + "a longer answer"]
+    rows, counts = fitting.encode_answers(tokenizer, prompt, answers, 200, "cut")
+    assert counts == fitting.Counts(kept=2)
+    before = chat_template.encode_prompt(tokenizer, prompt)
+    for row, answer in zip(rows, answers, strict=True):
+        assert row[: len(before)] == before
+        after = tokenizer.decode(row[len(before) :])
+        assert after.endswith(answer + tokenizer.eos_token)

@@ -45,6 +45,12 @@ class RunConfig:
     data_weights: list[float] = setting([], "how often each data set's rows come in one epoch")
     data_split: str = setting("", "share one data set among the three steps, e.g. 2,4,4")
     eval_fraction: float = setting(0.05, "rows held out where a data set has no test split")
+    long_prompts: str = setting(
+        "cut",
+        "a prompt beyond its limit: cut its oldest exchanges, then the left end of its text (BOS, "
+        "system turn and headers stay), or drop the row",
+        choices=("cut", "drop"),
+    )
     max_eval_rows: int = setting(512, "at most so many held-out rows are used")
     max_bad_rows: float = setting(
         0.01,
