@@ -126,7 +126,7 @@ def build(config, device, report):
     language_model.check_positions(
         name, config.max_length, "--max_length", config.trust_remote_code
     )
-    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
     examples, eval_examples, held = load_data(config, tokenizer, report)
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(examples)
@@ -172,6 +172,7 @@ def main() -> None:
     shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
+    resuming.settle_date(config, found)
 
     # Build: data, model, engine.
     report = reporting.Report(

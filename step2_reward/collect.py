@@ -181,7 +181,9 @@ def label_with_verifier(config, prompts, answers) -> list[list[float]]:
 
 @torch.no_grad()
 def label_with_reward_model(config, prompts, answers, dtype, device) -> list[list[float]]:
-    tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(
+        config.reward_model, config.trust_remote_code, config.date
+    )
     model = scalar_model.load(
         config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=tokenizer
     )
@@ -265,6 +267,7 @@ def main() -> None:
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
     shared_files.check(config)
+    resuming.settle_date(config)
     seed_everything(config.seed, config.deterministic)
     dtype = zero.resolve_dtype(config.dtype, device)
     started = time.time()
@@ -285,7 +288,7 @@ def main() -> None:
     )
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]
-    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code, config.date)
     limit, fate = config.max_prompt_length, config.long_prompts
     prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, fate, bad)
     bad.finish("prompt_data")

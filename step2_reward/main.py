@@ -208,7 +208,7 @@ def build(config, device, report):
     language_model.check_positions(
         name, config.max_length, "--max_length", config.trust_remote_code
     )
-    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
     train, held, demonstrations = load_data(config, tokenizer, report)
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(train)
@@ -246,6 +246,7 @@ def main() -> None:
     shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
+    resuming.settle_date(config, found)
 
     # Build: data, model, engine.
     report = reporting.Report(

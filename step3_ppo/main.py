@@ -116,7 +116,9 @@ def start(config, device, resumed_at: int | None):
         "--max_prompt_length, --max_response_length",
         config.trust_remote_code,
     )
-    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(
+        config.model_name_or_path, config.trust_remote_code, config.date
+    )
     prompts, held = load_prompts(config, tokenizer, report)
     planner.first_lines("ppo", config, device, report.say)
     models = build(config, tokenizer, dtype, device)
@@ -150,6 +152,7 @@ def main() -> None:
     shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
+    resuming.settle_date(config, found)
 
     # Build: prompts, models; of a resumed run, where its checkpoint ends.
     report, prompts, held, models, state = start(config, device, found and found.step)

@@ -1,9 +1,13 @@
 """What the templates of real models ask of us: BOS, thoughts, the day, system turns, once each."""
 
 import copy
+import pickle
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from chat_templates import STOPS, TEMPLATES, byte_level, put_in_front, with_template
+from transformers.utils import chat_template_utils
 
 from utils.data import chat_template, fitting
 from utils.data.chat_template import TemplateError
@@ -170,3 +174,34 @@ def test_answers_to_rank_stand_behind_the_prompt_of_ppo(name):
         assert row[: len(before)] == before
         after = tokenizer.decode(row[len(before) :])
         assert after.endswith(answer + tokenizer.eos_token)
+
+
+# The day.
+
+
+@pytest.mark.parametrize("format", ["%d %B %Y", "%Y-%m-%d", "%-d %b %y", "%A, %j", "%F %H:%M:%S"])
+def test_the_day_is_written_as_python_would(format):
+    tokenizer = loaded("qwen3")
+    stated = "{%- macro head() -%}{{ strftime_now('" + format + "') }}{%- endmacro -%}{{ head() }}"
+    tokenizer.chat_template = stated + TEMPLATES["qwen3"]
+    tokenizer.date = "2026-02-03"
+    ids = chat_template.encode_prompt(tokenizer, turns("a"))
+    day = datetime(2026, 2, 3).strftime(format)
+    assert tokenizer.decode(ids).startswith(f"{day}<|im_start|>user")
+
+
+def test_a_template_states_the_day_it_is_told_whatever_the_clock_says(monkeypatch):
+    tokenizer = loaded("llama3.2")
+    tokenizer.date = "2026-01-31"
+    messages = turns("a", "tree")
+    today = chat_template.encode_conversation(tokenizer, messages)
+    assert "Today Date: 31 Jan 2026\n" in tokenizer.decode(today.ids)
+    later = SimpleNamespace(now=lambda: datetime(2031, 5, 6))
+    monkeypatch.setattr(chat_template_utils, "datetime", later)
+    # In another process, too, which a tokenizer is sent to.
+    for reader in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert chat_template.encode_conversation(reader, messages) == today
+        assert chat_template.encode_prompt(reader, messages[:1]) == today.ids[: today.last_answer]
+    tokenizer.date = ""
+    of_the_clock = chat_template.encode_prompt(tokenizer, messages[:1])
+    assert "Today Date: 06 May 2031\n" in tokenizer.decode(of_the_clock)

@@ -8,6 +8,7 @@ shows a data row with its supervised tokens in green.
 import functools
 import os
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from utils.model_files import refused
 from utils.terminal import visible
@@ -26,8 +27,11 @@ class TemplateError(ValueError):
     """A conversation the template cannot render turn by turn."""
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub name, with a template, a stop token and a pad of its own."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, date: str = ""):
+    """The tokenizer of a folder or hub name, with a template, a stop token and a pad of its own.
+
+    date: what a template that asks for the day is told, YYYY-MM-DD; empty: the clock's.
+    """
     from transformers import AutoTokenizer
 
     with refused(path, "a tokenizer"):
@@ -36,6 +40,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         set_up(tokenizer)
     except TemplateError as error:
         raise SystemExit(f"the chat template of {path!r} cannot be used: {error}") from error
+    tokenizer.date = date
     return tokenizer
 
 
@@ -94,13 +99,29 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
     """Text of the turns; TemplateError where the template refuses them (system turns, often)."""
     from jinja2.exceptions import TemplateError as JinjaError
 
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template and getattr(tokenizer, "date", ""):
+        template = _stating_the_day(template, tokenizer.date)
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=template,
         )
     except (JinjaError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         # A template is a program: beside what it raises itself, it may stumble over the turns.
         raise TemplateError(f"the chat template refuses this conversation: {error}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _stating_the_day(template: str, date: str) -> str:
+    """A template (Llama-3.2's, SmolLM3's, gpt-oss's) that asks for the clock's day, asking for
+    `date` instead. A macro, for transformers passes no function on to a template."""
+    day, value = datetime.fromisoformat(date), "format"
+    for directive in (f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBdeFHIjmMpSyYZ"):
+        value += f" | replace({directive!r}, {day.strftime(directive)!r})"
+    return "{% macro strftime_now(format) %}{{ " + value + " }}{% endmacro %}" + template
 
 
 @dataclass(frozen=True)
