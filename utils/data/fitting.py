@@ -9,6 +9,7 @@ Each function takes one row and nothing else, so that rows may be encoded in any
 """
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -133,14 +134,18 @@ def shortened(tokenizer, messages, limit: int) -> tuple[dict, ...] | None:
     """The messages of a prompt with so much taken away that it has at most `limit` tokens; None
     where its frame alone, or its last user turn without a word, has more. Raises TemplateError."""
 
-    def fits(turns) -> bool:
-        return len(chat_template.encode_prompt(tokenizer, turns)) <= limit
-
     messages = tuple(messages)
-    if fits(messages):
-        return messages
     roles = [message["role"] for message in messages]
     first = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), len(roles))
+
+    @functools.cache
+    def over(start: int) -> int:
+        """Tokens too many of the prompt from message `start` on, behind its system turn."""
+        ids = chat_template.encode_prompt(tokenizer, messages[:first] + messages[start:])
+        return len(ids) - limit
+
+    if over(first) <= 0:
+        return messages
     # An exchange begins where a user speaks and did not just before.
     starts = [
         i
@@ -149,15 +154,16 @@ def shortened(tokenizer, messages, limit: int) -> tuple[dict, ...] | None:
     ]
     if not starts:
         return None
-    choices = [messages[:first] + messages[start:] for start in starts]
-    most = bisect.bisect_left(choices, True, hi=len(choices) - 1, key=fits)
-    return _cut_last_text(tokenizer, choices[most], limit)
+    fits = bisect.bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: over(i) <= 0)
+    start = starts[fits]
+    return _cut_last_text(tokenizer, messages[:first] + messages[start:], limit, over(start))
 
 
-def _cut_last_text(tokenizer, messages, limit: int) -> tuple[dict, ...] | None:
-    """`messages` with the left end of the last user's text cut until they fit."""
+def _cut_last_text(tokenizer, messages, limit: int, over: int) -> tuple[dict, ...] | None:
+    """`messages`, which are `over` tokens too many, with the left end of the last user's text cut
+    until they fit."""
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    while (over := len(chat_template.encode_prompt(tokenizer, messages)) - limit) > 0:
+    while over > 0:
         text = messages[last]["content"]
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if over >= len(ids):
@@ -168,4 +174,5 @@ def _cut_last_text(tokenizer, messages, limit: int) -> tuple[dict, ...] | None:
         start = len(text) - len(rest) if text.endswith(rest) else len(text) * over // len(ids)
         turn = messages[last] | {"content": text[max(1, start) :]}
         messages = (*messages[:last], turn, *messages[last + 1 :])
+        over = len(chat_template.encode_prompt(tokenizer, messages)) - limit
     return messages
