@@ -78,6 +78,10 @@ MODEL=${my_model:-$MODEL} ROUNDS=${my_rounds:-$ROUNDS}
 PROMPT_DATA=("${my_prompts[@]}")
 OUTPUT=${OUTPUT:-output/$RECIPE}
 [ "$overwrite" = 1 ] && COMMON_FLAGS+=(--overwrite) || COMMON_FLAGS+=(--resume auto)
+# Chat templates may state the day: every stage, and every resume, states the day of the first start.
+day=$(date +%F)
+[ "$overwrite" = 1 ] || day=$(cat "$OUTPUT/.date" 2>/dev/null || echo "$day")
+COMMON_FLAGS+=(--date "$day")
 # Of a flag given twice the last counts: the recipe's for all steps, the recipe's for this step, the
 # user's for all, the user's for this step.
 SFT_FLAGS=("${COMMON_FLAGS[@]}" "${SFT_FLAGS[@]}" "${my_common[@]}" "${my_sft_flags[@]}")
@@ -144,6 +148,7 @@ made_with=$(cat "$OUTPUT/.seed" 2>/dev/null || echo "$seed") spent=$(cat "$OUTPU
     exit 2
 }
 echo "$seed" >"$OUTPUT/.seed"
+echo "$day" >"$OUTPUT/.date"
 trap 'exit 75' TERM USR1 # during a stage without steps; it is done again
 # What has no checkpoints is made under another name, so that what has its name is whole.
 if [ "$EMBEDDED" = 1 ]; then

@@ -49,7 +49,7 @@ def rollout(turns, argv: list[str]) -> None:
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     bad = rows.BadRows()
     loaded = instructions.load_prompts(config.prompt_data, split_role="train", bad=bad)
-    kept, ids, _ = batches.encode_prompts(tokenizer, loaded, config.max_prompt_length, bad)
+    kept, ids, _ = batches.encode_prompts(tokenizer, loaded, config.max_prompt_length, "cut", bad)
     prompts = [rollouts.Prompt(i, p.messages, p.row) for p, i in zip(kept, ids, strict=True)]
     prompts = prompts[: config.prompts_per_rollout]
     models = build(config, tokenizer, zero.resolve_dtype(config.dtype, device), device)

@@ -66,10 +66,12 @@ def answer(model, tokenizer, messages, room: int) -> str:
         def on_finalized_text(self, text: str, stream_end: bool = False):
             print(terminal.visible(text), end="\n" if stream_end else "", flush=True)
 
-    ids = checkpoints.encode_prompt(tokenizer, messages, "this conversation")
-    if len(ids) > room:
-        print(f"(its first {len(ids) - room} tokens no longer fit; /clear starts afresh)")
-        ids = ids[-room:]
+    ids, shorter = checkpoints.encode_prompt(tokenizer, messages, "this conversation", room)
+    if ids is None:
+        print(f"(not answered: more than the {room} tokens that fit; /clear starts afresh)")
+        return ""
+    if shorter:
+        print("(its oldest turns no longer fit; /clear starts afresh)")
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(
         input_ids=prompt,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.data import chat_template, rows
+from utils.data import chat_template, fitting, rows
 from utils.distributed import zero
 from utils.models import language_model, loading
 
@@ -113,11 +113,13 @@ def prompt_room(model, max_new_tokens: int) -> int:
     return positions - max_new_tokens
 
 
-def encode_prompt(tokenizer, messages, where: str) -> list[int]:
-    """Ids up to where the assistant begins. Raises SystemExit where the template refuses."""
+def encode_prompt(tokenizer, messages, where: str, room: int) -> tuple[list[int] | None, bool]:
+    """At most `room` ids up to where the assistant begins, and whether they are of a shortened
+    prompt; None where not even its frame fits. Raises SystemExit where the template refuses."""
     try:
-        return chat_template.encode_prompt(tokenizer, messages)
+        ids, counts = fitting.encode_prompt(tokenizer, messages, room, "cut")
     except chat_template.TemplateError as error:
         raise SystemExit(
             f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {error}"
         ) from error
+    return ids, bool(counts.cut_prompts)

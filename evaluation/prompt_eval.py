@@ -250,11 +250,18 @@ def answer_all(config, checkpoint: str, questions: list[Question]):
             chosen = asked[start : start + config.batch_size]
             for i in chosen:
                 talks[i] += ({"role": "user", "content": questions[i].turns[turn]},)
-            encoded = [
-                checkpoints.encode_prompt(tokenizer, talks[i], questions[i].where) for i in chosen
-            ]
-            cut += sum(len(e) > room for e in encoded)
-            encoded = [e[-room:] for e in encoded]
+            encoded = []
+            for i in chosen:
+                ids, shorter = checkpoints.encode_prompt(
+                    tokenizer, talks[i], questions[i].where, room
+                )
+                if ids is None:
+                    raise SystemExit(
+                        f"{questions[i].where}: not even the frame of its prompt fits the {room} "
+                        f"tokens that {checkpoint} has for it; lower --max_new_tokens"
+                    )
+                encoded.append(ids)
+                cut += shorter
             tick = time.time()
             found = generate(model, tokenizer, encoded)
             seconds += time.time() - tick

@@ -16,7 +16,7 @@ import torch
 from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, instructions, rows, splits
+from utils.data import batches, chat_template, fitting, instructions, rows, splits
 from utils.distributed import (
     checkpoint,
     host_memory,
@@ -76,10 +76,10 @@ def load_data(config, tokenizer, report):
         config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1, bad=bad
     )
     examples, counts = batches.encode_conversations(
-        tokenizer, train, config.max_length, config.long_answers, bad
+        tokenizer, train, config.max_length, config.long_prompts, config.long_answers, bad
     )
     eval_examples, eval_counts = batches.encode_conversations(
-        tokenizer, held, config.max_length, config.long_answers, bad
+        tokenizer, held, config.max_length, config.long_prompts, config.long_answers, bad
     )
     bad.finish("sft_data")
     report.say(counts.line("training data"))
@@ -97,8 +97,11 @@ def sample_answers(model, tokenizer, conversations, config, device, all_finished
     lines = []
     length = min(64, config.max_length // 2)
     for row in conversations[: config.sample_answers]:
-        ids = chat_template.encode_prompt(tokenizer, row.messages[:-1])
-        ids = ids[-(config.max_length - length) :]
+        ids, _ = fitting.encode_prompt(
+            tokenizer, row.messages[:-1], config.max_length - length, config.long_prompts
+        )
+        if ids is None:
+            continue
         prompt = torch.tensor([ids], device=device)
         answer = generation.generate(
             model,
@@ -123,7 +126,7 @@ def build(config, device, report):
     language_model.check_positions(
         name, config.max_length, "--max_length", config.trust_remote_code
     )
-    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
     examples, eval_examples, held = load_data(config, tokenizer, report)
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(examples)
@@ -169,6 +172,7 @@ def main() -> None:
     shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
+    resuming.settle_date(config, found)
 
     # Build: data, model, engine.
     report = reporting.Report(

@@ -38,7 +38,7 @@ class CollectConfig(RunConfig):
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
     answers_per_prompt: int = setting(4, "K, answers sampled a prompt (InstructGPT: 4 to 9)")
-    max_prompt_length: int = setting(512, "tokens; prompts are cut from the left")
+    max_prompt_length: int = setting(512, "tokens (see --long_prompts)")
     max_response_length: int = setting(512, "tokens sampled at most")
     temperature: float = setting(1.0, "sampling temperature")
     labeller: str = setting(
@@ -300,8 +300,8 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     prompts = prompts[: config.num_prompts or None]
     if reader is not None:
         prompts = reward_reader.readable(prompts, [reader], bad)
-    limit = config.max_prompt_length
-    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, bad)
+    limit, fate = config.max_prompt_length, config.long_prompts
+    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, fate, bad)
     bad.finish("prompt_data")
     if config.labeller == "verifier":
         refuse_other_tasks(prompts)
@@ -314,6 +314,7 @@ def main() -> None:
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
     shared_files.check(config)
+    resuming.settle_date(config)
     seed_everything(config.seed, config.deterministic)
     dtype = zero.resolve_dtype(config.dtype, device)
     started = time.time()
@@ -322,10 +323,12 @@ def main() -> None:
             import_rankings(config)
         process_group.shut_down()
         return
-    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code, config.date)
     reader = None
     if config.labeller == "reward_model":
-        reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
+        reader = Reader.load(
+            config.reward_model, config.trust_remote_code, config.reward_read_at, config.date
+        )
     prompts, encoded, counts = load_prompts(config, tokenizer, reader)
     if process_group.is_main():
         print(counts.line("prompts"), flush=True)

@@ -18,7 +18,7 @@ from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, instructions, preferences, rows, splits
+from utils.data import batches, chat_template, fitting, instructions, preferences, rows, splits
 from utils.distributed import (
     checkpoint,
     host_memory,
@@ -44,7 +44,9 @@ class Ranked:
     prompt: str = ""  # its text, by which pairs are told apart
 
 
-def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], batches.Counts]:
+def encode(
+    tokenizer, comparisons, max_length: int, long_prompts: str, bad
+) -> tuple[list[Ranked], batches.Counts]:
     """Comparisons → (Ranked, Counts of answers). All answers of a comparison follow the same prompt
     tokens, cut so that the longest one fits; one that is too long even so keeps its stop token,
     where its score is read, for it is ranked as the whole answer. One that was cut before it was
@@ -52,25 +54,15 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
     counts, encoded = batches.Counts(), []
     for row in comparisons:
         try:
-            whole = [
-                chat_template.encode_conversation(
-                    tokenizer, (*row.prompt, {"role": "assistant", "content": text})
-                )
-                for text in row.responses
-            ]
+            answers, fate = fitting.encode_answers(
+                tokenizer, row.prompt, row.responses, max_length, long_prompts
+            )
         except chat_template.TemplateError as error:
             bad.add(row.where, str(error), list(row.responses))
             continue
-        pairs = [(e.ids[: e.last_answer], e.ids[e.last_answer :]) for e in whole]
-        prompt = pairs[0][0]
-        longest = max(len(answer) for _, answer in pairs)
-        room = batches.prompt_room(len(prompt), longest, max_length)
-        counts.cut_prompts += room < len(prompt)
-        stop_id = tokenizer.eos_token_id
-        answers = [
-            sum(batches.shorten(prompt[-room:], answer, max_length, stop_id, "cut", counts), [])
-            for _, answer in pairs
-        ]
+        counts += fate
+        if answers is None:
+            continue
         # An answer that was cut when it was sampled has no stop token in PPO, and so none here.
         answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
         characters = tuple(len(t) for t in row.responses)
@@ -175,7 +167,9 @@ def load_data(config, tokenizer, report):
             step=1,
             bad=bad,
         )
-        encoded, _ = batches.encode_conversations(tokenizer, shown, config.max_length, "cut", bad)
+        encoded, _ = batches.encode_conversations(
+            tokenizer, shown, config.max_length, config.long_prompts, "cut", bad
+        )
         demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
     ties = len(train) + len(held)
     train, held = ([c for c in part if len(set(c.scores)) > 1] for part in (train, held))
@@ -184,8 +178,8 @@ def load_data(config, tokenizer, report):
         f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
         "answers are all equally good"
     )
-    train, counts = encode(tokenizer, train, config.max_length, bad)
-    held, held_counts = encode(tokenizer, held, config.max_length, bad)
+    train, counts = encode(tokenizer, train, config.max_length, config.long_prompts, bad)
+    held, held_counts = encode(tokenizer, held, config.max_length, config.long_prompts, bad)
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
@@ -222,7 +216,7 @@ def build(config, device, report):
     language_model.check_positions(
         name, config.max_length, "--max_length", config.trust_remote_code
     )
-    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
     train, held, demonstrations = load_data(config, tokenizer, report)
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(train)
@@ -260,6 +254,7 @@ def main() -> None:
     shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
+    resuming.settle_date(config, found)
 
     # Build: data, model, engine.
     report = reporting.Report(

@@ -9,7 +9,7 @@ import yaml
 
 from step3_ppo import algorithm
 from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
-from utils.data import chat_template, preferences, rows, splits
+from utils.data import chat_template, fitting, preferences, rows, splits
 from utils.distributed import process_group
 from utils.models import generation, reward_reader
 
@@ -109,12 +109,13 @@ def same_language(check) -> str:
     tokenizer, reward = check.models.tokenizer, check.models.reward
     limit = check.config.max_prompt_length
     for prompt in check.held[:PROMPTS_TRIED]:
-        turns = (*prompt.messages, {"role": "assistant", "content": "a"})
+        fitted = fitting.shortened(tokenizer, prompt.messages, limit)
+        turns = (*fitted, {"role": "assistant", "content": "a"})
         try:
             whole = chat_template.encode_conversation(tokenizer, turns)
         except chat_template.TemplateError:
             continue  # a template that rewrites earlier turns; single turns are compared
-        if whole.ids[: whole.last_answer][-limit:] != list(prompt.ids):
+        if whole.ids[: whole.last_answer] != list(prompt.ids):
             raise Fault(
                 f"the prompt {prompt.messages[-1]['content'][:80]!r} is given to the policy as "
                 f"{tokenizer.decode(prompt.ids)[-80:]!r} and stands in training rows as "
@@ -216,15 +217,17 @@ def _held_out_accuracy(check) -> dict:
 
 def prompts_are_apart(check) -> str:
     """Training and held-out prompts share none; few are cut at the limit or come twice."""
-    limit = check.config.max_prompt_length
+    limit, tokenizer = check.config.max_prompt_length, check.models.tokenizer
     train = [tuple(p.ids) for p in check.prompts]
     held = [tuple(p.ids) for p in check.held]
     shared = len(set(train) & set(held))
-    cut = sum(len(ids) >= limit for ids in train + held) / len(train + held)
+    whole = [chat_template.encode_prompt(tokenizer, p.messages) for p in check.held]
+    cut = sum(len(ids) > limit for ids in whole) / len(whole)
     twice = 1 - len(set(train)) / len(train)
     text = (
         f"{len(train)} training and {len(held)} held-out prompts, {shared} of them in both; "
-        f"{cut:.1%} fill --max_prompt_length {limit}; {twice:.1%} come again"
+        f"{cut:.1%} of the latter are cut to --max_prompt_length {limit}; {twice:.1%} of the "
+        "former come again"
     )
     if shared > 0.05 * len(set(held)):
         raise Fault(f"{text}: evaluation would be of what was trained on; name other held-out data")

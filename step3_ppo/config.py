@@ -34,7 +34,7 @@ class PPOConfig(RunConfig):
     preference_data: list[str] = setting(
         [], "comparisons on whose held-out pairs the self-check tries the reward model"
     )
-    max_prompt_length: int = setting(512, "tokens; prompts are cut from the left")
+    max_prompt_length: int = setting(512, "tokens (see --long_prompts)")
     max_response_length: int = setting(512, "tokens sampled at most")
 
     max_steps: int = setting(100, "rollouts")

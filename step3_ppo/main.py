@@ -56,11 +56,17 @@ def load_prompts(config, tokenizer, report):
     found, by_text = [], [r for r in readers(config).values() if reads_text(r, tokenizer)]
     for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
         part = reward_reader.readable(part, by_text, bad)
-        kept, ids, counts = batches.encode_prompts(tokenizer, part, config.max_prompt_length, bad)
+        limit, fate = config.max_prompt_length, config.long_prompts
+        kept, ids, counts = batches.encode_prompts(tokenizer, part, limit, fate, bad)
         pairs = zip(kept, ids, strict=True)
         found.append([rollouts.Prompt(i, p.messages, p.row) for p, i in pairs])
         report.say(counts.line(name))
     bad.finish("prompt_data")
+    if not all(found):
+        raise SystemExit(
+            f"no prompt left to train or evaluate on; max_prompt_length={config.max_prompt_length},"
+            f" long_prompts={config.long_prompts}: raise --max_prompt_length, or give more rows"
+        )
     return found
 
 
@@ -116,7 +122,9 @@ def start(config, device, resumed_at: int | None):
         "--max_prompt_length, --max_response_length",
         config.trust_remote_code,
     )
-    tokenizer = chat_template.load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    tokenizer = chat_template.load_tokenizer(
+        config.model_name_or_path, config.trust_remote_code, config.date
+    )
     prompts, held = load_prompts(config, tokenizer, report)
     planner.first_lines("ppo", config, device, report.say)
     models = build(config, tokenizer, dtype, device)
@@ -157,6 +165,7 @@ def main() -> None:
     shared_files.check(config)
     seed_everything(config.seed, config.deterministic)
     found = resuming.find(config)
+    resuming.settle_date(config, found)
 
     # Build: prompts, models; of a resumed run, where its checkpoint ends.
     report, prompts, held, models, state = start(config, device, found and found.step)

@@ -146,7 +146,7 @@ def check_same_language(tokenizer, config) -> None:
         path = getattr(config, flag)
         if not path:
             continue
-        other = chat_template.load_tokenizer(path, config.trust_remote_code)
+        other = chat_template.load_tokenizer(path, config.trust_remote_code, config.date)
         found = differences(tokenizer, other)
         if not found:
             continue

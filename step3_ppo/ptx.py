@@ -46,13 +46,15 @@ def load(config, tokenizer) -> Examples:
                     bad.add(row.where, str(problem), row.data)
                     continue
                 ids = tokenizer(text, add_special_tokens=False).input_ids
-                ids = [*ids, tokenizer.eos_token_id]
+                ids = [*chat_template.start_of_text(tokenizer), *ids, tokenizer.eos_token_id]
                 counts.kept += 1
                 counts.cut_answers += len(ids) > limit
                 found.append(chat_template.Encoded(ids[:limit], [True] * min(len(ids), limit)))
             continue
         conversations = instructions.load_conversations([name], split_role="train", bad=bad)
-        encoded, more = batches.encode_conversations(tokenizer, conversations, limit, "drop", bad)
+        encoded, more = batches.encode_conversations(
+            tokenizer, conversations, limit, config.long_prompts, "drop", bad
+        )
         found += encoded
         counts.kept += more.kept
         counts.dropped += more.dropped

@@ -29,7 +29,7 @@ def readers(config) -> dict[str, Reader]:
     """How each reward model of the run reads a conversation, by the flag that names it."""
     read_at = {"reward_model": config.reward_read_at, "judge_model": "auto"}
     return {
-        flag: Reader.load(getattr(config, flag), config.trust_remote_code, where)
+        flag: Reader.load(getattr(config, flag), config.trust_remote_code, where, config.date)
         for flag, where in read_at.items()
         if getattr(config, flag)
     }

@@ -2,22 +2,23 @@
 
 import copy
 import itertools
+import json
 from collections import Counter
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import config_of
 
+from step3_ppo import main
 from utils.data import batches, chat_template
 from utils.data.batches import Counts
 from utils.data.instructions import Conversation, Prompt
 from utils.data.rows import BadRows, DataError
 from utils.models.from_scratch import train_tokenizer
-
-STOP = 2
-
 
 # Rows of a step.
 
@@ -171,116 +172,6 @@ def test_prompt_batch():
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool
 
 
-# Long rows.
-
-
-def fit(prompt, answer, max_length, long_answers="drop"):
-    """Prompt tokens 100, 101, …; answer tokens 200, 201, … and the stop token."""
-    counts = Counts()
-    prompt = list(range(100, 100 + prompt))
-    answer = [*range(200, 199 + answer), STOP]
-    return batches.shorten(prompt, answer, max_length, STOP, long_answers, counts), counts
-
-
-@pytest.mark.parametrize("long_answers", ["drop", "cut"])
-@pytest.mark.parametrize("prompt, answer", [(4, 4), (3, 2), (1, 7), (0, 8)])
-def test_what_fits_stays(prompt, answer, long_answers):
-    fitted, counts = fit(prompt, answer, 8, long_answers)
-    assert fitted == (list(range(100, 100 + prompt)), [*range(200, 199 + answer), STOP])
-    assert counts == Counts(kept=1)
-
-
-@pytest.mark.parametrize("long_answers", ["drop", "cut"])
-def test_the_prompt_loses_its_left_end(long_answers):
-    fitted, counts = fit(10, 3, 8, long_answers)
-    assert fitted == ([105, 106, 107, 108, 109], [200, 201, STOP])
-    assert counts == Counts(kept=1, cut_prompts=1)
-    # Down to a quarter of the room.
-    fitted, counts = fit(10, 6, 8, long_answers)
-    assert fitted == ([108, 109], [200, 201, 202, 203, 204, STOP])
-    assert counts == Counts(kept=1, cut_prompts=1)
-
-
-def test_an_answer_too_long_even_so_is_dropped():
-    assert fit(2, 7, 8) == (None, Counts(dropped=1))
-    assert fit(1, 8, 8) == (None, Counts(dropped=1))
-
-
-def test_a_dropped_row_counts_as_nothing_else():
-    assert fit(10, 7, 8) == (None, Counts(dropped=1))
-
-
-def test_a_cut_answer_keeps_its_stop_token():
-    fitted, counts = fit(10, 12, 8, "cut")
-    assert fitted == ([108, 109], [200, 201, 202, 203, 204, STOP])
-    assert counts == Counts(kept=1, cut_prompts=1, cut_answers=1)
-    # A short prompt is not cut.
-    fitted, counts = fit(1, 12, 8, "cut")
-    assert fitted == ([100], [200, 201, 202, 203, 204, 205, STOP])
-    assert counts == Counts(kept=1, cut_answers=1)
-
-
-@given(st.integers(0, 30), st.integers(1, 30), st.integers(1, 30), st.sampled_from(["drop", "cut"]))
-@settings(max_examples=300, derandomize=True, deadline=None)
-def test_shorten_always_fits_and_counts(prompt, answer, max_length, long_answers):
-    fitted, counts = fit(prompt, answer, max_length, long_answers)
-    assert counts.kept + counts.dropped == 1
-    if fitted is None:
-        # Dropped only where a quarter of the room, or the whole prompt, leaves too little.
-        assert long_answers == "drop" and counts.dropped == 1
-        assert answer + min(prompt, max_length // 4) > max_length
-        return
-    kept_prompt, kept_answer = fitted
-    assert len(kept_prompt) + len(kept_answer) <= max_length
-    assert kept_prompt == list(range(100, 100 + prompt))[prompt - len(kept_prompt) :]
-    assert kept_answer[-1] == STOP
-    assert kept_answer[:-1] == list(range(200, 200 + len(kept_answer) - 1))
-    assert counts.cut_prompts == (len(kept_prompt) < prompt)
-    assert counts.cut_answers == (len(kept_answer) < answer)
-    if len(kept_prompt) < prompt or len(kept_answer) < answer:
-        assert len(kept_prompt) + len(kept_answer) == max_length, "no room is wasted"
-    assert len(kept_prompt) >= min(prompt, max_length // 4)
-
-
-@pytest.mark.parametrize("max_length", [1, 2, 3])
-def test_below_four_tokens_no_prompt_has_a_right_to_room(max_length):
-    answer = [*range(200, 199 + max_length), STOP]
-    assert fit(5, max_length, max_length) == (([], answer), Counts(kept=1, cut_prompts=1))
-    assert fit(0, max_length, max_length) == (([], answer), Counts(kept=1))
-    assert fit(5, max_length + 1, max_length) == (None, Counts(dropped=1))
-    cut = Counts(kept=1, cut_prompts=1, cut_answers=1)
-    assert fit(5, max_length + 1, max_length, "cut") == (([], answer), cut)
-    # What an answer leaves is the prompt's all the same.
-    assert fit(5, 1, 3) == (([103, 104], [STOP]), Counts(kept=1, cut_prompts=1))
-
-
-@pytest.mark.parametrize(
-    "prompt, answer, max_length, room",
-    [
-        (3, 2, 8, 3),  # all fits
-        (6, 2, 8, 6),
-        (10, 3, 8, 5),  # what the answer leaves
-        (10, 6, 8, 2),
-        (10, 7, 8, 2),  # a quarter
-        (10, 100, 8, 2),
-        (1, 100, 8, 1),  # less than a quarter
-        (0, 100, 8, 0),
-        (10, 100, 11, 2),
-        (10, 3, 3, 0),
-        (10, 2, 3, 1),
-    ],
-)
-def test_prompt_room_by_hand(prompt, answer, max_length, room):
-    assert batches.prompt_room(prompt, answer, max_length) == room
-
-
-@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40))
-@settings(max_examples=200, derandomize=True, deadline=None)
-def test_shorten_leaves_the_prompt_its_room(prompt, answer, max_length):
-    (kept, _), _ = fit(prompt, answer, max_length, "cut")
-    assert len(kept) == batches.prompt_room(prompt, answer, max_length)
-
-
 # Data sets → tokens.
 
 
@@ -306,27 +197,27 @@ def test_encode_conversations_counts(tokenizer):
         conversation("a", "pear", "b" * 100, "apple"),
     ]
     whole = [chat_template.encode_conversation(tokenizer, r.messages) for r in rows]
-    assert len(whole[0].ids) <= 32 < min(len(e.ids) for e in whole[1:])
+    assert len(whole[0].ids) <= 48 < min(len(e.ids) for e in whole[1:])
 
     bad = BadRows()
-    examples, counts = batches.encode_conversations(tokenizer, rows, 32, "drop", bad)
+    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "cut", "drop", bad)
     assert counts == Counts(kept=3, cut_prompts=2, dropped=1)
     assert counts.line("training data").startswith("training data: 3 rows kept")
     assert examples[0] == whole[0]
-    for example, source in zip(examples[1:], (whole[1], whole[3]), strict=True):
-        assert example.ids == source.ids[-32:] and example.supervised == source.supervised[-32:]
+    assert examples[2] == whole[0], "the long exchange goes, the last one stays"
     for example in examples:
         answer = example.ids[example.last_answer :]
         assert tokenizer.decode(answer) == "pear" + tokenizer.eos_token
 
-    examples, counts = batches.encode_conversations(tokenizer, rows, 32, "cut", bad)
-    assert counts == Counts(kept=4, cut_prompts=3, cut_answers=1)
-    assert len(examples[2].ids) == 32 and examples[2].ids[-1] == tokenizer.eos_token_id
-    start = whole[2].last_answer
-    assert examples[2].ids[:8] == whole[2].ids[start - 8 : start]  # a quarter of the room
-    assert examples[2].ids[8:-1] == whole[2].ids[start:][:23]
-    assert examples[2].supervised == [False] * 8 + [True] * 24
+    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "cut", "cut", bad)
+    assert counts == Counts(kept=4, cut_prompts=2, cut_answers=1)
+    assert len(examples[2].ids) == 48 and examples[2].ids[-1] == tokenizer.eos_token_id
+    assert examples[2].ids[:-1] == whole[2].ids[:47]
+    assert examples[2].supervised == whole[2].supervised[:48]
     assert all(len(e.ids) == len(e.supervised) for e in examples)
+
+    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "drop", "drop", bad)
+    assert examples == whole[:1] and counts == Counts(kept=1, dropped=3)
     assert len(bad) == 0
 
 
@@ -339,13 +230,16 @@ def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
         conversation("x" * 100, "pear<|im_end|>", where="there:3"),
     ]
     bad = BadRows()
-    assert batches.encode_conversations(rewriting, rows[:1], 60, "drop", bad) == ([], Counts())
+    assert batches.encode_conversations(rewriting, rows[:1], 60, "cut", "drop", bad) == (
+        [],
+        Counts(),
+    )
     fine = conversation("a", "pear")
-    examples, counts = batches.encode_conversations(tokenizer, [*rows, fine], 60, "cut", bad)
+    examples, counts = batches.encode_conversations(tokenizer, [*rows, fine], 60, "cut", "cut", bad)
     whole = [chat_template.encode_conversation(tokenizer, r.messages) for r in (rows[0], fine)]
     assert examples == whole and counts == Counts(kept=2)
     assert len(bad) == 3
-    assert bad.problems[0].startswith("somewhere:1: the chat template renders turn 2 differently")
+    assert bad.problems[0].startswith("somewhere:1: the chat template asks for turn 2 with '1<|im_")
     for where, problem in zip(("there:2", "there:3"), bad.problems[1:], strict=True):
         assert problem.startswith(f"{where}: turn 2 holds the stop token <|im_end|> 2 times")
     with pytest.raises(DataError, match="3 bad row"):
@@ -354,17 +248,30 @@ def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
 
 def test_encode_conversations_counts_cut_prompts_of_kept_rows_only(tokenizer):
     rows = [conversation("x" * 100, "p" * 100), conversation("x" * 100, "pear")]
-    examples, counts = batches.encode_conversations(tokenizer, rows, 32, "drop", BadRows())
+    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "cut", "drop", BadRows())
     assert len(examples) == 1 and counts == Counts(kept=1, cut_prompts=1, dropped=1)
 
 
-def test_encode_prompts_keeps_the_end(tokenizer):
+def test_encode_prompts_cuts_or_drops_the_long_ones(tokenizer):
     rows = [
         Prompt(messages=({"role": "user", "content": text},), where="", row={})
         for text in ("a", "z" * 90)
     ]
     whole = [chat_template.encode_prompt(tokenizer, r.messages) for r in rows]
-    kept, encoded, counts = batches.encode_prompts(tokenizer, rows, 40, BadRows())
-    assert kept == rows
-    assert encoded == [whole[0], whole[1][-40:]] and len(whole[1]) > 40 > len(whole[0])
+    kept, encoded, counts = batches.encode_prompts(tokenizer, rows, 40, "cut", BadRows())
+    assert kept == rows and encoded[0] == whole[0] and len(encoded[1]) == 40 < len(whole[1])
     assert counts == Counts(kept=2, cut_prompts=1)
+    kept, encoded, counts = batches.encode_prompts(tokenizer, rows, 40, "drop", BadRows())
+    assert kept == rows[:1] and encoded == whole[:1] and counts == Counts(kept=1, dropped=1)
+
+
+def test_a_run_whose_prompts_are_all_too_long_says_so(tokenizer, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "z" * n}) + "\n" for n in range(80, 90)))
+    said = []
+    config = config_of(
+        prompt_data=[str(path)], max_prompt_length=60, long_prompts="drop", reward_model=""
+    )
+    with pytest.raises(SystemExit, match="max_prompt_length=60, long_prompts=drop: raise --max_p"):
+        main.load_prompts(config, tokenizer, SimpleNamespace(say=said.append))
+    assert said[0] == "prompts: 0 rows kept, 9 dropped as too long"

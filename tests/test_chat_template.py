@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from chat_templates import byte_level
+from tokenizers import pre_tokenizers
 
 from utils.data import chat_template
 from utils.data.chat_template import TemplateError
@@ -55,16 +55,6 @@ def turns(*contents, system=None):
         {"role": "user" if i % 2 == 0 else "assistant", "content": text}
         for i, text in enumerate(contents)
     ]
-
-
-def byte_level(merges=()):
-    """Bytes as tokens, as in GPT-2 and Qwen, and no chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
-    vocab = {text: i for i, text in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
 def supervised_runs(encoded):
@@ -192,26 +182,9 @@ def test_answers_get_no_space_in_front(tokenizer):
 # Templates.
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    # As reasoning templates do: an answer's first word goes once a turn follows it.
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' and not loop.last %}{{ m.content[5:] }}"
-        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    one = chat_template.encode_conversation(tokenizer, turns("a", "think tree"))
-    assert tokenizer.decode(supervised_runs(one)[0]) == "think tree<|im_end|>"
-    with pytest.raises(TemplateError, match="turn 4 differently"):
-        chat_template.encode_conversation(tokenizer, turns("a", "think tree", "b", "think dog"))
-
-
-def test_a_template_whose_generation_prompt_is_no_prefix_is_refused(tokenizer):
-    tokenizer.chat_template = chat_template.CHATML.replace(
-        "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif"
-    )
-    assert "<think>" in tokenizer.chat_template
-    with pytest.raises(TemplateError):
+def test_a_template_that_renders_a_prompt_otherwise_with_its_answer_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}" + chat_template.CHATML
+    with pytest.raises(TemplateError, match=r"turn 2 with '1<\|im_start\|>.*behind '2<\|im_start"):
         chat_template.encode_conversation(tokenizer, turns("a", "b"))
 
 

@@ -252,6 +252,7 @@ def test_rates_of_actor_and_critic(argv, actor, critic):
         (SFTConfig, ["--seed", "1.5"], "seed='1.5' is not int"),
         (SFTConfig, ["--seed", ""], "seed='' is not int"),
         (SFTConfig, ["--max_length", "4"], "max_length=4 leaves no room"),
+        (SFTConfig, ["--date", "31.1.2026"], "date='31.1.2026' is no day"),
         (SFTConfig, ["--epochs", "0"], "epochs=0.0 gives no step"),
         (RewardConfig, ["--label_smoothing", "0.5"], "label_smoothing=0.5 must lie in"),
         (RewardConfig, ["--trainable_modules", "("], "'(' is no pattern"),

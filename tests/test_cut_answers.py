@@ -107,7 +107,7 @@ def test_step_2_learns_from_the_same_ids(scorer, expected):
     texts, finished = zip(*ANSWERS, strict=True)
     bad, tokenizer = BadRows(), scorer.reader.tokenizer
     row = Comparison((USER,), texts, (1.0, 0.0), "a", finished)
-    (ranked,), counts = step2.encode(tokenizer, [row], 96, bad)
+    (ranked,), counts = step2.encode(tokenizer, [row], 96, "cut", bad)
     assert list(ranked.answers) == [ids for ids, _ in expected] and counts.kept == 2
     unmarked = Comparison((USER,), texts, (1.0, 0.0), "a")
     (ranked,), _ = step2.encode(tokenizer, [unmarked], 96, bad)

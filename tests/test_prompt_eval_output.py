@@ -220,4 +220,4 @@ def test_in_a_talk_the_turn_is_named(policy):
     tokenizer.chat_template = WITHOUT_SYSTEM
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     with pytest.raises(SystemExit, match="talks.jsonl:1: the chat template of .* refuses"):
-        checkpoints.encode_prompt(tokenizer, turns, "talks.jsonl:1")
+        checkpoints.encode_prompt(tokenizer, turns, "talks.jsonl:1", 99)

@@ -1,8 +1,10 @@
 """Which rows --ptx_data may hold, and which of their tokens count."""
 
+import copy
 import json
 
 import pytest
+from chat_templates import put_in_front
 from small_models import config_of
 
 from step3_ppo import ptx
@@ -36,6 +38,13 @@ def test_all_of_a_plain_text_counts_and_its_end_is_learned(tokenizer, tmp_path):
     assert tokenizer.decode(short.ids[:-1]) == "The sky is blue."
     assert len(long.ids) == 32 and tokenizer.eos_token_id not in long.ids, "cut, and so no end"
     assert all(short.supervised) and all(long.supervised)
+
+
+def test_a_plain_text_begins_as_the_tokenizer_begins_a_text(tokenizer, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    put_in_front(other, "<s>")
+    (found,) = load(other, tmp_path, [{"text": "Snow is white."}]).rows
+    assert other.decode(found.ids) == f"<s>Snow is white.{other.eos_token}"
 
 
 def test_demonstrations_count_in_their_answers(tokenizer, tmp_path):

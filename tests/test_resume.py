@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import time
 
@@ -34,7 +35,12 @@ def score(prompts, responses, rows):
 def jobs_of(step: str, tiny, chain):
     """(folder, *flags) → the job of this step, with what has a state of its own turned on."""
     if step == "sft":
-        return lambda out, *flags: sft(tiny, out, "--eval_every", 2, *flags)
+        base = chain / "states_the_day"
+        shutil.copytree(tiny / "base_model", base, dirs_exist_ok=True)
+        template = (tiny / "base_model/chat_template.jinja").read_text()
+        (base / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + template)
+        given = ("--model_name_or_path", base, "--eval_every", 2)
+        return lambda out, *flags: sft(tiny, out, *given, *flags)
     if step == "reward":
         return lambda out, *flags: reward(tiny, chain / "sft", out, "--eval_every", 2, *flags)
     own = ("--max_steps", 4, "--kl_target", 0.5, "--score_normalisation", "running")
@@ -48,6 +54,12 @@ def stopped(job, step: int, how: str):
     """The job of tests/stop_at.py that stops `job` after a step."""
     program, argv = job
     return "tests/stop_at.py", [ROOT / program, step, how, *argv]
+
+
+def another_day(job, days: int):
+    """The job of tests/another_day.py: no rank's clock shows the day that the run began on."""
+    program, argv = job
+    return "tests/another_day.py", [days, ROOT / program, *argv]
 
 
 def metrics_of(folder) -> list[dict]:
@@ -72,16 +84,16 @@ def assert_same_end(folder, reference) -> None:
 
 def whole_and_stopped(job, out, stage: int, ends=("asked", "crashed")) -> list:
     """The jobs of an uninterrupted run, one that gets SIGTERM, and one that crashes between two
-    checkpoints; the last two are taken up again."""
+    checkpoints; the last two are taken up again, on later days."""
     flags = ("--zero_stage", stage)
     saving = (*flags, "--save_every", 2)
     jobs = [job(out / "whole", *flags)]
     if "asked" in ends:
         jobs += [stopped(job(out / "asked", *flags), 3, "SIGTERM")]
-        jobs += [job(out / "asked", *flags, "--resume", "auto")]
+        jobs += [another_day(job(out / "asked", *flags, "--resume", "auto"), 1)]
     if "crashed" in ends:
         jobs += [stopped(job(out / "crashed", *saving), 3, "crash")]
-        jobs += [job(out / "crashed", *saving, "--resume", "auto")]
+        jobs += [another_day(job(out / "crashed", *saving, "--resume", "auto"), 2)]
     return jobs
 
 

@@ -4,6 +4,8 @@ import json
 import re
 import signal
 from dataclasses import asdict, replace
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import small_runs
@@ -122,6 +124,38 @@ def test_a_changed_setting_is_shown_and_refused_where_it_changes_what_is_learned
     assert resuming.find(replace(auto, zero_stage=3, micro_batch_size=2, log_every=1)).step == 2
     said = capsys.readouterr().out
     assert "zero_stage: 0 → 3: the same path up to rounding" in said and "log_every" not in said
+
+
+def test_the_day_of_a_run_is_the_one_it_began_on(config, tmp_path, monkeypatch, capsys):
+    def clock(day):
+        today = SimpleNamespace(today=lambda: date.fromisoformat(day))
+        monkeypatch.setattr(resuming, "datetime", SimpleNamespace(date=today))
+
+    clock("2026-01-31")
+    resuming.settle_date(config)
+    assert config.date == "2026-01-31"
+    folder = save(config, 2)
+    run_config.save(config, tmp_path / "out", 1)
+    clock("2026-02-01")
+    again = replace(config, date="", resume="auto")
+    resuming.settle_date(again, resuming.find(again))
+    assert again.date == "2026-01-31"
+    (tmp_path / "out/result.json").write_text("{}")  # and a finished one is finished
+    with pytest.raises(SystemExit) as ended:
+        resuming.check_output(replace(again, date=""))
+    assert ended.value.code == 0
+
+    flags = ["--config", str(tmp_path / "out/config.yaml"), "--output_dir", str(tmp_path / "new")]
+    repeated = run_config.build(SFTConfig, flags, 1)
+    resuming.settle_date(repeated, None)
+    assert repeated.date == "2026-01-31"
+    other = replace(again, date="2026-02-01")
+    with pytest.raises(SystemExit):
+        resuming.find(other)
+    assert "date: 2026-01-31 → 2026-02-01" in capsys.readouterr().err
+    new = replace(config, date="", output_dir=str(tmp_path / "other"), resume=str(folder))
+    resuming.settle_date(new, resuming.find(new))
+    assert new.date == "2026-01-31", "a branch of a run is of its day"
 
 
 def test_every_setting_is_free_or_changes_the_rounding_or_is_refused(config):

@@ -1,6 +1,7 @@
 """Where and how reward models from elsewhere are read: behind the stop token, without a pad, and
 conversations that their templates refuse, which must be found before anything is trained."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -119,6 +120,22 @@ def test_who_says_where_a_model_is_read(tiny, tmp_path, bias, settings, asked, e
     stop = last == tokenizer.eos_token_id
     assert reader.read_at == expected and stop == (expected == "stop")
     assert reads_text(reader, tokenizer) == (expected == "end")
+
+
+@pytest.mark.parametrize("read_at", ["stop", "end"])
+def test_a_prompt_longer_than_the_model_keeps_its_frame(tiny, tmp_path, read_at):
+    """The left end of the question goes, not the system turn."""
+    folder, tokenizer = write_scorer(tiny, tmp_path)
+    reader = Reader.load(folder, read_at=read_at)
+    question = {"role": "user", "content": "What is " + "9 + " * 40 + "9?"}
+    whole = reader.encode((SYSTEM, question), "7", True)
+    short = dataclasses.replace(reader, max_length=len(whole) - 31)
+    ids = short.encode((SYSTEM, question), "7", True)
+    text = tokenizer.decode(ids)
+    head = tokenizer.apply_chat_template([SYSTEM], tokenize=False)
+    assert len(whole) - 40 < len(ids) <= len(whole) - 31
+    assert text.startswith(head + "<|im_start|>user\n") and "What is" not in text
+    assert ids[-8:] == whole[-8:]
 
 
 def test_a_place_that_is_none_is_refused(tiny, tmp_path):

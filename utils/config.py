@@ -6,6 +6,7 @@ is saved as `config.yaml`; `--config config.yaml` repeats the run.
 
 import argparse
 import dataclasses
+import datetime
 import math
 import os
 import sys
@@ -45,6 +46,15 @@ class RunConfig:
     data_weights: list[float] = setting([], "how often each data set's rows come in one epoch")
     data_split: str = setting("", "share one data set among the three steps, e.g. 2,4,4")
     eval_fraction: float = setting(0.05, "rows held out where a data set has no test split")
+    long_prompts: str = setting(
+        "cut",
+        "a prompt beyond its limit: cut its oldest exchanges, then the left end of its text (BOS, "
+        "system turn and headers stay), or drop the row",
+        choices=("cut", "drop"),
+    )
+    date: str = setting(
+        "", "the day that a chat template may state, YYYY-MM-DD; empty: the day the run began"
+    )
     max_eval_rows: int = setting(512, "at most so many held-out rows are used")
     max_bad_rows: float = setting(
         0.01,
@@ -171,6 +181,11 @@ class RunConfig:
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"warmup_ratio={self.warmup_ratio} must lie in [0, 1)")
         found += seed_problems(self.seed) + self._problems_of_shares()
+        try:
+            if self.date:
+                datetime.date.fromisoformat(self.date)
+        except ValueError:
+            found.append(f"date={self.date!r} is no day; set --date to one, as 2026-01-31")
         for name in ("learning_rate", "log_every", "max_eval_rows", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")

@@ -9,11 +9,11 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from utils.data import chat_template
+from utils.data import chat_template, fitting
+from utils.data.fitting import Counts
 from utils.distributed import process_group
 
 
@@ -112,83 +112,25 @@ def pad(rows: Sequence[Sequence], value, side: str = "right", to: int = 0) -> to
     return torch.tensor([[*r, *f] for f, r in zip(fill, rows, strict=True)])
 
 
-@dataclass
-class Counts:
-    """What became of the rows of a data set."""
-
-    kept: int = 0
-    cut_prompts: int = 0
-    cut_answers: int = 0
-    dropped: int = 0
-
-    def line(self, name: str) -> str:
-        parts = [f"{self.kept} rows kept"]
-        if self.cut_prompts:
-            parts.append(f"{self.cut_prompts} of them with the prompt cut")
-        if self.cut_answers:
-            parts.append(f"{self.cut_answers} of them with the answer cut")
-        if self.dropped:
-            parts.append(f"{self.dropped} dropped as too long")
-        return f"{name}: {', '.join(parts)}"
-
-
-def shorten(
-    prompt: list[int],
-    answer: list[int],
-    max_length: int,
-    stop_id: int,
-    long_answers: str,
-    counts: Counts,
-) -> tuple[list[int], list[int]] | None:
-    """Fit prompt + answer into `max_length`; None: dropped.
-
-    The prompt loses its left end (down to a quarter of the room). An answer too long even then is
-    dropped, or with long_answers="cut" loses its tail but keeps its stop token. All is counted.
-    """
-    room = prompt_room(len(prompt), len(answer), max_length)
-    if room + len(answer) > max_length:
-        if long_answers == "drop":
-            counts.dropped += 1
-            return None
-        answer = [*answer[: max_length - room - 1], stop_id]
-        counts.cut_answers += 1
-    counts.cut_prompts += room < len(prompt)
-    counts.kept += 1
-    return prompt[len(prompt) - room :], answer
-
-
-def prompt_room(prompt: int, answer: int, max_length: int) -> int:
-    """How many of `prompt` tokens may stay before an answer of `answer` tokens: all that fit, and
-    at least a quarter of `max_length`."""
-    return min(prompt, max(max_length - answer, max_length // 4))
-
-
-def encode_conversations(tokenizer, conversations, max_length: int, long_answers: str, bad):
-    """Conversations → (list of Encoded that fit, Counts). The last answer is never cut silently.
+def encode_conversations(
+    tokenizer, conversations, max_length: int, long_prompts: str, long_answers: str, bad
+):
+    """Conversations → (list of Encoded that fit, Counts); see fitting.encode_conversation.
 
     Rows that the template cannot render go to `bad` (rows.BadRows).
     """
     examples, counts = [], Counts()
     for row in conversations:
         try:
-            encoded = chat_template.encode_conversation(tokenizer, row.messages)
+            encoded, fate = fitting.encode_conversation(
+                tokenizer, row.messages, max_length, long_prompts, long_answers
+            )
         except chat_template.TemplateError as error:
             bad.add(row.where, str(error), list(row.messages))
             continue
-        start = encoded.last_answer
-        fitted = shorten(
-            encoded.ids[:start],
-            encoded.ids[start:],
-            max_length,
-            tokenizer.eos_token_id,
-            long_answers,
-            counts,
-        )
-        if fitted is None:
-            continue
-        prompt, answer = fitted
-        flags = encoded.supervised[start - len(prompt) : start] + [True] * len(answer)
-        examples.append(chat_template.Encoded(prompt + answer, flags))
+        counts += fate
+        if encoded is not None:
+            examples.append(encoded)
     return examples, counts
 
 
@@ -199,22 +141,24 @@ def supervised_batch(examples: Sequence[chat_template.Encoded], pad_id: int):
     return ids, mask, pad([e.supervised for e in examples], False)
 
 
-def encode_prompts(tokenizer, prompts, max_prompt_length: int, bad):
-    """Prompts → (those that render, their ids cut from the left to fit, Counts).
+def encode_prompts(tokenizer, prompts, max_prompt_length: int, long_prompts: str, bad):
+    """Prompts → (those that are kept, their ids, Counts); see fitting.encode_prompt.
 
     Prompts that the template cannot render go to `bad` (rows.BadRows).
     """
     counts, kept, encoded = Counts(), [], []
     for prompt in prompts:
         try:
-            ids = chat_template.encode_prompt(tokenizer, prompt.messages)
+            ids, fate = fitting.encode_prompt(
+                tokenizer, prompt.messages, max_prompt_length, long_prompts
+            )
         except chat_template.TemplateError as error:
             bad.add(prompt.where, str(error), list(prompt.messages))
             continue
-        counts.cut_prompts += len(ids) > max_prompt_length
-        counts.kept += 1
-        kept.append(prompt)
-        encoded.append(ids[-max_prompt_length:])
+        counts += fate
+        if ids is not None:
+            kept.append(prompt)
+            encoded.append(ids)
     return kept, encoded, counts
 
 

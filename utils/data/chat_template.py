@@ -5,8 +5,11 @@
 shows a data row with its supervised tokens in green.
 """
 
+import functools
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from datetime import datetime
 
 from utils.model_files import refused
 from utils.terminal import visible
@@ -24,15 +27,18 @@ READ_AT_HELP = (
     "OpenRLHF's) or behind what its template puts after that (end; TRL's); auto: as its "
     "config.json says, else stop for step 2's and end for others"
 )
-PROBE = "xyzzy"  # an answer that no template rewrites
+PROBE = "xyzzy"  # an answer that no template holds or rewrites
 
 
 class TemplateError(ValueError):
     """A conversation the template cannot render turn by turn."""
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub name, with a template, a stop token and a pad of its own."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, date: str = ""):
+    """The tokenizer of a folder or hub name, with a template, a stop token and a pad of its own.
+
+    date: what a template that asks for the day is told, YYYY-MM-DD; empty: the clock's.
+    """
     from transformers import AutoTokenizer
 
     with refused(path, "a tokenizer"):
@@ -41,13 +47,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         set_up(tokenizer)
     except TemplateError as error:
         raise SystemExit(f"the chat template of {path!r} cannot be used: {error}") from error
+    tokenizer.date = date
     return tokenizer
 
 
 def set_up(tokenizer) -> None:
     """Give `tokenizer` what training needs, changing only what is missing.
 
-    - a chat template: its own, else ChatML;
+    - a chat template: its own, else ChatML; in front of it what the tokenizer puts before a text
+      (BOS, often), if the template does not;
     - `eos_token`: the token that ends an assistant turn in that template. A base model's
       tokenizer may name another (Qwen2.5's base: <|endoftext|>), and a policy trained to end
       turns with one token while the sampler waits for the other never stops;
@@ -57,7 +65,12 @@ def set_up(tokenizer) -> None:
         tokenizer.chat_template = CHATML
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     _close_last_turn(tokenizer)
-    stop = _turn_end(tokenizer)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+    rendered = _render(tokenizer, messages, False)
+    start = "".join(tokenizer.convert_ids_to_tokens(start_of_text(tokenizer)))
+    if not rendered.lstrip().startswith(start):
+        tokenizer.chat_template = start + tokenizer.get_chat_template()
+    stop = _turn_end(tokenizer, rendered)
     if stop != tokenizer.eos_token:
         _replace_stop(tokenizer, stop)
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -101,10 +114,18 @@ def _special_tokens_in(tokenizer, text: str) -> list[str]:
     return [token for _, _, token in sorted(found)]
 
 
-def _turn_end(tokenizer) -> str:
-    """The special token that closes an assistant turn in the tokenizer's template."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-    after = _render(tokenizer, messages, False).split(PROBE)[-1]
+def start_of_text(tokenizer) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text. A template's text is
+    tokenised without them, and a Gemma that never sees its BOS writes nonsense."""
+    plain = tokenizer(PROBE, add_special_tokens=False).input_ids
+    whole = tokenizer(PROBE).input_ids
+    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(starts, 0)]
+
+
+def _turn_end(tokenizer, rendered: str) -> str:
+    """The special token that closes the assistant's turn in `rendered`, whose answer is PROBE."""
+    after = rendered.split(PROBE)[-1]
     found = _special_tokens_in(tokenizer, after)
     if not found:
         specials = ", ".join(sorted(tokenizer.all_special_tokens))
@@ -119,21 +140,42 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
     """Text of the turns; TemplateError where the template refuses them (system turns, often)."""
     from jinja2.exceptions import TemplateError as JinjaError
 
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template and getattr(tokenizer, "date", ""):
+        template = _stating_the_day(template, tokenizer.date)
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=template,
         )
     except (JinjaError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         # A template is a program: beside what it raises itself, it may stumble over the turns.
         raise TemplateError(f"the chat template refuses this conversation: {error}") from error
 
 
+@functools.lru_cache(maxsize=16)
+def _stating_the_day(template: str, date: str) -> str:
+    """A template (Llama-3.2's, SmolLM3's, gpt-oss's) that asks for the clock's day, asking for
+    `date` instead. A macro, for transformers passes no function on to a template."""
+    day, value = datetime.fromisoformat(date), "format"
+    for directive in (f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBdeFHIjmMpSyYZ"):
+        value += f" | replace({directive!r}, {day.strftime(directive)!r})"
+    return "{% macro strftime_now(format) %}{{ " + value + " }}{% endmacro %}" + template
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as tokens. `supervised[i]`: loss falls on predicting `ids[i]`."""
+    """One conversation as tokens. `supervised[i]`: loss falls on predicting `ids[i]`.
+
+    rewritten: earlier answers are not supervised, for the template renders them otherwise once
+    turns follow.
+    """
 
     ids: list[int]
     supervised: list[bool]
+    rewritten: bool = field(default=False, compare=False)
 
     @property
     def last_answer(self) -> int:
@@ -150,7 +192,7 @@ def encode_prompt(tokenizer, messages) -> list[int]:
     Earlier turns are the tokens they were trained as. A template that rewrites them is rendered
     as it stands.
     """
-    prompt = _render(tokenizer, messages, True)
+    prompt = _before_answer(tokenizer, messages)
     try:
         earlier, done = _encode_turns(tokenizer, messages)
     except TemplateError:
@@ -164,8 +206,10 @@ def encode_conversation(tokenizer, messages) -> Encoded:
     """All turns; the assistant's tokens are supervised, each turn's stop token included.
 
     Text is tokenised turn by turn, so what stands before an answer is to the token what a rollout
-    is prompted with. Raises TemplateError where the template rewrites earlier turns, or an answer
-    holds the text of the stop token, at which a reader would take it to end.
+    is prompted with. A template that rewrites earlier answers (reasoning models': they forget the
+    thoughts) leaves those supervised that stand as they were rendered, the last one always. Raises
+    TemplateError where an answer does not follow the prompt it is asked for with, or holds the text
+    of the stop token, at which a reader would take it to end.
     """
     return _encode_turns(tokenizer, messages)[0]
 
@@ -174,18 +218,20 @@ def _encode_turns(tokenizer, messages) -> tuple[Encoded, str]:
     """The turns through the last assistant's, and their text."""
     ids: list[int] = []
     supervised: list[bool] = []
-    done = ""
+    done, rewritten = "", False
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:i], True)
+        prompt = _before_answer(tokenizer, messages[:i])
         full = _render(tokenizer, messages[: i + 1], False)
-        if not prompt.startswith(done) or not full.startswith(prompt):
+        if not full.startswith(prompt):
+            same = len(os.path.commonprefix([prompt, full]))
             raise TemplateError(
-                f"the chat template renders turn {i + 1} differently once turns follow it; train "
-                "on single-turn rows, or give the tokenizer a template that only appends"
+                f"the chat template asks for turn {i + 1} with {prompt[same:][:60]!r} where it "
+                f"renders it behind {full[same:][:60]!r}; give the tokenizer a template whose "
+                "generation prompt is what stands before an answer"
             )
-        before, answer = prompt[len(done) :], full[len(prompt) :]
+        answer = _whole_answer(message["content"], full[len(prompt) :], tokenizer.eos_token)
         stops = answer.count(tokenizer.eos_token)
         if stops != 1:
             raise TemplateError(
@@ -193,14 +239,48 @@ def _encode_turns(tokenizer, messages) -> tuple[Encoded, str]:
                 "rendered, not once at its end; take it out of the answer's text"
             )
         answer = answer[: answer.index(tokenizer.eos_token) + len(tokenizer.eos_token)]
-        piece = _ids(tokenizer, before) if not done else _continuation_ids(tokenizer, before)
+        if done and prompt.startswith(done):
+            piece = _continuation_ids(tokenizer, prompt[len(done) :])
+        else:
+            rewritten = rewritten or bool(done)
+            ids, supervised, piece = [], [], _ids(tokenizer, prompt)
         ids += piece
         supervised += [False] * len(piece)
         piece = _continuation_ids(tokenizer, answer)
         ids += piece
         supervised += [True] * len(piece)
-        done = full[: len(prompt) + len(answer)]
-    return Encoded(ids, supervised), done
+        done = prompt + answer
+    return Encoded(ids, supervised, rewritten), done
+
+
+def _before_answer(tokenizer, messages) -> str:
+    """The text that the assistant's next answer follows, in a prompt as in a training row."""
+    prompt = _render(tokenizer, messages, True)
+    return prompt.removesuffix(_never_answered(tokenizer, tokenizer.get_chat_template()))
+
+
+@functools.lru_cache(maxsize=16)
+def _never_answered(tokenizer, template: str) -> str:
+    """What the template's generation prompt ends with that no rendered answer begins with.
+
+    DeepSeek-R1's is `<think>\n`: an answer without thoughts stands right behind the assistant's
+    header, so there rollouts begin too, and the thoughts are the policy's from their first word.
+    """
+    question = [{"role": "user", "content": "a"}]
+    prompt = _render(tokenizer, question, True)
+    full = _render(tokenizer, [*question, {"role": "assistant", "content": PROBE}], False)
+    same = len(os.path.commonprefix([prompt, full]))
+    return prompt[same:] if full[same:].lstrip().startswith(PROBE) else ""
+
+
+def _whole_answer(content: str, rendered: str, stop: str) -> str:
+    """`rendered`, what the template makes of the answer `content`, with the beginning (thoughts)
+    that a template may leave out even of the last turn: a row would teach to answer without."""
+    text, ended, _ = rendered.partition(stop)
+    if content in text:
+        return rendered
+    had, has = "".join(content.split()), "".join(text.split())
+    return content.strip() + ended if had != has and had.endswith(has) else rendered
 
 
 def around_answer(tokenizer, messages) -> tuple[str, str]:

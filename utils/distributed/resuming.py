@@ -1,6 +1,7 @@
 """What an output folder holds, and from which checkpoint a run goes on: --resume, --overwrite."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import sys
@@ -135,6 +136,14 @@ def _candidates(config) -> list[Path]:
     return found
 
 
+def settle_date(config, found: Found | None = None) -> None:
+    """Fix the day that chat templates may state, where --date does not: the day this run began, by
+    the clock of rank 0. Every rank must call it."""
+    saved = found.record["config"].get("date") if found else ""
+    today = process_group.gather_objects(datetime.date.today().isoformat())[0]
+    config.date = config.date or saved or today
+
+
 def _make_way(found: Found, config) -> None:
     """Going on from a checkpoint named by hand leaves the later ones of its folder behind, or what
     another folder holds."""
@@ -183,6 +192,8 @@ def differences(saved: dict, config) -> tuple[list[str], list[str]]:
     refused, rounding = [], []
     for name in sorted(now.keys() | saved.keys()):
         before, after = saved.get(name, "(not set)"), now.get(name, "(not set)")
+        if name == "date" and not after:
+            continue  # the saved one stays
         if before != after and name not in FREE:
             (rounding if name in ROUNDING else refused).append(f"{name}: {before} → {after}")
     return refused, rounding

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.data import batches, chat_template
+from utils.data import batches, chat_template, fitting
 from utils.model_files import refused
 from utils.models import scalar_model
 
 
 @dataclass(frozen=True)
 class Reader:
-    """tokenizer: the reward model's own. max_length: tokens it has positions for; longer rows lose
-    their left end. read_at: "stop" or "end", see chat_template. name: for messages. pad_id: of its
-    config, which plain transformers, that others train with, passes over to find the end."""
+    """tokenizer: the reward model's own. max_length: tokens it has positions for; the prompts of
+    longer rows are shortened. read_at: "stop" or "end", see chat_template. name: for messages.
+    pad_id: of its config, which plain transformers, that others train with, passes over to find the
+    end."""
 
     tokenizer: object
     max_length: int
@@ -25,11 +26,13 @@ class Reader:
     pad_id: int | None = None
 
     @classmethod
-    def load(cls, path: str, trust_remote_code: bool = False, read_at: str = "auto") -> "Reader":
+    def load(
+        cls, path: str, trust_remote_code: bool = False, read_at: str = "auto", date: str = ""
+    ) -> "Reader":
         """Of the reward model in a folder or on the hub. Raises SystemExit with what is wrong."""
         from transformers import AutoConfig
 
-        tokenizer = chat_template.load_tokenizer(path, trust_remote_code)
+        tokenizer = chat_template.load_tokenizer(path, trust_remote_code, date)
         with refused(path, "the model's config"):
             settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
@@ -51,6 +54,15 @@ class Reader:
 
         Raises TemplateError where the template refuses the conversation, never for the answer.
         """
+        ids = self._whole(messages, text, finished)
+        if len(ids) > self.max_length:
+            prompt = len(chat_template.encode_prompt(self.tokenizer, messages))
+            room = prompt - (len(ids) - self.max_length)
+            fitted = fitting.shortened(self.tokenizer, messages, room)
+            ids = self._whole(fitted, text, finished) if fitted else ids
+        return ids[-self.max_length :]  # an answer that leaves no room for the frame
+
+    def _whole(self, messages: Sequence[dict], text: str, finished: bool) -> list[int]:
         stop = self.tokenizer.eos_token
         while stop in text:  # spelled in letters: the answer would end there for a reader of ids
             text = text.replace(stop, "")
@@ -58,14 +70,14 @@ class Reader:
             ids = chat_template.encode_whole(self.tokenizer, messages, text, finished)
             while ids[-1] == self.pad_id:
                 ids.pop()
-            return ids[-self.max_length :]
+            return ids
         try:
             turns = (*messages, {"role": "assistant", "content": text})
             ids = chat_template.encode_conversation(self.tokenizer, turns).ids[:-1]
         except chat_template.TemplateError:
             # It rewrites earlier turns, or refuses this answer for its text.
             ids = chat_template.encode_whole(self.tokenizer, messages, text, False)
-        return [*ids, *[self.tokenizer.eos_token_id] * finished][-self.max_length :]
+        return [*ids, *[self.tokenizer.eos_token_id] * finished]
 
     def refusal(self, messages: Sequence[dict]) -> str | None:
         """Why no answer to `messages` can be scored, or None."""
