@@ -21,6 +21,7 @@ from utils import report as reporting
 from utils import terminal, whole_files
 from utils.config import setting
 from utils.data import batches, chat_template, instructions, rows
+from utils.data.turns import text_of
 from utils.distributed import zero
 from utils.models import generation, scalar_model
 
@@ -197,9 +198,7 @@ def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
     first, turns = prompt.messages[-1]["content"], prompt.row.get("turns")
     if not isinstance(turns, list) or turns[:1] != [first]:
         return (first,)
-    return tuple(
-        instructions.text_of(turn, f"turn {n} of turns") for n, turn in enumerate(turns, 1)
-    )
+    return tuple(text_of(turn, f"turn {n} of turns") for n, turn in enumerate(turns, 1))
 
 
 @torch.no_grad()
