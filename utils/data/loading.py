@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from utils.data import schemas
@@ -36,7 +36,7 @@ def load_as(
         before = len(bad)
         try:
             rows = read_rows(name, splits[split_role], bad)
-            found = _convert_rows(convert, reading, rows, bad) if rows else []
+            found = _convert_rows(convert, *schemas.opened(rows, reading, bad), bad)
             if not found and bad.max_share and len(bad) > before:
                 first = bad.problems[before]
                 raise DataError(f"{name}: not one of its rows can be used; first: {first}")
@@ -50,23 +50,18 @@ def load_as(
 
 
 def _convert_rows(
-    convert: Callable[[Schema, Row], list[T]], reading: Reading, rows: Sequence[Row], bad: BadRows
+    convert: Callable[[Schema, Row], list[T]], name: str, rows: Iterable[Row], bad: BadRows
 ) -> list[T]:
-    """The items of all rows, which must have the same schema."""
-    name, columns = schemas.found_in(rows, reading)
-    schema, items = schemas.SCHEMAS[name], []
-    rows = [schemas.renamed(row, columns) for row in rows]
-    if schema.gather:
-        rows, name = schema.gather(rows, bad, reading.notes)
-        schema = schemas.SCHEMAS[name]
+    """The items of all rows, which must have the schema `name`."""
+    items = []
     for row in rows:
         try:
-            if lacks := schema.missing(row.data):
+            if lacks := schemas.SCHEMAS[name].missing(row.data):
                 raise BadRow(
                     f"lacks {', '.join(lacks)}, which schema {name} needs;"
                     f" it has {', '.join(map(repr, row.data)) or 'no columns'}"
                 )
-            items += convert(schema, row)
+            items += convert(schemas.SCHEMAS[name], row)
         except BadRow as problem:
             bad.add(row.where, str(problem), row.data)
     return items

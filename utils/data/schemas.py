@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 
 from utils.data import demonstrations as one
 from utils.data import message_trees, rankings
-from utils.data.bad_rows import BadRow, DataError, Row
+from utils.data.bad_rows import BadRow, BadRows, DataError, Row
 from utils.data.reading import Reading, Schema
 from utils.data.turns import in_order
 
@@ -111,13 +112,18 @@ def reading_of(use: str, schema: str, columns: Mapping[str, str] | None) -> Read
     return Reading(use, name, columns, texts or "auto")
 
 
-def found_in(rows: Sequence[Row], reading: Reading) -> tuple[str, Mapping[str, str]]:
-    """(schema of a data set, the columns to rename in it). Raises DataError where there is none.
+def opened(rows: Iterable[Row], reading: Reading, bad: BadRows) -> tuple[str, Iterable[Row]]:
+    """(schema of a data set, its rows under our column names, as they are read).
 
     The schema is that of the first row whose columns are known. A set that has none of the names of
-    --columns is read by its own; one that has some of them is refused.
+    --columns is read by its own; one that has some of them is refused. Raises DataError for that,
+    and where no row's columns are known.
     """
-    columns, first = reading.columns, rows[0]
+    rows = iter(rows)
+    seen = list(itertools.islice(rows, 1))
+    if not seen:
+        return reading.schema, seen
+    columns, first = reading.columns, seen[0]
     lacks = [theirs for theirs in columns.values() if theirs not in first.data]
     if len(lacks) == len(columns):
         columns = {}
@@ -126,18 +132,27 @@ def found_in(rows: Sequence[Row], reading: Reading) -> tuple[str, Mapping[str, s
             f"{first.where}: has no column {', '.join(lacks)}, which --columns names; it has "
             f"{', '.join(map(repr, first.data))}"
         )
-    if reading.schema != "auto":
-        return reading.schema, columns
-    known, wanted = known_for(reading.use), columns.keys() - _BESIDE
-    for row in (renamed(row, columns) for row in rows):
-        for name, schema in known.items():
-            if wanted <= schema.reads and schema.fits(row.data):
-                return name, columns
-    raise DataError(
-        f"{first.where}: the columns {', '.join(map(repr, first.data)) or '(none)'} fit no schema "
-        f"known here ({', '.join(known)}); name them with --columns prompt=THEIRS,answer=THEIRS, "
-        "rename them, or set --data_schema"
-    )
+    name = reading.schema
+    if name == "auto":
+        known, wanted = known_for(reading.use), columns.keys() - _BESIDE
+        known = {one: schema for one, schema in known.items() if wanted <= schema.reads}
+        while not (fits := _fitting(renamed(seen[-1], columns), known)):
+            if (row := next(rows, None)) is None:
+                raise DataError(
+                    f"{first.where}: the columns {', '.join(map(repr, first.data)) or '(none)'} "
+                    f"fit no schema known here ({', '.join(known_for(reading.use))}); name them "
+                    "with --columns prompt=THEIRS,answer=THEIRS, rename them, or set --data_schema"
+                )
+            seen.append(row)
+        name = fits
+    rows = (renamed(row, columns) for row in itertools.chain(seen, rows))
+    if SCHEMAS[name].gather:
+        rows, name = SCHEMAS[name].gather(rows, bad, reading.notes)
+    return name, rows
+
+
+def _fitting(row: Row, known: Mapping[str, Schema]) -> str | None:
+    return next((name for name, schema in known.items() if schema.fits(row.data)), None)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
