@@ -5,8 +5,12 @@ import json
 import pytest
 from data_formats import FULL, SINGLE, TREES, flat, tools
 
+from step1_sft import main as step1
+from step1_sft.config import SFTConfig
 from step2_reward import main as step2
 from step2_reward.config import RewardConfig
+from step3_ppo import main as step3
+from step3_ppo.config import PPOConfig
 from utils.config import ConfigError, build, columns_of
 from utils.data import chat_template
 from utils.data.instructions import load_conversations, load_prompts
@@ -308,6 +312,23 @@ def test_columns_under_other_names(save):
     bad = BadRows()
     assert len(load_prompts([save(row, {"other": 1})], columns={"prompt": "problem"}, bad=bad)) == 1
     assert "lacks prompt or question" in bad.problems[0]
+
+
+def test_every_step_takes_columns(save, tmp_path, tokenizer):
+    rows = [{"ask": f"one {n}", "say": "two", "worse": "three"} for n in range(20)]
+    common = {"model_name_or_path": "m", "output_dir": str(tmp_path), "eval_fraction": 0.2}
+    path, report = save(*rows), type("Report", (), {"say": lambda text: None})
+    sft = SFTConfig(**common, sft_data=[path], columns=["prompt=ask,answer=say"])
+    train, held, shown = step1.load_data(sft, tokenizer, report)
+    assert len(train) + len(held) == 20 and texts(shown[0].messages)[1] == "two"
+    pairs = ["prompt=ask", "chosen=say", "rejected=worse"]
+    reward = RewardConfig(**common, preference_data=[path], sft_data=[path], columns=pairs)
+    train, held, demonstrations = step2.load_data(reward, tokenizer, report)
+    assert len(train) + len(held) == 20 and len(demonstrations) == len(held)
+    ppo = PPOConfig(**common, prompt_data=[path], columns=["prompt=ask"])
+    train, held = step3.load_prompts(ppo, tokenizer, report)
+    assert sorted(p.row["ask"] for p in train + held) == sorted(row["ask"] for row in rows)
+    assert set(from_scratch.texts_of([path], columns_of(pairs))) >= {"one 0", "two", "three"}
 
 
 @pytest.mark.parametrize("words", ["prompt", "prompt=", "=q", "prompt=a,prompt=b", "a=b,c"])

@@ -11,6 +11,7 @@ import re
 from utils.data.bad_rows import BadRow
 
 MARK = r"(Human|Assistant)[ \t]*[:：]"
+BEGINNING = re.compile(r"\s*(###[ \t]*)?" + MARK)  # most texts are none: a cheap question first
 # The first spelling in which a text begins with Human and goes on with Assistant is its own.
 SPELLINGS = tuple(re.compile(before + MARK) for before in (r"###[ \t]*", r"\n[ \t\r]*\n", r"\n"))
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -26,6 +27,8 @@ def is_transcript(text: str) -> bool:
 
 def _marks(text: str) -> tuple[str, list[re.Match]]:
     """The text as it is read, and the marks of its turns; none where it is no transcript."""
+    if not BEGINNING.match(text):
+        return text, []
     text = "\n\n" + text.lstrip()
     for spelling in SPELLINGS:
         marks = list(spelling.finditer(text))
