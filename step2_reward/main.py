@@ -29,7 +29,7 @@ from utils.distributed import (
     zero,
 )
 from utils.distributed.training_state import Checkpoints
-from utils.models import language_model, scalar_model
+from utils.models import language_model, packing, scalar_model
 from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
@@ -46,7 +46,8 @@ class Ranked:
 def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], batches.Counts]:
     """Comparisons → (Ranked, Counts of answers). All answers of a comparison follow the same prompt
     tokens, cut so that the longest one fits; one that is too long even so keeps its stop token,
-    where its score is read. Answers that the template cannot render go to `bad`."""
+    where its score is read, for it is ranked as the whole answer. One that was cut before it was
+    ranked has none. Answers that the template cannot render go to `bad`."""
     counts, encoded = batches.Counts(), []
     for row in comparisons:
         try:
@@ -69,16 +70,19 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
             sum(batches.shorten(prompt[-room:], answer, max_length, stop_id, "cut", counts), [])
             for _, answer in pairs
         ]
+        # An answer that was cut when it was sampled has no stop token in PPO, and so none here.
+        answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
         encoded.append(Ranked(tuple(answers), row.scores, tuple(len(t) for t in row.responses)))
     return encoded, counts
 
 
 def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
-    """(N,) scores of all answers of `ranked`, laid end to end."""
+    """(N,) scores of all answers of `ranked`, laid end to end. A prompt goes forward once."""
     answers = [ids for r in ranked for ids in r.answers]
     ids = host_memory.send(batches.pad(answers, pad_id), device)
     mask = batches.pad([[True] * len(a) for a in answers], False)
-    return scalar_model.sequence_scores(engine, ids, mask)
+    shared = packing.shared_beginnings([r.answers for r in ranked])
+    return scalar_model.sequence_scores(engine, ids, mask, shared)
 
 
 def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo import self_check
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build, parts
+from step3_ppo.reward_model import readers, reads_text
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from step3_ppo.watch import Watch
@@ -24,7 +25,7 @@ from utils import report as reporting
 from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
 from utils.distributed import checkpoint, planner, process_group, resuming, shared_files, zero
 from utils.distributed.training_state import Checkpoints
-from utils.models import language_model
+from utils.models import language_model, reward_reader
 from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
@@ -55,8 +56,9 @@ def load_prompts(config, tokenizer, report):
     parts = splits.train_and_held_out(
         config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad
     )
-    found = []
+    found, by_text = [], [r for r in readers(config).values() if reads_text(r, tokenizer)]
     for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
+        part = reward_reader.readable(part, by_text, bad)
         kept, ids, counts = batches.encode_prompts(tokenizer, part, config.max_prompt_length, bad)
         pairs = zip(kept, ids, strict=True)
         found.append([rollouts.Prompt(i, p.messages, p.row) for p, i in pairs])

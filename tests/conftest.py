@@ -139,6 +139,36 @@ def chain(tiny, tmp_path_factory) -> Path:
     return built_once(tmp_path_factory, "chain", build)
 
 
+@pytest.fixture(scope="session")
+def other(tiny, tmp_path_factory) -> Path:
+    """A GPT-2 as reward model: fewer tokens, other ids, a template of its own."""
+    import families
+    from test_reward_model import TEMPLATE
+
+    from utils.models import from_scratch
+
+    def build(folder):
+        texts = filter(str.isascii, from_scratch.texts_of([str(tiny / "data/sft.jsonl")]))
+        tokenizer = from_scratch.train_tokenizer(texts, 400)
+        tokenizer.chat_template = TEMPLATE
+        families.write(folder, "GPT2", tokenizer)
+
+    return built_once(tmp_path_factory, "other", build) / "reward"
+
+
+def run_without_a_gpu(script: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run a script that needs a GPU, OUTPUT in `folder`, where torch sees none."""
+    (folder / "torch.py").write_text("class cuda: is_available = staticmethod(lambda: False)\n")
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", ROOT / script],
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(folder), "OUTPUT": str(folder / "o")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @pytest.fixture
 def onednn_wherever_it_can(monkeypatch):
     """oneDNN multiplies on every CPU that has the kernels, faster or not."""

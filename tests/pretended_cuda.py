@@ -168,15 +168,20 @@ def _varlen(real):
                 raise RuntimeError(f"varlen attention got a tensor on {t.device}")
         if query.dtype not in (torch.bfloat16, torch.float16):
             raise RuntimeError(f"FlashAttention only supports fp16 and bf16, not {query.dtype}")
-        if cu_seq_q.dtype != torch.int32 or max_q != int(cu_seq_q.diff().max()):
-            raise RuntimeError(f"cu_seq_q is {cu_seq_q}, max_q {max_q}")
-        rows, ends = [], cu_seq_q.tolist()
-        for start, end in zip(ends, ends[1:], strict=False):
-            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-            pairs = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device)
-            seen = pairs.tril(window_size[1])
+        for ends, longest in ((cu_seq_q, max_q), (cu_seq_k, max_k)):
+            if ends.dtype != torch.int32 or longest != int(ends.diff().max()):
+                raise RuntimeError(f"the rows end at {ends}, the longest has {longest}")
+        queries, keys = (
+            x.split(n.diff().tolist()) for x, n in ((query, cu_seq_q), (key, cu_seq_k))
+        )
+        rows = []
+        for q, k, v in zip(queries, keys, value.split(cu_seq_k.diff().tolist()), strict=True):
+            more = len(k) - len(q)  # keys before the first query's
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            pairs = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            seen = pairs.tril(more + window_size[1])
             if window_size[0] >= 0:
-                seen = seen.triu(-window_size[0])
+                seen = seen.triu(more - window_size[0])
             found = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
             )

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_without_a_gpu
 
 from benchmarks import gpu_report, trl_environment
 
@@ -97,15 +97,7 @@ def test_a_part_that_is_missing_fails_the_report(measured):
 
 
 def test_without_a_gpu_the_script_fails_and_says_so(tmp_path):
-    (tmp_path / "torch.py").write_text("class cuda: is_available = staticmethod(lambda: False)\n")
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu.sh"],
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(tmp_path), "OUTPUT": str(tmp_path / "o")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_without_a_gpu("benchmarks/gpu.sh", tmp_path)
     assert done.returncode == 4 and "torch sees no GPU here" in done.stderr
     assert not (tmp_path / "o").exists()
 

@@ -11,6 +11,7 @@ from test_generation import VOCAB, tiny
 from torch.nn.attention import varlen
 
 from step1_sft.config import SFTConfig
+from utils.data import batches
 from utils.models import language_model, packing, scalar_model
 
 LENGTHS, LEFT, WIDTH = [14, 3, 9, 1, 11], [0, 2, 4, 1, 3], 16
@@ -98,6 +99,41 @@ def test_packed_values_are_padded_values(family):
         assert_close(a, e)
 
 
+LONG = [5, 6, 7, 8, 9, 3, 4]
+GROUPS = [[[*LONG, 6, 7], [*LONG, 3], [*LONG, 6, 4, 4]], [[3]], [[4, 4, 4], [4, 4]], [[7], [9, 9]]]
+
+
+def test_what_rows_begin_with_is_counted_up_to_the_last_token_of_each():
+    expected = [(0, 0), (0, 7), (0, 7), (3, 0), (4, 0), (4, 1), (6, 0), (6, 0)]
+    assert packing.shared_beginnings(GROUPS) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPTNeoX"])
+def test_answers_that_share_their_prompt_score_as_alone(family, dtype):
+    """Mistral's window of 6 ends in the middle of what is shared."""
+    answers = [row for group in GROUPS for row in group]
+    ids = batches.pad(answers, 0)
+    mask = batches.pad([[True] * len(row) for row in answers], False)
+    plain, packed = (scalar_model.ScalarModel(m) for m in twins(family, dtype, labels=1))
+    seen = []
+    packed.classifier.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[1])
+    )
+    found = []
+    for model, shared in ((plain, None), (packed, packing.shared_beginnings(GROUPS))):
+        scores = scalar_model.sequence_scores(model, ids, mask, shared)
+        slopes = torch.linspace(-1, 1, len(answers))
+        found.append([scores, *gradients(model, (scores * slopes).sum())])
+    assert seen == [sum(map(len, answers)) - 7 - 7 - 1]
+    assert found[0][0].std() > 0.3
+    for e, a in zip(*found, strict=True):
+        if dtype == torch.float32:
+            assert_close(a, e)
+        else:
+            torch.testing.assert_close(a, e, rtol=0.1, atol=0.05 * float(e.abs().max()) + 1e-4)
+
+
 def test_checkpointed_layers_know_the_rows_when_they_run_again():
     plain, packed = twins("Llama")
     packed.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,7 +156,10 @@ def test_both_ways_of_bf16_rows_are_near_fp32(monkeypatch, limit):
         rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
         outer = torch.randn(1, sum(lengths), heads, width, generator=generator)
         actual, _ = packing.attention(
-            None, *rounded, None, sliding_window=window, row_lengths=lengths
+            *(None, *rounded, None),
+            sliding_window=window,
+            row_lengths=lengths,
+            trees=[None] * 3,
         )
         # Token by token: softmax over what it may see.
         q, (k, v) = exact[0], (x.repeat_interleave(groups, 1) for x in exact[1:])
@@ -174,24 +213,27 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
+@pytest.mark.parametrize("spans", [[(0, 0)] * 3, [(0, 0), (0, 5), (0, 5)]], ids=["", "shared"])
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_varlen_kernel_is_called_as_its_signature_says(monkeypatch, window):
+def test_the_varlen_kernel_is_called_as_its_signature_says(monkeypatch, window, spans):
     """With the kernel's own function in between, and each row's attention in the kernel's place."""
     signature = inspect.signature(varlen.varlen_attn)
 
     def kernel(*args, **kwargs):
         asked = signature.bind(*args, **kwargs).arguments
         assert set(kwargs) == set(packing.SETTINGS)
-        assert asked["cu_seq_q"] is asked["cu_seq_k"] and asked["max_q"] == asked["max_k"] == 12
+        assert asked["max_q"] == 12 and asked["max_k"] == 12 + spans[2][1]
         q, k, v = (asked[name].as_subclass(torch.Tensor) for name in ("query", "key", "value"))
         assert asked["enable_gqa"] and q.shape[1] == 2 * k.shape[1]
         left, right = asked["window_size"]
         assert right == 0
         found = []
-        for start, end in itertools.pairwise(asked["cu_seq_q"].tolist()):
+        ends = zip(*(itertools.pairwise(asked[f"cu_seq_{x}"].tolist()) for x in "qk"), strict=True)
+        for (start, end), (start_k, end_k) in ends:
             for t in range(start, end):
-                first = max(start, t - left) if left >= 0 else start
-                keys, values = (x[first : t + 1].repeat_interleave(2, 1) for x in (k, v))
+                last = end_k - end + t  # the queries are those of the last keys
+                first = max(start_k, last - left) if left >= 0 else start_k
+                keys, values = (x[first : last + 1].repeat_interleave(2, 1) for x in (k, v))
                 scores = torch.einsum("hd,thd->ht", q[t], keys) * asked["scale"]
                 found.append(torch.einsum("ht,thd->hd", scores.softmax(-1), values))
         return torch.stack(found)
@@ -199,9 +241,14 @@ def test_the_varlen_kernel_is_called_as_its_signature_says(monkeypatch, window):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     lengths, generator = [7, 1, 12], torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, heads, 20, 8, generator=generator) for heads in (4, 2, 2)]
-    ends = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
-    settings = dict(scaling=0.3, sliding_window=window, row_lengths=lengths)
-    settings |= dict(cu_seq_lens_q=ends, max_length_q=12)
+    ids, mask = torch.ones(3, 17, dtype=torch.long), torch.zeros(3, 17, dtype=torch.bool)
+    for row, (n, (start, end)) in enumerate(zip(lengths, spans, strict=True)):
+        mask[row, : n + end - start] = True
+    settings = packing.inputs(ids, mask, [(0, end) for _, end in spans])
+    assert settings["row_lengths"] == ([20] if spans[2][1] else lengths)
+    settings |= dict(scaling=0.3, sliding_window=window)
+    for name in ("input_ids", "position_ids", "attention_mask"):
+        del settings[name]
     on_cpu, _ = packing.attention(None, *tensors, None, **settings)
     on_gpu, _ = packing.attention(None, *(x.as_subclass(OnGPU) for x in tensors), None, **settings)
     torch.testing.assert_close(on_gpu.as_subclass(torch.Tensor), on_cpu, rtol=1e-4, atol=1e-5)
@@ -255,6 +302,21 @@ def test_what_the_varlen_kernel_cannot_do_is_known_before(
     found = packing.obstacle(model, "cuda", dtype)
     assert reason in found and bool(found) == bool(reason)
     assert packing.obstacle(model, "cpu", dtype) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_the_varlen_kernel_lets_answers_share_their_prompt(family):
+    answers = [row for group in GROUPS for row in group]
+    ids = batches.pad(answers, 0).cuda()
+    mask = batches.pad([[True] * len(row) for row in answers], False)
+    plain, packed = (
+        scalar_model.ScalarModel(m.cuda()) for m in twins(family, torch.bfloat16, labels=1)
+    )
+    expected = scalar_model.sequence_scores(plain, ids, mask)
+    actual = scalar_model.sequence_scores(packed, ids, mask, packing.shared_beginnings(GROUPS))
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.gpu

@@ -6,16 +6,12 @@ import re
 import subprocess
 import sys
 
-import families
 import pytest
 import torch
 from conftest import ROOT, metrics_of, run_ranks
 from pretended_device import Pretended
 from test_resume import assert_same_end
-from test_reward_model import TEMPLATE
 from test_steps import CLOSE, ppo, reward, sft
-
-from utils.models import from_scratch
 
 # What may be mixed, and what may not. The same on a GPU, where there is one.
 
@@ -235,16 +231,6 @@ def test_sft_reward_model_comparisons_and_evaluation(tiny, chain, tmp_path):
     run_ranks([sft(tiny, tmp_path / "plain", *FEW)], 1)
     pair = [metrics_of(tmp_path / name, "loss") for name in ("sft", "plain")]
     assert len(pair[0]) == 2 and pair[0] == pytest.approx(pair[1], **CLOSE)
-
-
-@pytest.fixture(scope="module")
-def other(tiny, tmp_path_factory):
-    """A reward model of another family, tokenizer and template."""
-    folder = tmp_path_factory.mktemp("other")
-    texts = filter(str.isascii, from_scratch.texts_of([str(tiny / "data/sft.jsonl")]))
-    tokenizer = from_scratch.train_tokenizer(texts, 400)
-    tokenizer.chat_template = TEMPLATE
-    return families.write(folder, "GPT2", tokenizer) / "reward"
 
 
 def test_ppo_with_every_option_that_moves_tensors(tiny, chain, other, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from utils.data import schemas
 from utils.data.loading import load_as
@@ -20,12 +21,23 @@ PREFERENCE_SPLITS = {
 class Comparison:
     """K >= 2 answers to one prompt with K finite scores, higher better.
 
-    All scores may be equal, as in real rankings: such a row is sound, but teaches nothing."""
+    All scores may be equal, as in real rankings: such a row is sound, but teaches nothing.
+    finished: whether each answer ended itself, and was not cut at the length limit it was sampled
+    with; where not given, all did."""
 
     prompt: tuple[dict, ...]
     responses: tuple[str, ...]
     scores: tuple[float, ...]
     where: str
+    finished: tuple[bool, ...] = ()
+
+    def __post_init__(self):
+        if not self.finished:
+            object.__setattr__(self, "finished", (True,) * len(self.responses))
+
+    @property
+    def messages(self) -> tuple[dict, ...]:
+        return self.prompt
 
 
 def load_comparisons(
@@ -53,7 +65,18 @@ def load_comparisons(
                     raise BadRow(
                         f"response {number} is there before with score {seen[text]}, not {score}"
                     )
-            made.append(Comparison(prompt, tuple(responses), tuple(scores), each.where))
+            marks = each.data.get("finished") if "responses" in each.data else None
+            finished = _finished(marks, len(responses))
+            made.append(Comparison(prompt, tuple(responses), tuple(scores), each.where, finished))
         return made
 
     return load_as(convert, reading, PREFERENCE_SPLITS, names, split_role, bad)
+
+
+def _finished(value: Any, count: int) -> tuple[bool, ...]:
+    """The mark that step2_reward/collect.py leaves beside the answers. Raises BadRow."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or [type(x) for x in value] != [bool] * count:
+        raise BadRow(f"finished is {value!r}, not a list of {count} true or false, one a response")
+    return tuple(value)

@@ -3,11 +3,15 @@
 transformers takes attention functions by name and hands them what the model's forward was given.
 Ours, `packed_rows`, looks for the rows' boundaries among that: with them no token sees another
 row; without them (generation, a padded batch) it is transformers' own sdpa. On CUDA the rows go
-through one varlen kernel, on a CPU one by one.
+through one varlen kernel, on a CPU one by one. Rows that begin alike (answers to one prompt) may
+share what they begin with: it goes through the model once, in the first of them.
 """
 
 import functools
 import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,6 +29,14 @@ SCORES = 2**22
 SETTINGS = ("scale", "window_size", "enable_gqa")
 
 
+@dataclass(frozen=True)
+class Tree:
+    """Rows with one beginning as one row of T tokens: seen (T,T) bool, positions (T,) int64."""
+
+    seen: torch.Tensor
+    positions: torch.Tensor
+
+
 def attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -35,11 +47,17 @@ def attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
     row_lengths: list[int] | None = None,
+    trees: list[Tree | None] | None = None,
+    key_places: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """query (B,H,T,D), key and value (B,h,T,D) → (B,T,H,D). Where `row_lengths` say how long the
-    rows are that lie end to end in T, B is 1."""
+    rows are that lie end to end in T, B is 1. A CPU takes rows that share their beginning as one
+    row, whose tree says who sees whom; a GPU takes each with the keys of what it shares, key_places
+    (K,) being those of all rows in turn."""
     if row_lengths is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -49,12 +67,15 @@ def attention(
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
+        if key_places is not None:
+            key, value = (x.index_select(2, key_places) for x in (key, value))
+        # A row that has more keys than queries has the queries at their end.
         found = varlen_attn(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
             cu_seq_lens_q,
-            cu_seq_lens_q,
+            cu_seq_lens_k,
             max_length_q,
-            max_length_q,
+            max_length_k,
             scale=scaling,
             # A token sees itself and what lies to its left, in a window of so many in all.
             window_size=(sliding_window - 1 if sliding_window else -1, 0),
@@ -62,39 +83,45 @@ def attention(
         )
         return found[None], None
     rows = zip(*(x.split(row_lengths, 2) for x in (query, key, value)), strict=True)
-    found = [_one_row(*row, scaling, sliding_window).transpose(1, 2) for row in rows]
+    found = [
+        _one_row(*row, tree, scaling, sliding_window).transpose(1, 2)
+        for row, tree in zip(rows, trees, strict=True)
+    ]
     return torch.cat(found, 1), None
 
 
-def _one_row(query, key, value, scaling, window) -> torch.Tensor:
+def _one_row(query, key, value, tree, scaling, window) -> torch.Tensor:
     """query (1,H,T,D), key and value (1,h,T,D) → (1,H,T,D), causal, within the window."""
     _, heads, length, width = query.shape
     groups = heads // key.shape[1]
-    windowed = bool(window) and window < length
+    plain = tree is None and not (window and window < length)
     if query.dtype == torch.float32 or heads * length**2 > SCORES:
-        seen = _seen(length, window, query.device) if windowed else None
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=seen,
-            is_causal=not windowed,
+            attn_mask=None if plain else _seen(length, tree, window, query.device),
+            is_causal=plain,
             scale=scaling,
             enable_gqa=groups > 1,
         )
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    unseen = ~_seen(length, window if windowed else length, query.device)
+    unseen = ~_seen(length, tree, window, query.device)
     bias = torch.zeros(length, length, dtype=query.dtype).masked_fill_(unseen, float("-inf"))
     scale = width**-0.5 if scaling is None else scaling
     scores = torch.baddbmm(bias, query[0], key[0].transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), value[0])[None]
 
 
-def _seen(length: int, window: int, device) -> torch.Tensor:
+def _seen(length: int, tree: Tree | None, window: int | None, device) -> torch.Tensor:
     """(T,T) bool: does the token of that row see that of that column?"""
-    all_pairs = torch.ones(length, length, dtype=torch.bool, device=device)
-    return all_pairs.tril_().triu_(1 - window)
+    if tree is None:
+        all_pairs = torch.ones(length, length, dtype=torch.bool, device=device)
+        return all_pairs.tril_().triu_(1 - (window or length))
+    if not window:
+        return tree.seen
+    return tree.seen & (tree.positions[:, None] - tree.positions < window)
 
 
 def choose(model: nn.Module, config, dtype: str) -> None:
@@ -178,23 +205,78 @@ def _kernel_obstacle(config, dtype: str) -> str:
     return ""
 
 
-def inputs(input_ids: torch.Tensor, mask: torch.Tensor) -> dict:
+def shared_beginnings(groups: Sequence[Sequence[list[int]]]) -> list[tuple[int, int]]:
+    """Rows of token ids in groups → for each row in turn (the group's first row, how many tokens
+    all rows of the group begin with). A row keeps at least its last token for itself; the first
+    shares nothing."""
+    found: list[tuple[int, int]] = []
+    for group in groups:
+        shortest, first = min(map(len, group)), len(found)
+        same = (len(set(column)) == 1 for column in zip(*group, strict=False))
+        alike = next((n for n, one in enumerate(same) if not one), shortest)
+        found += [(first, 0)] + [(first, min(alike, shortest - 1))] * (len(group) - 1)
+    return found
+
+
+def own(mask: torch.Tensor, shared: Sequence[tuple[int, int]] | None) -> torch.Tensor:
+    """The (B,T) mask of right-padded rows, on the CPU, without what they share with another."""
+    if shared is None:
+        return mask
+    lengths = torch.tensor([tokens for _, tokens in shared])
+    return mask.cpu() & (torch.arange(mask.shape[1]) >= lengths[:, None])
+
+
+def inputs(
+    input_ids: torch.Tensor, mask: torch.Tensor, shared: Sequence[tuple[int, int]] | None = None
+) -> dict:
     """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N).
 
-    With a mask on the CPU, nothing waits for the device of `input_ids`.
+    shared: as shared_beginnings makes them; those tokens are left out, as `own` does, and rows must
+    be right-padded then. With a mask on the CPU, nothing waits for the device of `input_ids`.
     """
-    device, mask = input_ids.device, mask.cpu()
-    rows = mask.sum(1).tolist()
-    ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
-    return {
-        "input_ids": input_ids.flatten().index_select(0, places(mask, device))[None],
-        "position_ids": host_memory.send(torch.cat([torch.arange(n) for n in rows])[None], device),
+    device, kept = input_ids.device, own(mask, shared).cpu()
+    rows = kept.sum(1).tolist()
+    shared = shared or [(i, 0) for i in range(len(rows))]
+    seen = [n + common for n, (_, common) in zip(rows, shared, strict=True)]
+    positions = [torch.arange(k - n, k) for n, k in zip(rows, seen, strict=True)]
+    ends = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    found = {
+        "input_ids": input_ids.flatten().index_select(0, places(kept, device))[None],
+        "position_ids": host_memory.send(torch.cat(positions)[None], device),
         # A mask of four dimensions is one that transformers leaves alone; nothing reads it.
         "attention_mask": torch.empty(1, 1, 1, 1, device=device),
         "cu_seq_lens_q": host_memory.send(ends.int(), device),
         "max_length_q": max(rows),
+        "max_length_k": max(seen),
         "row_lengths": rows,
+        "trees": [None] * len(rows),
     }
+    found["cu_seq_lens_k"] = found["cu_seq_lens_q"]
+    if seen == rows:
+        return found
+    starts, keys = ends.tolist(), []
+    for row, (first, common) in enumerate(shared):
+        keys.append(torch.arange(starts[first], starts[first] + common))
+        keys.append(torch.arange(starts[row], starts[row + 1]))
+    ends = F.pad(torch.tensor(seen).cumsum(0), (1, 0))
+    found["cu_seq_lens_k"] = host_memory.send(ends.int(), device)
+    found["key_places"] = host_memory.send(torch.cat(keys), device)
+    if device.type == "cpu":
+        groups = [list(g) for _, g in itertools.groupby(range(len(rows)), lambda i: shared[i][0])]
+        found["row_lengths"] = [sum(rows[i] for i in group) for group in groups]
+        found["trees"] = [_tree(group, positions, shared) for group in groups]
+    return found
+
+
+def _tree(group: list[int], positions: list[torch.Tensor], shared) -> Tree | None:
+    """Neighbouring rows that share what the first of them begins with, as one row."""
+    if len(group) == 1:
+        return None
+    at = torch.cat([positions[i] for i in group])
+    row = torch.cat([torch.full_like(positions[i], i) for i in group])
+    common = torch.cat([torch.full_like(positions[i], shared[i][1]) for i in group])
+    same = (row[:, None] == row) & (at[:, None] >= at)
+    return Tree(same | (at < common[:, None]), at)  # only the first row has tokens that early
 
 
 def places(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
