@@ -48,7 +48,7 @@ def trl_settings(config, output_dir: str) -> TRLConfig:
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
         cliprange=config.clip_ratio,
-        cliprange_value=config.clip_value,
+        cliprange_value=config.clip_value or math.inf,
         # Policy and value model share no weight and Adam divides by the gradient's own size, so
         # this coefficient only scales the printed loss. 1: the critic's gradient is ours.
         vf_coef=1.0,
@@ -95,7 +95,7 @@ def optimizer_and_schedule(policy, value, config):
     steps the schedule once a rollout, we once an optimizer step: here each rollout gets the
     mean of what our schedule gives its steps.
     """
-    critic_rate = config.critic_learning_rate or config.learning_rate
+    critic_rate = config.rate_of_critic()
     optimizer = torch.optim.AdamW(
         [
             {"params": list(policy.parameters()), "lr": config.learning_rate},

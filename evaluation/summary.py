@@ -28,8 +28,13 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def verify_policy(folder: Path, rows: list[dict], seed: int, max_new_tokens: int = 32) -> float:
+def verify_policy(folder: Path, rows: list[dict], seed: int) -> float:
     """Mean verifier score of answers sampled at temperature 1 by the model in `folder`."""
+    return sum(verdicts(folder, rows, seed)) / len(rows)
+
+
+def verdicts(folder: Path, rows: list[dict], seed: int, max_new_tokens: int = 32) -> list[float]:
+    """The same of each row's answer."""
     from transformers import AutoModelForCausalLM
 
     from utils.data import batches, chat_template, toy_tasks
@@ -52,7 +57,22 @@ def verify_policy(folder: Path, rows: list[dict], seed: int, max_new_tokens: int
         noise=generation.uniform_noise(len(rows), max_new_tokens, seed, 2**31 + 1),
     )
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return sum(toy_tasks.verify(r, t) for r, t in zip(rows, texts, strict=True)) / len(rows)
+    return [float(toy_tasks.verify(r, t)) for r, t in zip(rows, texts, strict=True)]
+
+
+def verified(output: Path, rows: list[dict], seed: int) -> dict[str, float]:
+    """Of each policy the mean verdict, its standard error (…_se), and that of its differences to
+    the SFT policy's, prompt by prompt (…_se_change)."""
+    from utils.report import standard_error
+
+    found = {"prompts": len(rows)}
+    folders = {name: output / folder for name, folder in POLICIES.items()}
+    each = {name: verdicts(f, rows, seed) for name, f in folders.items() if f.exists()}
+    for name, values in each.items():
+        found |= {name: sum(values) / len(values), f"{name}_se": standard_error(values)}
+        gained = [b - a for a, b in zip(each["sft"], values, strict=True)]
+        found[f"{name}_se_change"] = standard_error(gained)
+    return found
 
 
 def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> dict:
@@ -74,7 +94,10 @@ def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> di
         "ppo": {
             "score_before": ppo["score_before"],
             "score_after": ppo["score_after"],
-            "score_std_before": ppo["score_std_before"],
+            "held_out_prompts": ppo["held_out_prompts"],
+            "score_se_before": ppo["score_se_before"],
+            "score_se_after": ppo["score_se_after"],
+            "score_se_change": ppo["score_se_change"],
             "kl_before": ppo["kl_before"],
             "kl": ppo["kl_after"],
             "kl_k3": ppo["kl_k3_after"],
@@ -88,13 +111,13 @@ def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> di
         summary["seconds"]["total"] = seconds
     if verifier_data:
         rows = [json.loads(x) for x in Path(verifier_data).read_text(encoding="utf-8").splitlines()]
-        summary["verifier"] = {
-            name: verify_policy(output / folder, rows, seed)
-            for name, folder in POLICIES.items()
-            if (output / folder).exists()
-        }
-        summary["verifier"]["prompts"] = len(rows)
+        summary["verifier"] = verified(output, rows, seed)
     return summary
+
+
+def _measured(value: float, error: float | None, sign: str = "") -> str:
+    """A value ± its standard error, which a single prompt does not have."""
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def closing_table(summary: dict) -> str:
@@ -102,31 +125,51 @@ def closing_table(summary: dict) -> str:
 
     sft, reward, ppo, seconds = (summary[k] for k in ("sft", "reward", "ppo", "seconds"))
     rows = [
-        ("SFT held-out loss", f"{sft['eval_loss_before']:.3f}", f"{sft['eval_loss_after']:.3f}"),
+        (
+            "SFT held-out loss",
+            f"{sft['eval_loss_before']:.3f}",
+            f"{sft['eval_loss_after']:.3f}",
+            "",
+        ),
         (
             "reward accuracy on held-out pairs",
             f"{reward['accuracy_before']:.3f}",
             f"{reward['accuracy']:.3f} ({reward['accuracy_low']:.3f} to "
             f"{reward['accuracy_high']:.3f})",
+            "",
         ),
-        ("  of always choosing the longer answer", f"{reward['accuracy_longer_answer']:.3f}", ""),
         (
-            "PPO held-out score",
-            f"{ppo['score_before']:.3f} (std {ppo['score_std_before'] or 0:.3f})",
-            f"{ppo['score_after']:.3f}",
+            "  of always choosing the longer answer",
+            f"{reward['accuracy_longer_answer']:.3f}",
+            "",
+            "",
+        ),
+        (
+            f"PPO score, {ppo['held_out_prompts']} held-out prompts",
+            _measured(ppo["score_before"], ppo["score_se_before"]),
+            _measured(ppo["score_after"], ppo["score_se_after"]),
+            _measured(ppo["score_after"] - ppo["score_before"], ppo["score_se_change"], "+"),
         ),
         (
             "PPO KL to the reference, nats a response",
             f"{ppo['kl_before']:.3f}",
             f"{ppo['kl']:.3f}",
+            "",
         ),
     ]
-    if "verifier" in summary:
-        v = summary["verifier"]
-        after = f"{v['ppo']:.3f}" + (f" (average {v['ppo_ema']:.3f})" if "ppo_ema" in v else "")
-        rows.append((f"verifier, {v['prompts']} held-out prompts", f"{v['sft']:.3f}", after))
+    v = summary.get("verifier", {"prompts": 0})
+    prompts = f"verifier, {v['prompts']} held-out prompts"
+    for name, what in (("ppo", prompts), ("ppo_ema", "  of the average")):
+        if name in v:
+            before = _measured(v["sft"], v["sft_se"]) if name == "ppo" else ""
+            change = _measured(v[name] - v["sft"], v[f"{name}_se_change"], "+")
+            rows.append((what, before, _measured(v[name], v[f"{name}_se"]), change))
     times = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
-    return table(rows, ("measure", "before", "after")) + f"\ntime: {times}"
+    told = (
+        "(…): 95 % interval, by prompt. ±: one standard error over the prompts, for a change of "
+        "the differences prompt by prompt."
+    )
+    return f"{table(rows, ('measure', 'before', 'after', 'change'))}\n{told}\ntime: {times}"
 
 
 def plot(output: Path) -> None:
@@ -157,8 +200,8 @@ def plot(output: Path) -> None:
         draw(right, ppo, "eval/verifier", "held-out verifier", marker="s", color="tab:green")
         right.set(ylabel="verifier", ylim=(0, 1))
         right.legend(loc="upper left")
-    draw(axes[1][1], ppo, "kl", "k1", marker=".", alpha=0.6)
-    draw(axes[1][1], ppo, "kl_k3", "k3", marker=".")
+    for estimator in ("k1", "k2", "k3"):  # by their own names: `kl` is what --kl_estimator says
+        draw(axes[1][1], ppo, f"kl_{estimator}", estimator, marker=".", alpha=0.6)
     axes[1][1].set(title="step 3: KL to the reference", xlabel="rollout", ylabel="nats a response")
     axes[1][1].legend()
     for axis in axes.flat:

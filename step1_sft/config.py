@@ -9,7 +9,7 @@ from utils.config import RunConfig, setting
 class SFTConfig(RunConfig):
     weighted = "sft_data"
     sft_data: list[str] = setting([], "demonstrations: files, folders or hub names")
-    max_length: int = setting(512, "tokens a row; prompts are cut from the left")
+    max_length: int = setting(1024, "tokens a row; prompts are cut from the left")
     long_answers: str = setting(
         "drop", "an answer too long even so: drop the row, or cut it", choices=("drop", "cut")
     )

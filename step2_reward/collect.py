@@ -38,8 +38,8 @@ class CollectConfig(RunConfig):
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
     answers_per_prompt: int = setting(4, "K, answers sampled a prompt (InstructGPT: 4 to 9)")
-    max_prompt_length: int = setting(256, "tokens; prompts are cut from the left")
-    max_response_length: int = setting(256, "tokens sampled at most")
+    max_prompt_length: int = setting(512, "tokens; prompts are cut from the left")
+    max_response_length: int = setting(512, "tokens sampled at most")
     temperature: float = setting(1.0, "sampling temperature")
     labeller: str = setting(
         "verifier",

@@ -15,7 +15,7 @@ class RewardConfig(RunConfig):
     sft_data: list[str] = setting(
         [], "demonstrations that shall score 0 on average (none: the held-out preferred answers)"
     )
-    max_length: int = setting(512, "tokens of prompt and answer; prompts are cut from the left")
+    max_length: int = setting(1024, "tokens of prompt and answer; prompts are cut from the left")
     epochs: float = setting(1.0, "passes over the comparisons (see --max_steps)")
     score_margin: float = setting(0.0, "a pair's margin: this × the difference of its labels")
     label_smoothing: float = setting(0.0, "probability that a label is wrong")

@@ -41,6 +41,7 @@ class Ranked:
     answers: tuple[list[int], ...]
     labels: tuple[float, ...]
     characters: tuple[int, ...]
+    prompt: str = ""  # its text, by which pairs are told apart
 
 
 def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], batches.Counts]:
@@ -72,7 +73,8 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
         ]
         # An answer that was cut when it was sampled has no stop token in PPO, and so none here.
         answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
-        encoded.append(Ranked(tuple(answers), row.scores, tuple(len(t) for t in row.responses)))
+        characters = tuple(len(t) for t in row.responses)
+        encoded.append(Ranked(tuple(answers), row.scores, characters, splits.prompt_of(row)))
     return encoded, counts
 
 
@@ -126,15 +128,18 @@ def score_all(engine, ranked: list[Ranked], config, pad_id: int, device) -> list
 
 
 def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
-    """Accuracy, its interval and mean margin on held-out pairs; beside it the longer answer's."""
+    """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
+    answer's."""
     from utils.metrics import pair_accuracy
 
     scores = score_all(engine, ranked, config, pad_id, device)
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
-    ours = pair_accuracy([flat[i] for i in winners], [flat[i] for i in losers])
-    longer = pair_accuracy([sizes[i] for i in winners], [sizes[i] for i in losers])
+    owners = [r.prompt for r in ranked for _ in r.answers]
+    prompts = [owners[i] for i in winners]
+    ours = pair_accuracy([flat[i] for i in winners], [flat[i] for i in losers], prompts)
+    longer = pair_accuracy([sizes[i] for i in winners], [sizes[i] for i in losers], prompts)
     return {
         "eval/accuracy": ours["accuracy"],
         "eval/accuracy_low": ours["low"],
@@ -319,8 +324,8 @@ def main() -> None:
     }
     reporting.save_result(config.output_dir, result)
     report.say(
-        f"held-out accuracy {result['accuracy']:.3f} (95 %: {result['accuracy_low']:.3f} to "
-        f"{result['accuracy_high']:.3f}, {result['pairs']} pairs), always the longer answer "
+        f"held-out accuracy {result['accuracy']:.3f} (95 % by prompt: {result['accuracy_low']:.3f} "
+        f"to {result['accuracy_high']:.3f}, {result['pairs']} pairs), always the longer answer "
         f"{result['accuracy_longer_answer']:.3f}, mean margin {result['margin']:.3f}, bias "
         f"{bias:.3f}; saved {config.output_dir}"
     )

@@ -42,6 +42,16 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, sequences: int, ho
     return kl_coef * (1.0 + error * sequences / horizon)
 
 
+def penalise_cut(scores, finished, penalty: float, stand_in: float = torch.inf):
+    """(B,) scores, (B,) bool finished → (B,): an answer cut at the limit gets min(its own score,
+    mean of the finished ones) − penalty, so that not to stop never pays, whatever the scale.
+
+    stand_in: for that mean where none finished.
+    """
+    mean = scores[finished].mean().item() if finished.any() else stand_in
+    return torch.where(finished, scores, scores.clamp(max=mean) - penalty)
+
+
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float, kl_estimator: str = "k1"):
     """(B,) scores → rewards (B,R) and kl (B,R), the estimate a token that they were charged for.
 

@@ -151,8 +151,8 @@ def reward_model_sanity(check) -> str:
     low, high = found["accuracy_low"], found["accuracy_high"]
     longer = found["accuracy_longer_answer"]
     text = (
-        f"right on {found['accuracy']:.3f} ({low:.3f} to {high:.3f}) of {found['pairs']} held-out "
-        f"pairs, the longer answer on {longer:.3f}"
+        f"right on {found['accuracy']:.3f} ({low:.3f} to {high:.3f}, 95 % by prompt) of "
+        f"{found['pairs']} held-out pairs, the longer answer on {longer:.3f}"
     )
     if high < 0.5:
         raise Fault(f"{text}: it prefers the worse answer; were the labels swapped in step 2?")
@@ -204,8 +204,10 @@ def _held_out_accuracy(check) -> dict:
     # Imported here: `evaluate` takes 2.5 s, which --help and refused settings should not pay.
     from utils.metrics import pair_accuracy
 
-    ours = pair_accuracy(*([found[id(p[0]), p[k]] for p in pairs] for k in (1, 2)))
-    longer = pair_accuracy(*([float(len(p[0].responses[p[k]])) for p in pairs] for k in (1, 2)))
+    prompts = [splits.prompt_of(p[0]) for p in pairs]
+    ours = pair_accuracy(*([found[id(p[0]), p[k]] for p in pairs] for k in (1, 2)), prompts)
+    lengths = ([float(len(p[0].responses[p[k]])) for p in pairs] for k in (1, 2))
+    longer = pair_accuracy(*lengths, prompts)
     return {
         "accuracy": ours["accuracy"],
         "accuracy_low": ours["low"],

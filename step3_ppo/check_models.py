@@ -1,4 +1,4 @@
-"""The self-check's questions about models: generation, padding, modes, gradients, averages.
+"""The self-check's questions about models: generation, padding, modes.
 
 A check takes the running SelfCheck, returns what it measured, or raises Fault (the run stops,
 unless --self_check warn) or Doubt (a warning).
@@ -28,14 +28,14 @@ class Doubt(Exception):
 
 
 @torch.no_grad()
-def checksum(model) -> int:
-    """Of this rank's weights and of where they stand: Σ bits × (2·position + 1), modulo 2⁶⁴.
+def checksum(weights) -> int:
+    """Of this rank's tensors and of where they stand: Σ bits × (2·position + 1), modulo 2⁶⁴.
 
     Sums of whole numbers are the same in any order, so on any device. One bit that flips always
     changes it (odd × 2ᵏ is not 0), and so do two numbers of up to 32 bits that change places.
     """
     total = position = 0
-    for p in model.parameters():
+    for p in weights:
         weight = getattr(p, "ds_tensor", p).detach().reshape(-1)
         for bits in weight.view(WHOLE_NUMBERS[weight.element_size()]).split(CHECKSUM_CHUNK):
             place = torch.arange(position, position + len(bits), device=bits.device)
@@ -44,19 +44,19 @@ def checksum(model) -> int:
     return total % 2**64
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+def apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     """(mean, maximum) of |a − b| relative to 1 + |a|; infinite where either is not finite."""
     gap = ((a.float() - b.float()).abs() / (1 + a.float().abs())).nan_to_num(torch.inf, torch.inf)
     return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)
 
 
-def _worst(*gaps: float) -> list[float]:
+def worst(*gaps: float) -> list[float]:
     """The largest of each over the ranks: one that stopped alone would leave the others waiting."""
     return [max(gap) for gap in zip(*process_group.gather_objects(gaps), strict=True)]
 
 
-def _must_agree(check, a, b, what: str, cause: str) -> str:
-    mean, most = _worst(*_apart(a, b))
+def must_agree(check, a, b, what: str, cause: str) -> str:
+    mean, most = worst(*apart(a, b))
     if mean > check.tolerance or most > 10 * check.tolerance:
         raise Fault(
             f"{what} differ by {mean:.2g} on average and {most:.2g} at most (allowed "
@@ -106,8 +106,10 @@ class Distributions:
 
 
 @torch.no_grad()
-def distributions(check, rollout) -> Distributions:
-    """Logits exist for a few rows at a time: all of them would be gigabytes."""
+def distributions(check, rollout, model=None) -> Distributions:
+    """Of the actor, or of `model`. Logits exist for a few rows at a time: all of them would be
+    gigabytes."""
+    model = model or check.models.actor
     ids, mask = _batch(check, rollout)
     length = rollout.response_ids.shape[1]
     # Reckoned with the limit and not with this rank's length, so that ranks go in step.
@@ -115,7 +117,7 @@ def distributions(check, rollout) -> Distributions:
     micro = max(1, min(check.config.micro_batch_size, LOGITS_AT_ONCE // row))
     pieces = []
     for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
-        logits = language_model.response_logits(check.models.actor, i, m, length)
+        logits = language_model.response_logits(model, i, m, length)
         # Impossible tokens (−∞) add 0 to the sums, where 0 × −∞ would be no number.
         logs = (logits.float() / check.config.temperature).log_softmax(-1).clamp(min=-1e4)
         own = logs.gather(-1, i[:, -length:, None]).squeeze(-1)
@@ -148,7 +150,7 @@ def generator_equals_model(check) -> str:
     seen = distributions(
         check, dataclasses.replace(probe, response_ids=responses, response_mask=kept)
     )
-    short = _worst(float((seen.best - seen.logprobs)[kept].max()))[0]
+    short = worst(float((seen.best - seen.logprobs)[kept].max()))[0]
     # Written so that nan fails.
     if not short <= 10 * check.tolerance:
         raise Fault(
@@ -163,7 +165,7 @@ def generator_equals_model(check) -> str:
         )
     kept = generation.mask_through_stop(responses, models.tokenizer.eos_token_id)
     sampled = dataclasses.replace(probe, response_ids=responses, response_mask=kept)
-    found = _must_agree(
+    found = must_agree(
         check,
         train_forward(check, sampled)[kept],
         logprobs[kept],
@@ -242,7 +244,7 @@ def padding_invariance(check) -> str:
         for name, kind, model in asked:
             plain = read(model, kind, [alone], [[True] * end])
             moved = read(model, kind, padded, flags, lefts)
-            _must_agree(
+            must_agree(
                 check,
                 plain.expand_as(moved),
                 moved,
@@ -250,7 +252,7 @@ def padding_invariance(check) -> str:
                 "attention mask or position ids do not follow the padding; see "
                 "language_model.forward_inputs, or another --attn_implementation",
             )
-            most = max(most, _apart(plain.expand_as(moved), moved)[1])
+            most = max(most, apart(plain.expand_as(moved), moved)[1])
     return f"every model within {most:.1e} for 0 to {pads} pads on either side"
 
 
@@ -259,7 +261,7 @@ def dropout_is_off(check) -> str:
     for name in check.trained():
         rows = own_rows(check)
         first, second = (train_forward(check, rows, name == "critic") for _ in range(2))
-        _must_agree(
+        must_agree(
             check,
             first,
             second,
@@ -276,7 +278,7 @@ def rollouts_are_on_policy(check) -> str:
     kept = probe.response_mask
     logprobs = train_forward(check, probe).cpu()
     found = [
-        _must_agree(
+        must_agree(
             check,
             probe.logprobs[kept],
             logprobs[kept],
@@ -287,8 +289,23 @@ def rollouts_are_on_policy(check) -> str:
     if check.models.critic is not None:
         values = train_forward(check, probe, critic=True).cpu()
         what, cause = "stored and recomputed values", "the value clip would not start at 0"
-        found.append(_must_agree(check, probe.values[kept], values[kept], what, cause))
+        found.append(must_agree(check, probe.values[kept], values[kept], what, cause))
     return "; ".join(found)
+
+
+def reference_at_the_temperature(check) -> str:
+    """The KL is to the reference as it is at --temperature, whatever model it is."""
+    probe = own_rows(check)
+    kept = probe.response_mask
+    seen = distributions(check, probe, check.models.reference).logprobs.cpu()
+    at = f"at temperature {check.config.temperature:g}"
+    return must_agree(
+        check,
+        seen[kept],
+        probe.ref_logprobs[kept],
+        f"log-probabilities of the reference, by a softmax of its logits {at} and as stored,",
+        "the KL would be to another distribution; see rollout.collect and --temperature",
+    )
 
 
 def no_kl_at_the_start(check) -> str:
@@ -299,91 +316,9 @@ def no_kl_at_the_start(check) -> str:
     kept = probe.response_mask
     what = "log-probabilities of actor and reference"
     cause = "the KL would not start at 0, though both are loaded from the same folder"
-    return _must_agree(check, probe.logprobs[kept], probe.ref_logprobs[kept], what, cause)
-
-
-def on_policy_at_the_first_update(check) -> str:
-    """The first minibatch of the first epoch: ratio 1, KL 0, values as stored."""
-    found = {
-        name: check.metrics.get(f"first_{name}") for name in ("ratio", "approx_kl", "value_gap")
-    }
-    if found["ratio"] is None:
-        raise Doubt("the first optimizer step was skipped; see the lines above")
-    gaps = {"ratio": abs(found["ratio"] - 1.0), "approx_kl": found["approx_kl"]}
-    if found["value_gap"] is not None:
-        gaps["value_gap"] = found["value_gap"]
-    # An answer's log-probability is a sum over its tokens, whose roundings add up as a random walk.
-    sequence = check.config.action_level == "sequence"
-    steps = check.metrics["response_length"] if sequence else 1.0
-    # KL is of second order in what log-probabilities differ by.
-    limits = {"ratio": steps**0.5, "approx_kl": steps * check.tolerance, "value_gap": 10.0}
-    text = ", ".join(f"{name} {value:.3g}" for name, value in found.items() if value is not None)
-    for name, gap in gaps.items():
-        if not gap <= limits[name] * 10 * check.tolerance:
-            raise Fault(
-                f"first minibatch, first epoch: {text}; {name} should be {int(name == 'ratio')}: "
-                "the update does not see the policy that sampled (dropout, temperature, stale or "
-                "shuffled rows)"
-            )
-    return f"first minibatch: {text}"
+    return must_agree(check, probe.logprobs[kept], probe.ref_logprobs[kept], what, cause)
 
 
 def generator_after_the_step(check) -> str:
     """Fresh weights reach the generator."""
     return generator_equals_model(check)
-
-
-def average_moves(check) -> str:
-    """The EMA has moved towards the weights, as far as its decay says and no further."""
-    ema = check.models.ema
-    if ema is None:
-        return "no average is kept (--ema_decay 0)"
-    own = dict(check.models.actor.module.named_parameters())
-    steps, decay = check.config.ppo_epochs * check.config.minibatches(), check.config.ema_decay
-    come = 1 - decay**steps  # after n steps an average has come 1 − decayⁿ of the way to …
-    moved, followed, astray = 0.0, 0.0, 0.0
-    for name, (shadow, weight) in check.watched.items():
-        now = getattr(own[name], "ds_tensor", own[name]).detach().float()
-        moved = max(moved, float((now - weight).abs().max()))
-        followed = max(followed, float((ema.shadow[name] - shadow).abs().max()))
-        # … where the weights stood before (of a resumed run, not where the average stood), …
-        off = (ema.shadow[name] - shadow - come * (weight - shadow)).abs().nan_to_num(torch.inf)
-        rounding = steps * torch.finfo(torch.float32).eps * shadow.abs()
-        astray = max(astray, float((off - rounding).max()))
-    if moved == 0.0:
-        return "the weights themselves have not moved yet at this learning rate and dtype"
-    # … give or take that share of their own way since; thrice, for what they went and came back.
-    if followed == 0.0 or not astray <= min(1.0, 3 * come) * moved * (1 + 1e-3):
-        raise Fault(
-            f"the weights moved by up to {moved:.2e} and their average by {followed:.2e}, up to "
-            f"{astray:.2e} from where it should be: what is saved as actor_ema is not their "
-            f"average at --ema_decay {decay}; see utils/models/ema.py"
-        )
-    return f"weights moved by up to {moved:.1e}, their average by {followed:.1e}"
-
-
-def gradients_reach(check) -> str:
-    """Every weight that should train has had a gradient; no frozen one has, nor has it changed."""
-    counts = []
-    for name, engine in check.trained().items():
-        weights = [n for n, _ in engine.module.named_parameters()]
-        missing = [n for n in weights if n not in check.gradients[name]]
-        if missing:
-            raise Fault(
-                f"{len(missing)} of {len(weights)} weights of the {name} had no gradient (first "
-                f"{missing[0]}): they are frozen or not on the path to the loss and will not train"
-            )
-        counts.append(f"{len(weights)} of the {name}")
-    for name, model in check.frozen().items():
-        trained = [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None]
-        if trained:
-            raise Fault(f"the {name} is to be frozen, and {trained[0]} is trained")
-        now = checksum(model)
-        if now != check.sums[name]:
-            raise Fault(
-                f"the {name} is to be frozen, and its weights changed (checksum "
-                f"{check.sums[name]:x} → {now:x}): does it share tensors with a trained model?"
-            )
-    return (
-        f"gradients reached all {' and all '.join(counts)}; {', '.join(check.frozen())} unchanged"
-    )

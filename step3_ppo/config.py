@@ -34,8 +34,8 @@ class PPOConfig(RunConfig):
     preference_data: list[str] = setting(
         [], "comparisons on whose held-out pairs the self-check tries the reward model"
     )
-    max_prompt_length: int = setting(256, "tokens; prompts are cut from the left")
-    max_response_length: int = setting(256, "tokens sampled at most")
+    max_prompt_length: int = setting(512, "tokens; prompts are cut from the left")
+    max_response_length: int = setting(512, "tokens sampled at most")
 
     max_steps: int = setting(100, "rollouts")
     prompts_per_rollout: int = setting(64, "prompts a rollout, over all ranks")
@@ -86,7 +86,14 @@ class PPOConfig(RunConfig):
         choices=("token", "sequence"),
     )
 
-    critic_learning_rate: float = setting(0.0, "peak learning rate of the critic; 0: the actor's")
+    learning_rate: float = setting(
+        1e-6,
+        "peak learning rate of the actor: 1e-6 is for billions of weights, one of a million takes "
+        "1e-4",
+    )
+    critic_learning_rate: float = setting(
+        0.0, "peak learning rate of the critic; 0: five times the actor's"
+    )
     critic_zero_stage: int = setting(
         -1, "ZeRO stage of the critic; -1: the actor's", choices=(-1, 0, 1, 2, 3)
     )
@@ -108,7 +115,11 @@ class PPOConfig(RunConfig):
     clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move")
     clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
     dual_clip: float = setting(0.0, "a token of advantage A < 0 counts at most as this × A; 0: off")
-    clip_value: float = setting(0.2, "how far a value may move in one rollout's updates")
+    clip_value: float = setting(
+        0.0,
+        "how far a value may move in one rollout's updates, in the unit of the scores: with the "
+        "usual 0.2 and scores that span ± 5 the critic is behind for 25 rollouts; 0: anywhere",
+    )
     whiten_advantages: bool = setting(True, "advantages to mean 0 and variance 1 over the rollout")
     whiten_rewards: bool = setting(False, "token rewards to variance 1 over the rollout, mean kept")
     score_normalisation: str = setting(
@@ -118,7 +129,11 @@ class PPOConfig(RunConfig):
         choices=("none", "running", "fixed"),
     )
     score_clip: float = setting(0.0, "scores limited to ± this, once normalised; 0: not")
-    missing_eos_penalty: float = setting(0.0, "a response cut at the limit scores − this; 0: off")
+    missing_eos_penalty: float = setting(
+        0.0,
+        "a response cut at the limit gets min(its own score, mean of the rollout's finished ones) "
+        "− this, after normalisation and clip: in deviations where scores are normalised; 0: off",
+    )
     ptx_coef: float = setting(
         0.0, "weight of the language-model loss on --ptx_data in the actor's (InstructGPT: 27.8)"
     )
@@ -164,7 +179,6 @@ class PPOConfig(RunConfig):
             "max_response_length",
             "temperature",
             "clip_ratio",
-            "clip_value",
             "kl_limit",
             "kl_horizon",
         ):
@@ -178,6 +192,7 @@ class PPOConfig(RunConfig):
             "critic_learning_rate",
             "generation_tokens",
             "clip_ratio_high",
+            "clip_value",
             "dual_clip",
             "ptx_coef",
             "reward_function_timeout",
@@ -286,6 +301,9 @@ class PPOConfig(RunConfig):
 
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()
+
+    def rate_of_critic(self) -> float:
+        return self.critic_learning_rate or 5 * self.learning_rate
 
     def stage_of_critic(self) -> int:
         return self.zero_stage if self.critic_zero_stage < 0 else self.critic_zero_stage

@@ -67,9 +67,11 @@ def load_prompts(config, tokenizer, report):
     return found
 
 
-def evaluate(models, prompts, config, device, report, when: str) -> dict[str, float]:
-    """Metrics of sampled answers to the held-out prompts; shows people a few of them."""
+def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> dict[str, float]:
+    """Metrics of sampled answers to the held-out prompts; shows people a few of them. kept: takes
+    the score of each prompt, as "scores_before" or "scores_after"."""
     rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
+    kept[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
     measured = rollouts.measure(rollout, config.kl_estimator)
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
@@ -108,6 +110,8 @@ def start(config, device, resumed_at: int | None):
         f"epochs; an action is a {config.action_level}; {dtype}, ZeRO-{config.zero_stage} (critic "
         f"{config.stage_of_critic()}), " + reporting.batch_arithmetic(config, world)
     )
+    critic = "" if config.algorithm == "reinforce" else f", critic {config.rate_of_critic():g}"
+    report.say(f"peak learning rates: actor {config.learning_rate:g}{critic}")
     run_config.save(config, config.output_dir, world, process_group.is_main())
     language_model.check_positions(
         config.model_name_or_path,
@@ -126,8 +130,15 @@ def start(config, device, resumed_at: int | None):
     return report, prompts, held, models, State(kl_coef=config.kl_coef)
 
 
-def say_result(models, config, report, before: dict, after: dict, counted: dict) -> None:
+def say_result(models, config, report, before: dict, after: dict, kept: dict, counted) -> None:
     """Write result.json; what the evaluations before and after say, for people."""
+    first = kept["scores_before"]
+    last = kept.get("scores_after", first)
+    gained = [b - a for a, b in zip(first, last, strict=True)]
+    counted |= {"held_out_prompts": len(first)}
+    counted |= {"score_se_before": reporting.standard_error(first)}
+    counted |= {"score_se_after": reporting.standard_error(last)}
+    counted |= {"score_se_change": reporting.standard_error(gained)}  # paired, prompt by prompt
     result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
     result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()} | counted
     reporting.save_result(config.output_dir, result)
@@ -165,7 +176,8 @@ def main() -> None:
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check.before_the_first_step(done)
-    before = run.once("before", lambda: evaluate(models, held, config, device, report, "before"))
+    evaluation = functools.partial(evaluate, models, held, config, device, report)
+    before = run.once("before", lambda: evaluation("before", run.facts))
     if config.score_normalisation == "fixed":
         state.fix(before["eval/score"], before["eval/score_std"])
     report.expect(config.max_steps)
@@ -187,9 +199,9 @@ def main() -> None:
                 metrics |= measured
                 state.adapt(metrics["kl"], len(sampled), config)
                 trained = time.time()
-                metrics |= train_on(models, experience, config, device, step, watch)
+                metrics |= train_on(models, experience, config, device, step, watch, check.follow)
                 metrics["seconds_train"] = time.time() - trained
-                check.after_the_first_rollout(rollout, metrics)
+                check.after_the_first_rollout(sampled, experience, metrics)
                 if config.check_only:
                     break
             else:
@@ -201,8 +213,7 @@ def main() -> None:
             metrics |= rollouts.speeds(rollout, metrics)
             last = bool(stop) or step + 1 == config.max_steps
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-                after = evaluate(models, held, config, device, report, f"after {step + 1} rollouts")
-                run.facts["after"] = after
+                after = run.facts["after"] = evaluation(f"after {step + 1} rollouts", run.facts)
                 metrics |= after
             watch.warn(step, metrics)
             report.log(step + 1, metrics, show=SHOWN)
@@ -216,7 +227,7 @@ def main() -> None:
     else:
         save()
         counted = {"rollouts": state.rollouts, "seconds": run.seconds()}
-        say_result(models, config, report, before, after, counted)
+        say_result(models, config, report, before, after, run.facts, counted)
     report.close()
     process_group.shut_down()
 

@@ -73,7 +73,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
             config,
             dtype,
             stage,
-            config.critic_learning_rate or config.learning_rate,
+            config.rate_of_critic(),
         )
     stage = config.stage_of_reference()
     frozen = dict(config=config, dtype=dtype, zero_stage=stage, device=device)

@@ -276,20 +276,13 @@ class Experience:
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
 
 
 def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
     """Scores → rewards → advantages; and the rollout's metrics."""
     mask, logprobs, values = rollout.response_mask, rollout.logprobs, rollout.values
-    scores = rollout.scores
-    if config.score_normalisation == "running":
-        state.see(scores)
-    if config.score_normalisation != "none":
-        scores = state.normalised(scores)
-    if config.missing_eos_penalty > 0:
-        scores = torch.where(rollout.finished, scores, -config.missing_eos_penalty)
-    if config.score_clip > 0:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
+    scores, clipped = state.shaped(rollout, config)
     rewards, kl = algorithm.token_rewards(
         scores, logprobs, rollout.ref_logprobs, mask, state.kl_coef, config.kl_estimator
     )
@@ -301,7 +294,8 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
     # Without a critic values are 0, and with λ = 1 the advantage is the return itself.
     lam = 1.0 if config.algorithm == "reinforce" else config.lam
     advantages, returns = algorithm.gae(rewards, values, mask, config.gamma, lam)
-    metrics = measure(rollout, config.kl_estimator) | {
+    metrics = measure(rollout, config.kl_estimator) | clipped
+    metrics |= {
         "kl_coef": state.kl_coef,
         "reward": rewards.sum(1).mean().item(),
         "advantage_std": advantages[mask].std().item(),
@@ -311,7 +305,7 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
         metrics["explained_variance"] = algorithm.explained_variance(values, returns, mask).item()
     if config.whiten_advantages:
         advantages = algorithm.whiten(advantages, mask)
-    return Experience(rollout, mask, logprobs, values, advantages, returns), metrics
+    return Experience(rollout, mask, logprobs, values, advantages, returns, scores), metrics
 
 
 def measure(rollout: Rollout, kl_estimator: str) -> dict[str, float]:
@@ -336,6 +330,7 @@ def measure(rollout: Rollout, kl_estimator: str) -> dict[str, float]:
         metrics["score_model"] = metrics["score"] - metrics["score_function"]
     if rollout.judge_scores.any():
         metrics["judge"] = rollout.judge_scores.mean().item()
+        metrics["judge_std"] = rollout.judge_scores.std(correction=0).item()
     return metrics | {f"kl_{name}": value for name, value in kls.items()}
 
 

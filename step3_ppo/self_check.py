@@ -12,7 +12,7 @@ its checkpoint is read. No check draws what its rollouts would miss: it ends as 
 import dataclasses
 import sys
 
-from step3_ppo import check_data, check_models
+from step3_ppo import check_alignment, check_data, check_models, check_updates
 from step3_ppo import rollout as rollouts
 from step3_ppo.check_models import PROBE_COPIES, PROBE_NOISE, PROBE_TOKENS, Doubt, Fault
 from utils.distributed import process_group, zero
@@ -29,6 +29,8 @@ BEFORE = {
     "padding changes nothing": check_models.padding_invariance,
     "dropout is off": check_models.dropout_is_off,
     "rollouts are on-policy": check_models.rollouts_are_on_policy,
+    "reference at the temperature": check_models.reference_at_the_temperature,
+    "scores belong to their answers": check_alignment.scores_of_the_probe,
     "samples follow the policy": check_data.samples_follow_the_policy,
     "ranks and rows draw apart": check_data.ranks_and_rows_draw_apart,
     "stop token": check_data.stop_token,
@@ -41,10 +43,13 @@ AT_START = {
     "KL 0 at the start": check_models.no_kl_at_the_start,
 }
 AFTER = {
-    "on-policy at the first update": check_models.on_policy_at_the_first_update,
+    "on-policy at the first update": check_updates.on_policy_at_the_first_update,
+    "scores of the rollout": check_alignment.scores_of_the_rollout,
+    "advantages reach their tokens": check_alignment.advantages_reach_their_tokens,
     "generator equals the stepped model": check_models.generator_after_the_step,
-    "gradients": check_models.gradients_reach,
-    "average": check_models.average_moves,
+    "gradients": check_updates.gradients_reach,
+    "weights move": check_updates.weights_move,
+    "average": check_updates.average_moves,
 }
 
 
@@ -55,11 +60,16 @@ class SelfCheck:
         self.models, self.prompts, self.held = models, prompts, held
         self.config, self.device, self.say = config, device, say
         self.tolerance = TOLERANCE[zero.resolve_dtype(config.dtype, device)]
-        self.probe = self.rollout = None
+        self.probe = self.experience = self.rollout = None
+        self.asked: list = []  # the probe's prompts, one a row
+        self.probe_seconds: dict[str, float] = {}
+        self.sampled: list = []  # the first rollout's
+        self.followed = check_alignment.Followed()
         self.metrics: dict[str, float] = {}
         self.gradients: dict[str, set[str]] = {"actor": set(), "critic": set()}
         self.hooks: list = []
         self.sums: dict[str, int] = {}
+        self.masters: dict[str, int] = {}
         self.watched: dict[str, tuple] = {}
 
     def trained(self) -> dict:
@@ -86,8 +96,10 @@ class SelfCheck:
         small = dataclasses.replace(self.config, max_response_length=short)
         ordered = sorted(self.held, key=lambda p: len(p.ids))
         some = ordered[:: -(-len(ordered) // PROBE_PROMPTS)]
-        asked = [p for p in some for _ in range(PROBE_COPIES * process_group.world_size())]
-        self.probe, _ = rollouts.collect(self.models, asked, small, self.device, PROBE_NOISE)
+        self.asked = [p for p in some for _ in range(PROBE_COPIES * process_group.world_size())]
+        self.probe, self.probe_seconds = rollouts.collect(
+            self.models, self.asked, small, self.device, PROBE_NOISE
+        )
         if done:
             less = f"left out, true of untrained weights alone: {', '.join(AT_START)}"
             self._run(BEFORE, f"resumed at rollout {done + 1} ({less})")
@@ -98,19 +110,28 @@ class SelfCheck:
                 if p.requires_grad:
                     seen = self.gradients[name]
                     self.hooks.append(p.register_hook(lambda _, w=weight, s=seen: s.add(w)))
-        self.sums = {name: check_models.checksum(model) for name, model in self.frozen().items()}
+        frozen = self.frozen().items()
+        self.sums = {name: check_models.checksum(model.parameters()) for name, model in frozen}
+        self.masters = {name: check_updates.masters(e) for name, e in self.trained().items()}
         self.watched = self._averages()
 
-    def after_the_first_rollout(self, rollout, metrics: dict[str, float]) -> None:
-        """The second part, once."""
+    @property
+    def follow(self) -> check_alignment.Followed | None:
+        """Who looks on at the first optimizer step; None at any later one."""
+        return None if self.config.self_check == "off" or self.rollout else self.followed
+
+    def after_the_first_rollout(self, sampled, experience, metrics: dict[str, float]) -> None:
+        """The second part, once. sampled: the prompts of the rollout's rows."""
         if self.config.self_check == "off" or self.rollout is not None:
             return
-        self.rollout, self.metrics = rollout, metrics
+        self.sampled, self.experience, self.metrics = sampled, experience, metrics
+        self.rollout = experience.rollout
         for hook in self.hooks:
             hook.remove()
         with undisturbed(self.device):
             self._run(AFTER, "after the first rollout's updates")
-        self.probe, self.watched = None, {}
+        self.probe, self.experience, self.watched = None, None, {}
+        self.followed.seen.clear()
 
     def _averages(self) -> dict[str, tuple]:
         """A few matrices of the EMA and of the actor, by name: (shadow, weight), copies."""

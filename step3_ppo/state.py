@@ -3,6 +3,7 @@ and in every checkpoint."""
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from utils.distributed.process_group import StopRun
 @dataclass
 class State:
     """score_mean and score_variance are of the `score_count` scores seen so far (running), or of
-    the held-out answers before training (fixed)."""
+    the held-out answers before training (fixed). finished_score: mean, as they came, of the answers
+    that ended with the stop token in the last rollout that had any; None before there is one."""
 
     kl_coef: float
     rollouts: int = 0
     score_mean: float = 0.0
     score_variance: float = 1.0
     score_count: int = 0
+    finished_score: float | None = None
 
     def see(self, scores: torch.Tensor) -> None:
         """Take (B,) scores into the running mean and variance (Chan et al. 1979)."""
@@ -48,6 +51,30 @@ class State:
     def normalised(self, scores: torch.Tensor) -> torch.Tensor:
         """(B,) → (B,) with the mean taken off and divided by the standard deviation."""
         return (scores - self.score_mean) / (self.score_variance**0.5 + 1e-8)
+
+    def shaped(self, rollout, config) -> tuple[torch.Tensor, dict[str, float]]:
+        """A rollout's scores → (B,) normalised, then clipped, then with the penalty of cut answers;
+        and the share that was clipped. The statistics are of the scores as they came."""
+        scores, finished, limit = rollout.scores, rollout.finished, config.score_clip or math.inf
+
+        def shape(scores: torch.Tensor) -> torch.Tensor:
+            if config.score_normalisation != "none":
+                scores = self.normalised(scores)
+            return scores.clamp(-limit, limit)
+
+        if config.score_normalisation == "running":
+            self.see(scores)
+        if finished.any():
+            self.finished_score = scores[finished].mean().item()
+        shaped = shape(scores)
+        metrics = {"score_clipped": (shaped.abs() == limit).float().mean().item()}
+        # After the clip, which would else give back what an answer at its lower end has to pay.
+        if config.missing_eos_penalty > 0:
+            known = self.finished_score is not None
+            stand_in = shape(torch.tensor(self.finished_score)).item() if known else math.inf
+            penalty = config.missing_eos_penalty
+            shaped = algorithm.penalise_cut(shaped, finished, penalty, stand_in)
+        return shaped, metrics if config.score_clip > 0 else {}
 
     def adapt(self, kl: float, sequences: int, config) -> None:
         """Move the KL coefficient towards --kl_target, after a rollout of mean KL `kl`."""

@@ -11,8 +11,11 @@ from utils.distributed import host_memory, process_group
 from utils.models import language_model
 
 
-def train_on(models, experience: Experience, config, device, step: int, watch) -> dict[str, float]:
-    """Every epoch and minibatch of rollout number `step`; returns the mean of their metrics."""
+def train_on(
+    models, experience: Experience, config, device, step: int, watch, follow=None
+) -> dict[str, float]:
+    """Every epoch and minibatch of rollout number `step`; returns the mean of their metrics.
+    follow: looks on at the first step of the actor, see check_alignment.Followed."""
     updates = []
     for epoch in range(config.ppo_epochs):
         for minibatch in range(config.minibatches()):
@@ -22,7 +25,8 @@ def train_on(models, experience: Experience, config, device, step: int, watch) -
                 config.rollout_size(),
                 seed=config.seed + 1 + step * config.ppo_epochs + epoch,
             )
-            metrics = step_actor(models, experience, rows, config, device)
+            first = None if updates else follow
+            metrics = step_actor(models, experience, rows, config, device, first)
             if models.ema is not None:
                 models.ema.update()
             if models.critic is not None:
@@ -69,13 +73,16 @@ def micro_batches(experience: Experience, rows: list[int], config, device):
         )
 
 
-def step_actor(models, experience: Experience, rows: list[int], config, device) -> dict:
+def step_actor(
+    models, experience: Experience, rows: list[int], config, device, follow=None
+) -> dict:
     """Policy update on global rows `rows`; returns metrics as means over their actions."""
     actor = models.actor
     actions = int(experience.mask[rows].sum())  # of all ranks: tokens, or whole answers
     totals: dict[str, torch.Tensor] = {}
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_logprobs = language_model.new_logprobs(actor, ids, mask, length, config.temperature)
+        told = new_logprobs
         if config.action_level == "sequence":
             answers = host_memory.send(mask[:, -length:], device)
             new_logprobs = algorithm.one_action(new_logprobs, answers)
@@ -85,6 +92,8 @@ def step_actor(models, experience: Experience, rows: list[int], config, device) 
             loss, stats = algorithm.policy_loss(*taken, *clips)
         else:
             loss, stats = algorithm.policy_gradient_loss(*taken)
+        if follow is not None:
+            follow(ids, mask, length, told, loss)
         actor.backward(loss, normaliser=actions)
         _add(totals, stats)
     extra = {}
@@ -97,7 +106,8 @@ def step_actor(models, experience: Experience, rows: list[int], config, device) 
 def step_critic(engine, experience: Experience, rows: list[int], config, device) -> dict:
     """Value update on global rows `rows`; returns metrics as means over their actions."""
     actions = int(experience.mask[rows].sum())  # of all ranks
-    clip_value = config.clip_value if config.algorithm == "ppo" else math.inf
+    clipped = config.algorithm == "ppo" and config.clip_value > 0
+    clip_value = config.clip_value if clipped else math.inf
     totals: dict[str, torch.Tensor] = {}
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_values = engine(ids, mask)[:, -length - 1 : -1][:, : part.mask.shape[1]]

@@ -140,8 +140,9 @@ def _eos_share_at_an_end(watch: Watch) -> str:
     eos, length = watch.mean("eos_share", 3), watch.mean("response_length", 3)
     if eos is not None and eos <= 0.02:
         return (
-            f"{eos:.1%} of the responses end by themselves: raise --max_response_length, set "
-            "--missing_eos_penalty, and look whether step 1's answers stop (its samples show it)"
+            f"{eos:.1%} of the responses end by themselves: raise --max_response_length, look "
+            "whether step 1's answers stop (its samples show it), and set --missing_eos_penalty 1 "
+            "with --score_normalisation running"
         )
     # All ending is as it should be, unless they end before they begin.
     if eos is not None and eos >= 0.99 and length <= 2.0:
@@ -158,8 +159,8 @@ def _critic_explains_nothing(watch: Watch) -> str:
         return ""
     return (
         f"explained_variance below 0 for 10 rollouts (now {values[-1]:.2f}): advantages are noise. "
-        "Raise --critic_learning_rate, --ppo_epochs or --clip_value, or normalise the scores "
-        "(--score_normalisation running)"
+        "Raise --critic_learning_rate or --ppo_epochs, leave --clip_value at 0, or normalise the "
+        "scores (--score_normalisation running)"
     )
 
 
@@ -170,6 +171,17 @@ def _updates_are_clipped(watch: Watch) -> str:
     return (
         f"clip_fraction {share:.2f} over 3 rollouts: most of what is learned is cut off. Lower "
         "--learning_rate or --ppo_epochs, or raise --global_batch_size"
+    )
+
+
+def _scores_are_clipped(watch: Watch) -> str:
+    share, normalised = watch.mean("score_clipped", 3), watch.config.score_normalisation != "none"
+    if share is None or share <= 0.1:
+        return ""
+    mend = "raise --score_clip" if normalised else "set --score_normalisation running"
+    return (
+        f"{share:.1%} of the scores lie beyond ± {watch.config.score_clip} (--score_clip) over 3 "
+        f"rollouts, where one answer is as good as another: {mend}"
     )
 
 
@@ -184,12 +196,13 @@ def _entropy_collapses(watch: Watch) -> str:
 
 
 def _proxy_rises_while_the_judge_falls(watch: Watch) -> str:
-    for name in ("eval/verifier", "eval/judge"):
-        seen = [m for m in watch.evaluations if name in m]
+    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
+    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
+        seen = [m for m in watch.evaluations if (deviation or name) in m]
         if len(seen) < 2:
             continue
         best, now = max(seen, key=lambda m: m[name]), seen[-1]
-        spread = 1.0 if name == "eval/verifier" else best["eval/score_std"]
+        spread = best[deviation] if deviation else 1.0
         if now["eval/score"] > best["eval/score"] and now[name] < best[name] - 0.04 * spread:
             return (
                 f"held-out score {best['eval/score']:.3f} → {now['eval/score']:.3f} while "
@@ -207,6 +220,7 @@ WARNINGS = {
     "eos_share at an end": _eos_share_at_an_end,
     "the critic explains nothing": _critic_explains_nothing,
     "updates are clipped": _updates_are_clipped,
+    "scores are clipped": _scores_are_clipped,
     "entropy collapses": _entropy_collapses,
     "the score rises and the judge falls": _proxy_rises_while_the_judge_falls,
 }

@@ -2,9 +2,9 @@
 
 arguments: FAULTS OUTCOME.json PROGRAM …the step's own arguments
 
-FAULTS are names of functions in this file or in not_finite_faults.py, joined by +, or "none". The
-outcome tells how the run ended: {"stopped": message or null, "kind": class of what ended it,
-"said": all its lines}.
+FAULTS are names of functions in this file, misaligned_faults.py or not_finite_faults.py, joined by
++, or "none". The outcome tells how the run ended: {"stopped": message or null, "kind": class of
+what ended it, "said": all its lines}.
 """
 
 import importlib
@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import misaligned_faults  # noqa: E402
 import not_finite_faults  # noqa: E402
 from planting import around, once_built  # noqa: E402
 
@@ -326,7 +327,7 @@ def main() -> None:
         around(patch, Report, "say", lambda real, self, text: said.append(text))
         for name in faults.split("+"):
             if name != "none":
-                (globals().get(name) or getattr(not_finite_faults, name))(patch)
+                (globals() | vars(misaligned_faults) | vars(not_finite_faults))[name](patch)
         patch.setattr(sys, "argv", [program, *argv])
         try:
             step.main()

@@ -61,10 +61,19 @@ def test_rows_move_between_epochs():
 
 @pytest.mark.parametrize(
     "epochs, batch_size, n, expected",
-    [(1, 4, 12, 3), (2, 4, 10, 5), (0.5, 2, 8, 2), (0.1, 64, 8, 1), (3, 1, 7, 21)],
+    [(1, 4, 12, 3), (2, 4, 10, 5), (0.5, 2, 8, 2), (0.1, 64, 8, 1), (3, 1, 7, 21)]
+    + [(1, 64, 95, 2), (2, 64, 95, 3), (0.1, 64, 640, 1), (0.7, 7, 110, 11), (1, 64, 1, 1)],
 )
 def test_steps_of(epochs, batch_size, n, expected):
     assert batches.steps_of(epochs, batch_size, n) == expected
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40))
+def test_every_row_is_seen_in_every_epoch(epochs, batch_size, n):
+    steps = batches.steps_of(epochs, batch_size, n)
+    seen = Counter(row for s in range(steps) for row in batches.rows_of_step(s, batch_size, n, 0))
+    assert len(seen) == n and min(seen.values()) >= epochs
+    assert sum(seen.values()) - epochs * n < batch_size
 
 
 # Dealing to ranks.

@@ -43,6 +43,37 @@ def write(path, text):
 # Precedence and types.
 
 
+@pytest.mark.parametrize(
+    "file, argv, overwrite, resume",
+    [
+        ("resume: auto\nresume_anyway: true", ["--overwrite"], True, "no"),
+        ("resume: auto", ["--overwrite", "false"], False, "auto"),
+        ("overwrite: true", ["--resume", "auto"], False, "auto"),
+        ("overwrite: true", ["--resume", "no"], True, "no"),
+        ("overwrite: true", [], True, "no"),
+    ],
+)
+def test_overwrite_and_resume_of_a_saved_file_give_way_to_flags(
+    tmp_path, file, argv, overwrite, resume
+):
+    config = sft("--config", write(tmp_path / "c.yaml", file), *argv)
+    assert (config.overwrite, config.resume, config.resume_anyway) == (overwrite, resume, False)
+
+
+@pytest.mark.parametrize(
+    "file, argv",
+    [
+        ("overwrite: true\nresume: auto", []),
+        ("resume: auto", ["--overwrite", "--resume", "auto"]),
+        ("", ["--overwrite", "--resume", "auto"]),
+    ],
+)
+def test_overwrite_and_resume_said_together_are_refused(tmp_path, file, argv):
+    argv = ["--config", write(tmp_path / "c.yaml", file), *argv]
+    (problem,) = problems_of(SFTConfig, [*NEEDED[SFTConfig], *argv])
+    assert "overwrite begins anew and resume=auto goes on" in problem
+
+
 @ALL
 def test_defaults(config_class):
     config = build(config_class, NEEDED[config_class], 1)
@@ -61,7 +92,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
         1,
     )
     assert (config.seed, config.epochs, config.output_dir) == (9, 3.0, "from_file")
-    assert config.max_length == 512
+    assert config.max_length == 1024
     # Even a flag that says the default again, and wherever it stands.
     assert sft("--seed", "42", "--config", file).seed == 42
     assert sft("--config", file).seed == 7 and sft("--config", file).output_dir == "out"
@@ -190,6 +221,19 @@ def test_the_rollout_must_divide_into_minibatches():
 
 
 @pytest.mark.parametrize(
+    "argv, actor, critic",
+    [
+        ([], 1e-6, 5e-6),  # what 7B models bear; 1e-5 for both is ten times too much for the actor
+        (["--learning_rate", "1e-4"], 1e-4, 5e-4),
+        (["--critic_learning_rate", "9e-6"], 1e-6, 9e-6),
+    ],
+)
+def test_rates_of_actor_and_critic(argv, actor, critic):
+    config = build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1)
+    assert (config.learning_rate, config.rate_of_critic()) == pytest.approx((actor, critic))
+
+
+@pytest.mark.parametrize(
     "config_class, argv, said",
     [
         (SFTConfig, ["--weight_decay", "-1"], "weight_decay=-1.0 must not be negative"),
@@ -215,6 +259,7 @@ def test_the_rollout_must_divide_into_minibatches():
         (PPOConfig, ["--gamma", "1.1"], "gamma=1.1 must lie in [0, 1]"),
         (PPOConfig, ["--lam", "-0.5"], "lam=-0.5 must lie in [0, 1]"),
         (PPOConfig, ["--clip_ratio", "0"], "clip_ratio=0.0 must be above 0"),
+        (PPOConfig, ["--clip_value", "-1"], "clip_value=-1.0 must not be negative"),
         (PPOConfig, ["--temperature", "0"], "temperature=0.0 must be above 0"),
         (PPOConfig, ["--ema_decay", "1"], "ema_decay=1.0 must lie in [0, 1)"),
         (PPOConfig, ["--critic_zero_stage", "4"], "critic_zero_stage=4 is not one of -1, 0"),

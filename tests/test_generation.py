@@ -6,7 +6,8 @@ import inspect
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, SIZES
+from family_folders import REAL
 
 from utils.models import generation, language_model, token_attention
 from utils.models.decoder import Decoder
@@ -14,8 +15,12 @@ from utils.models.decoder import Decoder
 PAD, VOCAB, NEW = 0, 96, 12
 LENGTHS = [9, 1, 4, 7, 2, 5]
 VARIANTS = {family: (family, sizes) for family, sizes in FAMILIES.items()} | {
-    "Llama, a key for each head": ("Llama", FAMILIES["Llama"] | {"num_key_value_heads": 4})
+    "Llama, a key for each head": ("Llama", FAMILIES["Llama"] | {"num_key_value_heads": 4}),
+    "Falcon, whose layers know sdpa by its name": ("Falcon", SIZES | {"alibi": False}),
 }
+# Of those with their tokenizers' rules each architecture that the others do not have.
+OTHERS = "Gemma 2,Gemma 3,Phi-3,GLM-4,InternLM 3,Mixtral,Qwen2-MoE,Qwen3-MoE".split(",")
+VARIANTS |= {name: (REAL[name].model, REAL[name].sizes) for name in OTHERS if name in REAL}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +43,9 @@ def tiny(family):
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 std = 0.25 if "emb" not in name and "wte" not in name else 1.0
-                if family == "Gemma" and "emb" in name:  # it multiplies them by √hidden_size
+                if (
+                    family.startswith("Gemma") and "emb" in name
+                ):  # it multiplies them by √hidden_size
                     std = 0.05
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
     return model

@@ -169,6 +169,23 @@ def test_the_kl_holds_the_policy_where_the_closed_form_says(name):
     assert others == pytest.approx([(1 - best) / (VOCABULARY - 1)] * 7, abs=0.03)
 
 
+def test_the_penalty_of_cut_answers_teaches_to_stop():
+    """Where the scores lie far below −1, as real reward models' do."""
+    models = models_of("ppo")
+
+    def score(answer):
+        return right_first_token(answer) - 6
+
+    ended = sum(row["finished"] for row in sampled(models, 1000, score))
+    assert 0.3 * ROWS < ended < 0.5 * ROWS, "1 − (7/8)⁴ of them, before"
+    for step in range(40):
+        rows = sampled(models, step, score)
+        learn(models, rows, step, ppo_epochs=4, missing_eos_penalty=1.0, kl_coef=0.0)
+    answers = sampled(models, 1000, score)
+    assert sum(row["finished"] for row in answers) >= 0.95 * ROWS
+    assert sum(row["score"] for row in answers) / ROWS >= -5.1, "and to say the right thing"
+
+
 def test_step_3_learns_what_a_reward_function_pays_for(tiny, tmp_path):
     """From random weights, on held-out prompts, by each algorithm: answers that begin as asked."""
     wanted = "aeioust"

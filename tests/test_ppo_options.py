@@ -14,7 +14,7 @@ from conftest import ROOT, metrics_of, run_ranks
 from small_models import config_of
 from test_steps import CLOSE, assert_same_path, ppo
 
-from step3_ppo import check_models, self_check
+from step3_ppo import check_updates, self_check
 from utils.distributed.process_group import free_port
 
 FUNCTION = "from step3_ppo.reward_functions import length_target as score\n"
@@ -75,6 +75,10 @@ def test_every_option_takes_one_path(tiny, chain, tmp_path):
     # A2C is PPO with one epoch and one minibatch (Huang et al. 2022).
     names = ["score", "kl", "actor_grad_norm", "critic_grad_norm", "value_loss"]
     assert_same_path({"a2c": tmp_path / "a2c_0_1", "ppo": tmp_path / "as_ppo"}, names)
+    # Some answers pay for being cut, measured by the finished ones of both ranks.
+    assert 0 < metrics_of(tmp_path / "sequence_0_2", "eos_share")[0] < 1
+    rates = (metrics_of(tmp_path / "added_0_1", f"{w}_learning_rate") for w in ("critic", "actor"))
+    assert next(rates) == pytest.approx([5 * rate for rate in next(rates)])
     scores_add_up(*(tmp_path / f"{name}_0_1" for name in chosen))
     states_are_saved(*(tmp_path / f"{name}_0_1" for name in chosen))
 
@@ -181,10 +185,10 @@ def test_rounding_is_no_fault_at_the_first_update_and_another_policy_is(dtype, l
                 "response_length": float(max(tokens, 30)),
             },
         )
-        return check_models.on_policy_at_the_first_update(check)
+        return check_updates.on_policy_at_the_first_update(check)
 
     assert "first minibatch: ratio" in ask(gaps)
-    with pytest.raises(check_models.Fault, match="does not see the policy that sampled"):
+    with pytest.raises(check_updates.Fault, match="does not see the policy that sampled"):
         ask(gaps + max(0.5, 8 * tolerance * tokens**0.5))
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from step2_reward import loss as ranking
-from utils.metrics import pair_accuracy, wilson_interval
 
 
 def softplus(x):
@@ -141,36 +140,3 @@ def test_loss_imports_torch_only():
     modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     assert {m.split(".")[0] for m in modules} - {"collections"} == {"torch"}
-
-
-# Accuracy.
-
-
-def test_pair_accuracy_by_hand():
-    better, worse = [1.0, 2.0, 0.0, -1.0, 5.0], [0.0, 3.0, 0.0, -1.5, 5.0]
-    result = pair_accuracy(better, worse)  # right, wrong, tie, right, tie
-    assert result["accuracy"] == pytest.approx((1 + 0 + 0.5 + 1 + 0.5) / 5)
-    assert result["margin"] == pytest.approx((1 - 1 + 0 + 0.5 + 0) / 5)
-    assert result["pairs"] == 5
-    assert 0 < result["low"] < result["accuracy"] < result["high"] < 1
-
-
-def test_pair_accuracy_of_eight_in_ten():
-    result = pair_accuracy([1.0] * 8 + [0.0] * 2, [0.0] * 8 + [1.0] * 2)
-    assert result["accuracy"] == pytest.approx(0.8)
-    assert (result["low"], result["high"]) == (
-        pytest.approx(0.490, abs=5e-4),
-        pytest.approx(0.943, abs=5e-4),
-    )
-
-
-@pytest.mark.parametrize("right, n", [(0, 10), (8, 10), (10, 10), (1, 3), (512, 1000)])
-def test_wilson_bounds_solve_their_equation(right, n):
-    """The bounds are the p with |share − p| = z √(p (1 − p) / n)."""
-    share = right / n
-    low, high = wilson_interval(share, n)
-    for p in (low, high):
-        assert abs(share - p) == pytest.approx(1.96 * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-7)
-    assert low <= share + 1e-12 and share <= high + 1e-12 and low < high
-    assert (low == pytest.approx(0, abs=1e-12)) == (right == 0)
-    assert (high == pytest.approx(1, abs=1e-12)) == (right == n)

@@ -65,3 +65,24 @@ def test_bugs_keep_their_traceback_and_exit_codes_are_kept():
     with pytest.raises(SystemExit) as caught:
         reporting.run(refused)
     assert caught.value.code == 2
+
+
+def test_curves_are_labelled_by_what_they_are(tmp_path, monkeypatch):
+    """Whatever --kl_estimator made of `kl`: here the reward is charged for k2."""
+    from matplotlib import pyplot
+
+    from evaluation import summary
+
+    kls = {"kl_k1": [0.5, -0.25], "kl_k2": [0.75, 1.0], "kl_k3": [1.5, 2.0]}
+    rows = [
+        {"step": i + 1, "loss": 1.0, "score": 0.0, "kl": kls["kl_k2"][i]}
+        | {name: values[i] for name, values in kls.items()}
+        for i in range(2)
+    ]
+    monkeypatch.setattr(summary, "read_metrics", lambda folder: rows)
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    summary.plot(tmp_path)
+    (axis,) = (a for a in drawn[0].axes if a.get_title().endswith("KL to the reference"))
+    found = {f"kl_{line.get_label()}": line.get_ydata().tolist() for line in axis.lines}
+    assert found == kls

@@ -23,11 +23,13 @@ DROPOUT, POLICY, KL = "dropout is off", "rollouts are on-policy", "KL 0 at the s
 SAMPLES, APART = "samples follow the policy", "ranks and rows draw apart"
 STOP, LANGUAGE, REWARD, DATA = "stop token", "same language", "reward model", "data"
 STEPPED, GRADIENTS = "generator equals the stepped model", "gradients"
-AVERAGE = "average"
+AVERAGE, MOVE, REFERENCE = "average", "weights move", "reference at the temperature"
+SCORES, ROLLOUT = "scores belong to their answers", "scores of the rollout"
+ADVANTAGES = "advantages reach their tokens"
 # fault: (the check that must name it, others that may: the fault breaks what they ask for too)
 FAULTS = {
     "positions_shifted_while_decoding": (GENERATOR, {GENERATOR}),
-    "mask_ignored": (PADDING, {POLICY}),
+    "mask_ignored": (PADDING, {POLICY, REFERENCE, SCORES}),
     "dropout_in_the_actor": (DROPOUT, {POLICY, GENERATOR, PADDING}),
     "dropout_in_the_critic": (DROPOUT, {POLICY, PADDING}),
     "pad_is_eos": (STOP, set()),
@@ -48,8 +50,16 @@ FAULTS = {
     "layer_frozen_in_the_actor": (GRADIENTS, set()),
     "reference_takes_gradients": (GRADIENTS, set()),
     "reference_shares_the_actors_weights": (GRADIENTS, set()),
-    "reward_model_shares_the_critics_weights": (GRADIENTS, set()),
+    "reward_model_shares_the_critics_weights": (GRADIENTS, {ROLLOUT}),
     "reward_head_negated": (REWARD, set()),
+    "scores_of_the_row_before": (SCORES, set()),
+    "scores_rolled_once_collected": (ROLLOUT, set()),
+    "shaped_scores_of_the_row_before": (ADVANTAGES, set()),
+    "rewards_of_the_row_before": (ADVANTAGES, set()),
+    "advantages_of_the_token_before": (ADVANTAGES, set()),
+    "advantages_of_the_row_before": (ADVANTAGES, set()),
+    "actor_at_rate_0": (MOVE, set()),
+    "critic_at_rate_0": (MOVE, set()),
 }
 FAULTS_OF_ZERO3 = {
     "stale_generator": (STEPPED, set()),
@@ -125,6 +135,18 @@ def test_faults_of_zero3_are_named(tiny, house, tmp_path):
     assert_each_is_named(tiny, house, tmp_path, FAULTS_OF_ZERO3, 1, "--zero_stage", 3)
 
 
+def test_faults_of_other_scorers_and_references_are_named(tiny, house, tmp_path):
+    """The reference is the SFT model by another name, so that it need not equal the actor."""
+    shutil.copytree(house / "sft", tmp_path / "reference")
+    faults = {
+        "function_scores_of_the_row_before": (SCORES, set()),
+        "reference_at_another_temperature": (REFERENCE, set()),
+    }
+    function = ("--reward_function", "step3_ppo.reward_functions:length_target")
+    flags = ("--reference_model", tmp_path / "reference", "--max_eval_rows", 4, *function)
+    assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
+
+
 def test_ranks_that_share_their_noise_are_named(tiny, house, tmp_path):
     assert_each_is_named(tiny, house, tmp_path, {"ranks_share_noise": (APART, set())}, 2)
 
@@ -182,7 +204,7 @@ def test_faults_that_a_llama_cannot_have_are_named(tiny, families, tmp_path):
     """Its rotary positions are relative, so that it would not mind pads that are counted, and its
     dropout is an attribute. GPT-2 learns a vector for each position and has nn.Dropout."""
     faults = {
-        "positions_count_pads": (PADDING, {POLICY}),
+        "positions_count_pads": (PADDING, {POLICY, REFERENCE}),
         "dropout_in_the_actor": (DROPOUT, {POLICY, GENERATOR, PADDING}),
     }
     assert_each_is_named(tiny, families["GPT2"], tmp_path, faults, 1)
@@ -213,6 +235,24 @@ def test_sound_families_pass(tiny, families, tmp_path, names, flags):
         if found["stopped"] or verdicts != dict.fromkeys(CHECKS, "passed"):
             wrong.append(f"{family}: {found['stopped']}\n{found['said']}")
     assert not wrong, "\n\n".join(wrong)
+
+
+ALGORITHMS = {
+    "a2c": ("--algorithm", "a2c"),
+    "reinforce": ("--algorithm", "reinforce", "--zero_stage", 3, "--packing", "on"),
+    "sequences": ("--action_level", "sequence", "--dual_clip", 3),
+    "scores": ("--score_normalisation", "running", "--score_clip", 0.5, "--whiten_rewards"),
+}
+
+
+def test_every_algorithm_passes(tiny, house, tmp_path):
+    whole = ("--max_eval_rows", 4, "--global_batch_size", 16, "--ppo_epochs", 1)
+    jobs = [planted(tiny, house, tmp_path / n, "none", *whole, *f) for n, f in ALGORITHMS.items()]
+    run_ranks(jobs, 1)
+    for name in ALGORITHMS:
+        found, said = outcome(tmp_path / name)
+        assert {n: verdict for n, (verdict, _) in said.items()} == dict.fromkeys(CHECKS, "passed")
+        assert "rolled by one row: " in said[SCORES][1], found["said"]
 
 
 def test_doubts_are_told_and_the_run_goes_on(tiny, house, tmp_path):

@@ -40,23 +40,40 @@ def test_one_score_or_equal_scores_are_normalised_to_zero():
         assert (state.normalised(scores) == 0).all()
 
 
+def shaped_by_hand(rows, mean, deviation, penalty, clip, stand_in=None) -> list[float]:
+    """One answer after the other; stand_in: the raw score for the finished ones' where none is."""
+
+    def shape(score):
+        score = (score - mean) / deviation
+        return min(max(score, -clip), clip) if clip else score
+
+    ended = [shape(row["score"]) for row in rows if row["finished"]]
+    if not ended and stand_in is not None:
+        ended = [shape(stand_in)]
+    found = []
+    for row in rows:
+        score = shape(row["score"])
+        if penalty and not row["finished"]:
+            score = min([score] + ([sum(ended) / len(ended)] if ended else [])) - penalty
+        found.append(score)
+    return found
+
+
 @pytest.mark.parametrize("how", ["none", "running", "fixed"])
 @pytest.mark.parametrize("penalty", [0.0, 0.3, 5.0])
 @pytest.mark.parametrize("clip", [0.0, 0.8])
-def test_scores_are_normalised_then_penalised_then_clipped(how, penalty, clip):
+@pytest.mark.parametrize("shift", [-6.0, 0.0, 6.0])
+def test_scores_are_normalised_then_clipped_then_penalised(how, penalty, clip, shift):
     rows = drawn_rows(9, 12, seed=1)
+    for row in rows:
+        row["score"] += shift
     raw = [row["score"] for row in rows]
     mean, deviation = {
         "none": (0.0, 1.0),
         "running": (np.mean(raw), np.std(raw)),
         "fixed": (0.5, 2.0),
     }[how]
-    expected = []
-    for row in rows:
-        score = (row["score"] - mean) / deviation
-        if penalty and not row["finished"]:
-            score = -penalty
-        expected.append(min(max(score, -clip), clip) if clip else score)
+    expected = shaped_by_hand(rows, mean, deviation, penalty, clip)
 
     state = State(kl_coef=0.0)
     if how == "fixed":
@@ -78,6 +95,46 @@ def test_scores_are_normalised_then_penalised_then_clipped(how, penalty, clip):
     assert metrics["score"] == pytest.approx(np.mean(raw), rel=1e-5), "reported as it came"
     assert metrics["score_std"] == pytest.approx(np.std(raw), rel=1e-5)
     assert state.score_count == (len(rows) if how == "running" else 0)
+    if how == "running":  # of what was scored, not of what a penalty made of it
+        assert (state.score_mean, state.score_variance) == pytest.approx((mean, deviation**2))
+    beyond = [abs((score - mean) / deviation) > clip for score in raw]
+    assert metrics.get("score_clipped") == (pytest.approx(np.mean(beyond)) if clip else None)
+
+
+@pytest.mark.parametrize("clip", [0.0, 5.0])
+@pytest.mark.parametrize("how", ["none", "running"])
+def test_a_cut_answer_never_pays(how, clip):
+    """Whatever the scale: below the mean finished answer by the penalty, and below itself ended."""
+    for seed, shift in enumerate([-60.0, -6.0, -1.0, 0.0, 6.0]):
+        rows = drawn_rows(12, 9, seed=seed)
+        for row in rows:
+            row["score"] += shift
+        config = config_of(score_normalisation=how, missing_eos_penalty=1.0, score_clip=clip)
+        given = rollout_of(rows)
+        scores, _ = State(kl_coef=0.0).shaped(given, config)
+        given.finished = torch.ones(len(rows), dtype=torch.bool)
+        as_ended, _ = State(kl_coef=0.0).shaped(given, config)
+        cut = torch.tensor([not row["finished"] for row in rows])
+        assert cut.any() and (scores[cut] <= as_ended[cut] - 1.0 + 1e-5).all()
+        assert scores[cut].max() <= scores[~cut].mean() - 1.0 + 1e-5
+        assert torch.equal(scores[~cut], as_ended[~cut])
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.8])
+def test_where_none_finished_the_last_ones_that_did_stand_in(clip):
+    settings = dict(score_normalisation="running", missing_eos_penalty=0.5, score_clip=clip)
+    config, state, raw, last = config_of(**settings), State(kl_coef=0.0), [], None
+    for seed, ending in enumerate([False, True, True, False, False]):
+        rows = drawn_rows(7, 12, seed=seed)
+        for row in rows:
+            row["score"] += seed
+            row["finished"] &= ending
+        raw += [row["score"] for row in rows]
+        scores, _ = state.shaped(rollout_of(rows), config)
+        expected = shaped_by_hand(rows, np.mean(raw), np.std(raw), 0.5, clip, last)
+        assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5), seed
+        last = np.mean([r["score"] for r in rows if r["finished"]]) if ending else last
+    assert state.finished_score == pytest.approx(last, rel=1e-5)
 
 
 def test_scores_that_do_not_differ_cannot_be_normalised_by_their_deviation():
@@ -146,6 +203,7 @@ def test_the_state_is_saved_as_json(tmp_path):
         "score_mean": 3.0,
         "score_variance": pytest.approx(14 / 3),
         "score_count": 3,
+        "finished_score": None,
     }
     state.adapt(12.0, 500, config_of(kl_target=0.0))
     assert state.kl_coef == 0.05 * (1 + 0.2 * 500 / 10_000), "without a target it stays"

@@ -168,9 +168,8 @@ def test_a_whole_answer_as_one_action_is_a_bandit(models, algorithm, whiten):
     # Per answer, not per token.
     policy, value = policy / len(MINIBATCH), value / len(MINIBATCH)
     assert min(ratios) < 0.8 and max(ratios) > 1.2, "both clips are tried"
-    actor, critics, metrics = gradients(
-        models, rows, action_level="sequence", algorithm=algorithm, whiten_advantages=whiten
-    )
+    settings = dict(action_level="sequence", whiten_advantages=whiten, clip_value=0.2)
+    actor, critics, metrics = gradients(models, rows, algorithm=algorithm, **settings)
     assert_equal(actor, gradient_by_hand(policy, models.actor.module).float())
     assert metrics["policy_loss"] == pytest.approx(policy.item(), rel=1e-4, abs=1e-5)
     assert metrics["ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
@@ -182,8 +181,10 @@ def test_a_whole_answer_as_one_action_is_a_bandit(models, algorithm, whiten):
         assert metrics["value_loss"] == pytest.approx(value.item(), rel=1e-4)
 
 
-def test_tokens_as_actions_by_hand(models):
+@pytest.mark.parametrize("clip_value", [0.2, 0.0])
+def test_tokens_as_actions_by_hand(models, clip_value):
     """The same of the default: a loss per token, over all tokens of the minibatch."""
+    room = clip_value or math.inf
     rows = rows_near(models)
     config = config_of(prompts_per_rollout=len(rows))
     experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=KL_COEF))
@@ -195,10 +196,10 @@ def test_tokens_as_actions_by_hand(models):
             a, target = (x[i, t].item() for x in (experience.advantages, experience.returns))
             ratio = (new - row["logprobs"][t]).exp()
             policy -= min(ratio * a, clip(ratio, 0.8, 1.2) * a)
-            near = clip(values[t], row["values"][t] - 0.2, row["values"][t] + 0.2)
+            near = clip(values[t], row["values"][t] - room, row["values"][t] + room)
             value += max((values[t] - target) ** 2, (near - target) ** 2) / 2
             count += 1
-    actor, critic, metrics = gradients(models, rows)
+    actor, critic, metrics = gradients(models, rows, clip_value=clip_value)
     assert_equal(actor, gradient_by_hand(policy / count, models.actor.module).float())
     assert_equal(critic, gradient_by_hand(value / count, models.critic.module).float())
     assert metrics["policy_loss"] == pytest.approx(policy.item() / count, rel=1e-4, abs=1e-5)

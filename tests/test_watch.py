@@ -36,8 +36,9 @@ def rollouts(count: int, **series) -> list[dict]:
     ]
 
 
-def evaluated(judge: str, scores, judged, spread=1.0) -> list[dict]:
-    found = {"eval__score": scores, "eval__score_std": spread, f"eval__{judge}": judged}
+def evaluated(judge: str, scores, judged, spread=1.0, score_std=1.0) -> list[dict]:
+    found = {"eval__score": scores, "eval__score_std": score_std}
+    found |= {f"eval__{judge}": judged, f"eval__{judge}_std": spread}
     return rollouts(len(scores), **found)
 
 
@@ -105,6 +106,11 @@ HISTORIES = [
         rollouts(3, clip_fraction=[0.3, 0.5, 0.39]),
     ),
     (
+        "scores are clipped",
+        rollouts(3, score_clipped=[0.1, 0.1, 0.11]),
+        rollouts(3, score_clipped=[0.1, 0.1, 0.09]),
+    ),
+    (
         "entropy collapses",
         rollouts(4, entropy=[2.0, 0.19, 0.19, 0.19]),
         rollouts(4, entropy=[2.0, 0.21, 0.21, 0.21]),
@@ -116,8 +122,9 @@ HISTORIES = [
     ),
     (
         "the score rises and the judge falls",
-        evaluated("judge", [1.0, 2.0], [4.0, 3.5], spread=10.0),
-        evaluated("judge", [1.0, 2.0], [4.0, 3.7], spread=10.0),
+        # By the judge's own deviation, which has nothing to do with the reward model's.
+        evaluated("judge", [1.0, 2.0], [4.0, 3.5], spread=10.0, score_std=100.0),
+        evaluated("judge", [1.0, 2.0], [4.0, 3.7], spread=10.0, score_std=1.0),
     ),
     (
         "the score rises and the judge falls",
@@ -142,6 +149,14 @@ def test_a_warning_is_given_on_one_side_of_its_threshold(name, over, under):
     assert len(said) == 1 and said[0].startswith(f"warning at rollout {len(over)}: {name}: ")
     # Once: what goes on is not told again.
     assert warned([*over, *over[-1:] * 5]) == said
+
+
+def test_what_is_advised_where_scores_are_clipped():
+    for how, mend in (("none", "set --score_normalisation running"), ("fixed", "raise --score_c")):
+        watch = Watch(PPOConfig(score_clip=5.0, score_normalisation=how), None, None)
+        watch.history = rollouts(3, score_clipped=0.4)
+        said = WARNINGS["scores are clipped"](watch)
+        assert "40.0% of the scores lie beyond ± 5.0 (--score_clip)" in said and mend in said
 
 
 def test_every_warning_has_its_histories():

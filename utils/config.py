@@ -341,6 +341,13 @@ def build(config_class, argv: list[str], world_size: int):
                     raise ValueError(f"{name}={values.pop(name)} is not one of {shown}")
             except ValueError as error:
                 problems.append(str(error))
+    # A saved `resume: auto` gives way to --overwrite and the other way round: flags win.
+    if values.get("overwrite") and values.get("resume") == "auto":
+        said = flags.keys() & {"overwrite", "resume"}
+        if said == {"overwrite"}:
+            values |= {"resume": "no", "resume_anyway": "resume_anyway" in flags}
+        elif said == {"resume"}:
+            values["overwrite"] = False
     config = config_class(**values)
     problems += config.problems(world_size)
     if problems:

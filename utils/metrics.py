@@ -4,43 +4,70 @@ import math
 
 import datasets
 import evaluate
+import numpy as np
+
+RESAMPLES, AT_ONCE = 2000, 2**22  # of the bootstrap; numbers drawn at a time
 
 
 class PairAccuracy(evaluate.Metric):
     """Share of pairs whose better answer scores higher; a tie counts half.
 
-    predictions: score of the better answer; references: score of the worse one. Returns
-    `accuracy`, its 95 % Wilson interval `low`, `high`, and the mean `margin`.
+    predictions: score of the better answer; references: score of the worse one; prompts: what they
+    answer. Returns `accuracy`, its 95 % interval by prompt `low`, `high`, and the mean `margin`.
     """
 
     def _info(self):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
-            inputs_description="predictions: better answers' scores; references: worse answers'",
+            inputs_description="better answers' scores, worse answers', and their prompts",
             features=datasets.Features(
-                predictions=datasets.Value("float64"), references=datasets.Value("float64")
+                predictions=datasets.Value("float64"),
+                references=datasets.Value("float64"),
+                prompts=datasets.Value("string"),
             ),
         )
 
-    def _compute(self, predictions, references):
-        n = len(predictions)
-        right = sum(
-            (better > worse) + 0.5 * (better == worse)
-            for better, worse in zip(predictions, references, strict=True)
-        )
-        low, high = wilson_interval(right / n, n)
-        margin = sum(b - w for b, w in zip(predictions, references, strict=True)) / n
-        return {"accuracy": right / n, "low": low, "high": high, "margin": margin, "pairs": n}
+    def _compute(self, predictions, references, prompts):
+        better, worse = np.array(predictions), np.array(references)
+        right = (better > worse) + 0.5 * (better == worse)
+        low, high = interval_by_prompt(right, prompts)
+        return {
+            "accuracy": float(right.mean()),
+            "low": low,
+            "high": high,
+            "margin": float((better - worse).mean()),
+            "pairs": len(right),
+        }
+
+
+def interval_by_prompt(right, prompts) -> tuple[float, float]:
+    """95 % interval of the mean of `right` (N,), of pairs that share their `prompts` (N,).
+
+    Pairs of one prompt share answers and are right or wrong together, so prompts are drawn again
+    and not pairs (percentiles of a seeded bootstrap, Efron 1979). Where all prompts are equally
+    right, or there is one, drawing them says nothing, and each counts as one trial of Wilson's.
+    """
+    _, group = np.unique(np.asarray(prompts), return_inverse=True)
+    counts = np.bincount(group)
+    sums = np.bincount(group, weights=right)
+    if np.ptp(sums / counts) < 1e-12:
+        return wilson_interval(float(np.mean(right)), len(counts))
+    generator, means = np.random.default_rng(0), []
+    for size in np.diff([*range(0, RESAMPLES, max(1, AT_ONCE // len(counts))), RESAMPLES]):
+        drawn = generator.integers(0, len(counts), (size, len(counts)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in n trials (Wilson, 1927)."""
+    """95 % confidence interval of a share seen in n independent trials (Wilson, 1927)."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return centre - half, centre + half
 
 
-def pair_accuracy(better: list[float], worse: list[float]) -> dict[str, float]:
+def pair_accuracy(better: list[float], worse: list[float], prompts: list[str]) -> dict[str, float]:
     metric = PairAccuracy(keep_in_memory=True)
-    return metric.compute(predictions=better, references=worse)
+    return metric.compute(predictions=better, references=worse, prompts=prompts)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -189,6 +190,11 @@ def save_result(output_dir: str, result: dict) -> None:
     if process_group.is_main():
         text = json.dumps({k: _plain(v) for k, v in result.items()}, indent=2, ensure_ascii=False)
         whole_files.write_text(Path(output_dir, "result.json"), text + "\n")
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of the mean of independent values; None of fewer than two, which tell nothing of it."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def brief(value: float) -> str:

@@ -5,4 +5,5 @@
 launch step2_reward/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
     --preference_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
     --output_dir "${OUTPUT:-output/step2_reward}" \
-    --zero_stage 3 --dtype bf16 --gradient_checkpointing --global_batch_size 64 --micro_batch_size 2 "$@"
+    --zero_stage 3 --dtype bf16 --gradient_checkpointing --global_batch_size 64 --micro_batch_size 2 \
+    --max_length 2048 "$@"

@@ -7,4 +7,5 @@ launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
     --prompt_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
     --output_dir "${OUTPUT:-output/step3_ppo}" \
     --zero_stage 3 --offload all --dtype bf16 --gradient_checkpointing \
-    --prompts_per_rollout 128 --global_batch_size 64 --micro_batch_size 1 --generation_tokens 8192 "$@"
+    --prompts_per_rollout 128 --global_batch_size 64 --micro_batch_size 1 --generation_tokens 8192 \
+    --learning_rate 1e-6 --critic_learning_rate 9e-6 --max_prompt_length 1024 --max_response_length 1024 "$@"

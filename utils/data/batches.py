@@ -7,6 +7,7 @@ rank or 8, today or after a resume, and no loader state needs saving.
 import array
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,8 +40,10 @@ def fingerprint(rows: Iterable[Sequence[float]]) -> str:
 
 
 def steps_of(epochs: float, batch_size: int, n: int) -> int:
-    """Optimizer steps that `epochs` passes over n rows take, at least 1."""
-    return max(1, round(epochs * n / batch_size))
+    """Optimizer steps in which `epochs` passes over n rows are all seen, at least 1. The last one
+    is filled with rows of the next pass."""
+    # 0.1 × 640 / 64 is above 1 by rounding alone.
+    return max(1, math.ceil(epochs * n / batch_size - 1e-6))
 
 
 def deal(

@@ -1,5 +1,6 @@
 """Messages → token ids, and which of them are supervised."""
 
+import json
 from dataclasses import dataclass
 
 from utils.data.turns import shows_tools
@@ -51,29 +52,63 @@ def set_up(tokenizer) -> None:
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    _close_last_turn(tokenizer)
     stop = _turn_end(tokenizer)
     if stop != tokenizer.eos_token:
-        tokenizer.eos_token = stop
+        _replace_stop(tokenizer, stop)
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left"
 
 
+def _close_last_turn(tokenizer) -> None:
+    """Where nothing but the next turn's first token ends an answer (GLM-4's `<|user|>`, at which it
+    stops), make the template write that token behind a last answer too."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+    if _special_tokens_in(tokenizer, _render(tokenizer, turns, False).split(PROBE)[-1]):
+        return
+    after = _render(tokenizer, [*turns, turns[0]], False).split(PROBE)[-1]
+    opening = next(iter(_special_tokens_in(tokenizer, after)), "")
+    if opening and after.startswith(opening):
+        tokenizer.chat_template = (
+            tokenizer.get_chat_template()
+            + "{% if not add_generation_prompt and messages[-1]['role'] == 'assistant' %}"
+            + f"{{{{ {json.dumps(opening)} }}}}{{% endif %}}"
+        )
+
+
+def _replace_stop(tokenizer, stop: str) -> None:
+    """Make `stop` the stop token. A template that writes `eos_token` (Phi-3's, behind all turns)
+    goes on to write the one that it had."""
+    turns, meant = [{"role": "user", "content": "a"}], tokenizer.eos_token
+    turns.append({"role": "assistant", "content": "b"})
+    before = _render(tokenizer, turns, False)
+    tokenizer.eos_token = stop
+    if meant is not None and _render(tokenizer, turns, False) != before:
+        template = tokenizer.get_chat_template()
+        tokenizer.chat_template = f"{{% set eos_token = {json.dumps(meant)} %}}{template}"
+
+
+def _special_tokens_in(tokenizer, text: str) -> list[str]:
+    """The special tokens that stand in `text`, in their order; of two at one place the longer."""
+    known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+    found = [(text.index(token), -len(token), token) for token in known if token and token in text]
+    return [token for _, _, token in sorted(found)]
+
+
 def _turn_end(tokenizer) -> str:
     """The special token that closes an assistant turn in the tokenizer's template."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     after = _render(tokenizer, messages, False).split(PROBE)[-1]
-    specials = sorted(
-        set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()), key=len, reverse=True
-    )
-    found = [(after.index(token), token) for token in specials if token and token in after]
+    found = _special_tokens_in(tokenizer, after)
     if not found:
+        specials = ", ".join(sorted(tokenizer.all_special_tokens))
         raise SystemExit(
             f"the chat template ends an assistant turn with {after!r}, which holds no special "
-            f"token of the tokenizer ({', '.join(specials)}): the model could never learn to stop"
+            f"token of the tokenizer ({specials}): the model could never learn to stop"
         )
-    return min(found, key=lambda pair: pair[0])[1]
+    return found[0]
 
 
 def _render(tokenizer, messages, add_generation_prompt: bool) -> str:

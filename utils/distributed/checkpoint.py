@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from utils import config as run_config
-from utils import whole_files
+from utils import model_code, whole_files
 from utils.distributed import manifest, process_group, zero
 
 Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
@@ -47,8 +47,9 @@ def whole_state_dict(module: nn.Module, copy: Copy = to_cpu) -> dict[str, torch.
 class ModelFolder:
     """A transformers model, maybe sharded, as a folder that plain transformers loads.
 
-    The folder holds config, safetensors, generation config, tokenizer with its chat template and
-    `config.yaml`. average: the EMA whose weights are saved in place of the model's.
+    The folder holds config, safetensors, generation config, tokenizer with its chat template, the
+    Python files that came with either and `config.yaml`. average: the EMA whose weights are saved
+    in place of the model's.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class ModelFolder:
                 shown.save_pretrained(temporary, state_dict=state)
                 # (Saving a tokenizer only reads it: the main thread may encode meanwhile.)
                 self.tokenizer.save_pretrained(temporary)
+                model_code.save(Path(temporary), self.model, self.tokenizer)
                 run_config.save(self.config, temporary, ranks)
                 replace_files(temporary, folder)
 

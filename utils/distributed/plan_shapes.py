@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils import model_code
+
 PERSISTENT = int(1e5)  # numbers; zero.deepspeed_config's stage3_param_persistence_threshold
 
 
@@ -63,14 +65,15 @@ def read(path: str, scalar: bool, trust_remote_code: bool = False) -> Shape:
 
 
 def count(config, scalar: bool) -> Shape:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     if scalar:
         config.num_labels = 1
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    auto = model_code.scalar_class(config) if scalar else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config)
+        # A config whose code has been run already says that the model's may.
+        model = auto.from_config(config, trust_remote_code=model_code.is_remote(config))
     weights = list(model.parameters())
     looked_up = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
@@ -148,7 +151,10 @@ def _run(config, layers: int, rows: int, length: int, dtype, checkpointing: bool
     from transformers import AutoModel
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        model = AutoModel.from_config(_of_layers(config, layers), dtype=dtype)
+        trusted = model_code.is_remote(config)
+        model = AutoModel.from_config(
+            _of_layers(config, layers), dtype=dtype, trust_remote_code=trusted
+        )
         ids = torch.zeros(rows, length, dtype=torch.int64)
         mask = torch.ones_like(ids)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

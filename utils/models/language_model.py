@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils import model_code
 from utils.distributed import host_memory, zero
 from utils.model_files import refused
 from utils.models import loading, onednn_linear, packing, vocabulary_head
@@ -22,19 +23,31 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> n
 
     Raises SystemExit with the path and the cause if the folder holds no such model.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = from_pretrained(AutoModelForCausalLM, config, path, dtype, zero_stage, tokenizer)
+    model = from_pretrained(config, path, dtype, zero_stage, tokenizer)
     prepare_training(model, config)
     packing.choose(model, config, dtype)
     return model
 
 
 def from_pretrained(
-    auto_class, config, path: str, dtype: str, zero_stage: int, tokenizer=None, grow=True, **kwargs
+    config,
+    path: str,
+    dtype: str,
+    zero_stage: int,
+    tokenizer=None,
+    scalar: bool = False,
+    grow: bool = True,
 ):
-    """`auto_class.from_pretrained`, refusing what would leave weights at random."""
-    attention = config.attn_implementation
+    """The language model of `path`, or its backbone with one number a token (scalar), refusing what
+    would leave weights at random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention, auto_class = config.attn_implementation, AutoModelForCausalLM
+    how = {"trust_remote_code": config.trust_remote_code}
+    if scalar:
+        with refused(path, "the model's config"):
+            how["config"] = AutoConfig.from_pretrained(path, num_labels=1, **how)
+        auto_class = model_code.scalar_class(how["config"])
 
     def fit(model: nn.Module) -> None:
         # In the sharded loading, where transformers knows that the embeddings may be shards.
@@ -48,8 +61,7 @@ def from_pretrained(
             fit,
             dtype=zero.DTYPES[dtype],
             attn_implementation=None if attention == "auto" else attention,
-            trust_remote_code=config.trust_remote_code,
-            **kwargs,
+            **how,
         )
 
 
@@ -88,6 +100,11 @@ def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) 
         )
     if new and grow:
         model.resize_token_embeddings(new.stop, pad_to_multiple_of=64)
+        # Code that comes with a model may build its layers by a name of its own (ChatGLM's
+        # padded_vocab_size), and would not load what is saved.
+        for name, value in vars(model.config).items():
+            if "vocab_size" in name and value == have:
+                setattr(model.config, name, model.config.vocab_size)
     for holder in (model.config, getattr(model, "generation_config", None)):
         if holder is not None:
             holder.eos_token_id = tokenizer.eos_token_id

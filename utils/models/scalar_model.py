@@ -63,17 +63,8 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
     N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0. A "saved" one
     is only asked, so it needs no embedding for the tokenizer's pad (see sequence_scores).
     """
-    from transformers import AutoModelForSequenceClassification
-
     classifier = language_model.from_pretrained(
-        AutoModelForSequenceClassification,
-        config,
-        path,
-        dtype,
-        zero_stage,
-        tokenizer,
-        grow=head != "saved",
-        num_labels=1,
+        config, path, dtype, zero_stage, tokenizer, scalar=True, grow=head != "saved"
     )
     language_model.prepare_training(classifier, config)
     packing.choose(classifier, config, dtype)

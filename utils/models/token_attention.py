@@ -57,11 +57,14 @@ def mask(*sizes, dtype=torch.float32, **settings) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def used_by(model: nn.Module):
-    """While inside, `model`'s layers attend so on a CPU, in place of torch's own."""
+    """While inside, `model`'s layers attend so on a CPU, in place of torch's own, if they take
+    another function at all: Falcon's compare its name with "sdpa" and do something else."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     before = model.config._attn_implementation
-    if before not in ("sdpa", packing.NAME) or next(model.parameters()).device.type != "cpu":
+    takes_any = getattr(model, "_supports_attention_backend", False)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if before not in ("sdpa", packing.NAME) or not takes_any or not on_cpu:
         yield
         return
     AttentionInterface.register(NAME, attend)

@@ -1,0 +1,82 @@
+"""The closing table says what each uncertainty is of, and pairs what was asked twice."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from evaluation import summary
+from step3_ppo import main as step3
+from utils.report import standard_error
+
+BEFORE, AFTER = [-6.0, 2.0, 9.0, 3.0], [-5.0, 4.0, 10.0, 5.0]
+
+
+def by_hand(values) -> float:
+    """√(Σ (x − mean)² / (n − 1) / n)"""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
+
+
+def test_standard_error_by_hand_and_of_what_has_none():
+    assert standard_error(BEFORE) == pytest.approx(by_hand(BEFORE))
+    assert standard_error([3.0]) is None and standard_error([]) is None
+
+
+@pytest.fixture
+def result(tmp_path):
+    """result.json of a step 3 whose held-out prompts scored BEFORE and AFTER."""
+    report = SimpleNamespace(say=lambda text: None)
+    metrics = [
+        {"eval/score": sum(s) / 4, "eval/kl": kl, "eval/kl_k3": kl, "eval/response_length": 9.0}
+        | {"eval/eos_share": 1.0}
+        for s, kl in ((BEFORE, 0.0), (AFTER, 0.9))
+    ]
+    config = SimpleNamespace(output_dir=str(tmp_path))
+    models = SimpleNamespace(critic=None, ema=None)
+    kept = {"scores_before": BEFORE, "scores_after": AFTER}
+    step3.say_result(models, config, report, *metrics, kept, {"seconds": 3.0})
+    return json.loads(Path(tmp_path, "result.json").read_text())
+
+
+def test_the_change_of_the_score_is_paired_by_prompt(result):
+    gained = [1.0, 2.0, 1.0, 2.0]
+    assert result["score_se_change"] == pytest.approx(by_hand(gained))
+    assert result["score_se_before"] == pytest.approx(by_hand(BEFORE))
+    assert result["score_se_change"] < 0.1 * result["score_se_before"], "as if unpaired"
+
+
+def test_the_verifier_is_paired_with_the_sft_policys_answers(tmp_path, monkeypatch):
+    said = {"step1_sft": [0.0, 1.0, 0.0, 1.0], "actor": [1.0, 1.0, 0.0, 1.0]}
+    for folder in ("step1_sft", "step3_ppo/actor"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(summary, "verdicts", lambda folder, rows, seed: said[folder.name])
+    found = summary.verified(tmp_path, [{}] * 4, seed=1)
+    assert found["sft"] == 0.5 and found["ppo"] == 0.75 and "ppo_ema" not in found
+    assert found["ppo_se_change"] == pytest.approx(by_hand([1.0, 0.0, 0.0, 0.0]))
+    assert found["sft_se"] == pytest.approx(by_hand(said["step1_sft"]))
+
+
+def test_closing_table_says_what_each_number_is(result, tmp_path):
+    verifier = {"prompts": 512, "sft": 0.4, "sft_se": 0.02, "ppo": 0.7, "ppo_se": 0.01}
+    reward = {"accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.94, "accuracy_before": 0.5}
+    lines = summary.closing_table(
+        {
+            "sft": {"eval_loss_before": 6.0, "eval_loss_after": 0.7},
+            "reward": reward | {"accuracy_longer_answer": 0.3},
+            "ppo": result | {"kl": result["kl_after"]},
+            "verifier": verifier | {"ppo_se_change": 0.015},
+            "seconds": {"sft": 1.0},
+        }
+    ).splitlines()
+    assert lines[0].split() == ["measure", "before", "after", "change"]
+    score = next(line for line in lines if line.startswith("PPO score, 4 held-out prompts"))
+    before, change = by_hand(BEFORE), by_hand([1.0, 2.0, 1.0, 2.0])
+    assert f"2.000 ± {before:.3f}" in score and score.endswith(f"+1.500 ± {change:.3f}")
+    verdict = next(line for line in lines if line.startswith("verifier, 512 held-out prompts"))
+    cells = [cell.strip() for cell in verdict.split("  ") if cell.strip()]
+    assert cells[1:] == ["0.400 ± 0.020", "0.700 ± 0.010", "+0.300 ± 0.015"]
+    assert "0.900 (0.850 to 0.940)" in "".join(lines) and "std" not in "".join(lines)
+    assert "95 % interval, by prompt. ±: one standard error" in lines[-2]
