@@ -31,7 +31,7 @@ done
 RECIPE="" OUTPUT="" ROUNDS=1 EMBEDDED=0 MODEL="" MAX_RANKS=0
 SFT_DATA=() PREFERENCE_DATA=() PROMPT_DATA=()
 COMMON_FLAGS=() SCRATCH_FLAGS=() SFT_FLAGS=() COLLECT_FLAGS=() REWARD_FLAGS=() PPO_FLAGS=() LATER_PPO_FLAGS=()
-my_model="" my_rounds="" my_sft=() my_preference=() my_prompts=()
+SCRATCH_COLUMNS=() my_model="" my_rounds="" my_sft=() my_preference=() my_prompts=()
 overwrite=0 my_common=() my_sft_flags=() my_collect=() my_reward=() my_ppo=() seed=42
 
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then RECIPE=$1; shift; fi
@@ -58,6 +58,7 @@ while [ $# -gt 0 ]; do
         --collect.*) my_collect+=("--${flag#--collect.}" "${values[@]}") ;;
         --reward.*) my_reward+=("--${flag#--reward.}" "${values[@]}") ;;
         --ppo.*) my_ppo+=("--${flag#--ppo.}" "${values[@]}") ;;
+        --columns) my_common+=("$flag" "${values[@]}") SCRATCH_COLUMNS=("$flag" "${values[@]}") ;;
         --seed) seed=${values[*]} my_common+=("$flag" "$seed") ;;
         *) my_common+=("$flag" "${values[@]}") ;;
     esac
@@ -161,7 +162,7 @@ fi
 if [ -z "$MODEL" ]; then
     [ -d "$OUTPUT/base_model" ] || {
         stage "base model" in_root -m utils.models.from_scratch --output_dir "$OUTPUT/base_model.writing" \
-            --data "${SFT_DATA[@]}" "${PREFERENCE_DATA[@]}" --seed "$seed" "${SCRATCH_FLAGS[@]}"
+            --data "${SFT_DATA[@]}" "${PREFERENCE_DATA[@]}" --seed "$seed" "${SCRATCH_FLAGS[@]}" "${SCRATCH_COLUMNS[@]}"
         mv "$OUTPUT/base_model.writing" "$OUTPUT/base_model" || exit
     }
     MODEL="$OUTPUT/base_model"

@@ -22,6 +22,7 @@ from utils import terminal, whole_files
 from utils.config import setting
 from utils.data import batches, chat_template, instructions, rows
 from utils.data.chat_template import READ_AT, READ_AT_HELP
+from utils.data.turns import text_of
 from utils.models import generation
 
 BUILT_IN_PROMPTS = (
@@ -202,9 +203,7 @@ def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
     first, turns = prompt.messages[-1]["content"], prompt.row.get("turns")
     if not isinstance(turns, list) or turns[:1] != [first]:
         return (first,)
-    return tuple(
-        instructions.text_of(turn, f"turn {n} of turns") for n, turn in enumerate(turns, 1)
-    )
+    return tuple(text_of(turn, f"turn {n} of turns") for n, turn in enumerate(turns, 1))
 
 
 def refuse_unrendered(config, questions: list[Question]) -> None:

@@ -66,10 +66,11 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
 def load_data(config, tokenizer, report):
     """(training examples, held-out examples, held-out conversations), tokenised."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    columns = run_config.columns_of(config.columns)
 
     def load(names, role):
         return instructions.load_conversations(
-            names, split_role=role, schema=config.data_schema, bad=bad
+            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
         )
 
     train, held = splits.train_and_held_out(

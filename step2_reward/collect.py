@@ -276,7 +276,8 @@ def settings_of(config) -> Path:
 def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    found = preferences.load_comparisons([config.rankings], split_role="train", bad=bad)
+    columns = run_config.columns_of(config.columns)
+    found = preferences.load_comparisons([config.rankings], columns=columns, bad=bad)
     bad.finish(config.rankings)
     prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in found]
     answers = [list(map(Sampled, c.responses, c.finished)) for c in found]
@@ -288,8 +289,12 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     Counts)."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
+    columns = run_config.columns_of(config.columns)
+
     def load(names, role):
-        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
+        return instructions.load_prompts(
+            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
+        )
 
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
     splits_of_prompts = instructions.PROMPT_SPLITS["eval"]

@@ -145,14 +145,15 @@ def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
 def load_data(config, tokenizer, report):
     """(training comparisons, held-out comparisons, held-out demonstrations), tokenised."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    columns = run_config.columns_of(config.columns)
 
     def load(names, role):
         return preferences.load_comparisons(
-            names, split_role=role, schema=config.data_schema, bad=bad
+            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
         )
 
     def load_demonstrations(names, role):
-        return instructions.load_conversations(names, split_role=role, bad=bad)
+        return instructions.load_conversations(names, split_role=role, columns=columns, bad=bad)
 
     train, held = splits.train_and_held_out(
         config.preference_data, load, preferences.PREFERENCE_SPLITS["eval"], config, step=2, bad=bad

@@ -9,6 +9,7 @@ import yaml
 
 from step3_ppo import algorithm
 from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
+from utils.config import columns_of
 from utils.data import chat_template, fitting, preferences, rows, splits
 from utils.distributed import process_group
 from utils.models import generation, reward_reader
@@ -173,7 +174,9 @@ def _held_out_accuracy(check) -> dict:
     bad = rows.BadRows(config.max_bad_rows)
 
     def load(names, role):
-        return preferences.load_comparisons(names, split_role=role, bad=bad)
+        return preferences.load_comparisons(
+            names, split_role=role, columns=columns_of(config.columns), bad=bad
+        )
 
     kinds = preferences.PREFERENCE_SPLITS["eval"]
     plain = splits.unweighted(config)

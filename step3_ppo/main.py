@@ -46,9 +46,12 @@ EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no 
 def load_prompts(config, tokenizer, report):
     """(training prompts, held-out prompts), each a list of rollout.Prompt."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    columns = run_config.columns_of(config.columns)
 
     def load(names, role):
-        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
+        return instructions.load_prompts(
+            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
+        )
 
     parts = splits.train_and_held_out(
         config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad

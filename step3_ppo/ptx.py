@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.data import batches, chat_template, instructions, rows
+from utils.config import columns_of
+from utils.data import batches, chat_template, instructions, rows, turns
 from utils.distributed import host_memory, process_group
 from utils.models import language_model
 
@@ -32,6 +33,7 @@ class Examples:
 def load(config, tokenizer) -> Examples:
     """Demonstrations (the answers count), or rows of plain `text` (all of it counts)."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    columns = columns_of(config.columns)
     limit = config.max_prompt_length + config.max_response_length
     found: list[chat_template.Encoded] = []
     counts = batches.Counts()
@@ -41,7 +43,7 @@ def load(config, tokenizer) -> Examples:
         if seen and all(_is_plain(row.data) for row in seen):
             for row in rows.read_rows(name, splits, bad):
                 try:
-                    text = instructions.text_of(row.data["text"], "text")
+                    text = turns.text_of(row.data["text"], "text")
                 except rows.BadRow as problem:
                     bad.add(row.where, str(problem), row.data)
                     continue
@@ -51,7 +53,7 @@ def load(config, tokenizer) -> Examples:
                 counts.cut_answers += len(ids) > limit
                 found.append(chat_template.Encoded(ids[:limit], [True] * min(len(ids), limit)))
             continue
-        conversations = instructions.load_conversations([name], split_role="train", bad=bad)
+        conversations = instructions.load_conversations([name], columns=columns, bad=bad)
         encoded, more = batches.encode_conversations(
             tokenizer, conversations, limit, config.long_prompts, "drop", bad
         )

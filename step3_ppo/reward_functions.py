@@ -14,7 +14,7 @@ import re
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from utils.data import instructions, toy_tasks
+from utils.data import toy_tasks, turns
 
 DEFAULT_TARGET_LENGTH = 20  # words
 REFERENCE_COLUMNS = ("output", "reference", "completion", "response")
@@ -152,9 +152,9 @@ def reference_of(row: dict) -> str:
         if isinstance(row.get(name), str) and row[name].strip():
             return row[name]
     for name in CHAT_COLUMNS:
-        _, last = instructions.split_answer(row.get(name), name)
+        _, last = turns.split_answer(row.get(name), name)
         if last is not None:
-            return instructions.turns_of([last], f"the last of {name}")[0]["content"]
+            return turns.turns_of([last], f"the last of {name}")[0]["content"]
     raise ValueError(
         f"the row has no reference to compare with: no text in {', '.join(REFERENCE_COLUMNS)}, no "
         f"assistant turn at the end of {' or '.join(CHAT_COLUMNS)}; it has {_columns(row)}"

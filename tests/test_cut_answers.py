@@ -15,9 +15,9 @@ from step2_reward import collect
 from step2_reward import main as step2
 from step3_ppo import check_data
 from step3_ppo.reward_model import RewardModel
-from utils.data import batches, chat_template, instructions, preferences
+from utils.data import batches, chat_template, instructions
 from utils.data.preferences import Comparison, load_comparisons
-from utils.data.rows import BadRow, BadRows
+from utils.data.rows import BadRows, DataError
 from utils.models import generation, language_model, scalar_model
 from utils.models.reward_reader import Reader
 
@@ -110,12 +110,12 @@ def test_step_2_learns_from_the_same_ids(scorer, expected):
     (ranked,), counts = step2.encode(tokenizer, [row], 96, "cut", bad)
     assert list(ranked.answers) == [ids for ids, _ in expected] and counts.kept == 2
     unmarked = Comparison((USER,), texts, (1.0, 0.0), "a")
-    (ranked,), _ = step2.encode(tokenizer, [unmarked], 96, bad)
+    (ranked,), _ = step2.encode(tokenizer, [unmarked], 96, "cut", bad)
     assert ranked.answers[1] == [*expected[1][0], tokenizer.eos_token_id]
     # Cut again to fit: still none. One that was finished is ranked as a whole, and keeps its own.
     room = len(expected[0][0])
     longer = Comparison((USER,), ("7 " * 40, "8 " * 40), (1.0, 0.0), "a", finished)
-    (ranked,), counts = step2.encode(tokenizer, [longer], room, bad)
+    (ranked,), counts = step2.encode(tokenizer, [longer], room, "cut", bad)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in ranked.answers]
     assert ends == [True, False] and counts.cut_answers == 2 and not len(bad)
 
@@ -167,10 +167,13 @@ def test_comparisons_carry_the_mark_to_people_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("mark", [[True], [True, "no"], "yes", [1, 0], {}])
-def test_a_mark_that_does_not_fit_is_a_bad_row(mark):
+def test_a_mark_that_does_not_fit_is_a_bad_row(tmp_path, mark):
+    path, bad = tmp_path / "c.jsonl", BadRows()
     data = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0], "finished": mark}
-    with pytest.raises(BadRow, match="finished is .*not a list of 2 true or false"):
-        preferences._ranking(SimpleNamespace(data=data, where="a"))
+    path.write_text(json.dumps(data) + "\n")
+    assert load_comparisons([str(path)], bad=bad) == []
+    with pytest.raises(DataError, match="finished is .*not a list of 2 true or false"):
+        bad.finish("comparisons")
 
 
 def test_answers_without_a_mark_are_whole(tmp_path):

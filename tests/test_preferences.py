@@ -25,6 +25,7 @@ def save(path, *rows):
 
 
 Q = {"role": "user", "content": "q"}
+S = {"role": "system", "content": "s"}
 
 
 def side(answer, prompt=(Q,)):
@@ -41,7 +42,7 @@ RANKED = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 3, 3]}
     [
         (PAIR, ("a", "b"), (1.0, 0.0)),
         ({**PAIR, "score_chosen": 9.5, "score_rejected": 2}, ("a", "b"), (9.5, 2.0)),
-        ({**PAIR, "score_chosen": 4, "score_rejected": 4}, ("a", "b"), (1.0, 0.0)),
+        ({**PAIR, "score_chosen": 4, "score_rejected": 4}, ("a", "b"), (4.0, 4.0)),
         ({**PAIR, "score_chosen": 4, "score_rejected": None}, ("a", "b"), (1.0, 0.0)),
         ({**PAIR, "score_chosen": "good", "score_rejected": 1}, ("a", "b"), (1.0, 0.0)),
         (TEXTS, ("a", "b"), (1.0, 0.0)),
@@ -78,7 +79,7 @@ def test_system_column_and_many_turns(tmp_path):
         ({**PAIR, "rejected": 3}, "rejected is int, not a list of turns"),
         ({**PAIR, "chosen": "a"}, "prompt is null, not a string"),
         ({"chosen": side("a", []), "rejected": side("b", [])}, "the prompt is empty"),
-        ({"chosen": side("a", [Q, Q]), "rejected": side("b", [Q, Q])}, "do not alternate"),
+        ({"chosen": side("a", [Q, S, Q]), "rejected": side("b", [Q, S, Q])}, "do not alternate"),
         ({"chosen": side("a")}, "lacks rejected, which schema preference needs"),
         (RANKED, "lacks chosen, rejected"),
     ],
@@ -142,7 +143,7 @@ def test_csv_pairs_and_their_scores(tmp_path):
 def test_schema(tmp_path):
     path = save(tmp_path / "a.jsonl", *[{**TEXTS, "prompt": f"q{n}"} for n in range(8)])
     assert len(load_comparisons([path, path], bad=BadRows())) == 16
-    with pytest.raises(DataError, match="--data_schema to auto, preference, kwise"):
+    with pytest.raises(DataError, match="--data_schema to auto, .*preference, kwise"):
         load_comparisons([path], schema="alpaca", bad=BadRows())
     bad = BadRows()
     assert load_comparisons([path], schema="kwise", bad=bad) == [] and len(bad) == 8

@@ -191,19 +191,27 @@ def test_hub_name_goes_to_datasets_and_its_failure_names_it(monkeypatch):
     import datasets
 
     seen = []
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path: ["test", "train_x"])
+    configs = ["default"]
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: [*configs])
+    monkeypatch.setattr(datasets, "get_dataset_default_config_name", lambda path: None)
+    splits = ["test", "train_x"]
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config: splits)
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda path, split: seen.append((path, split)) or [{"a": 1}]
+        datasets, "load_dataset", lambda *path, split: seen.append((*path, split)) or [{"a": 1}]
     )
     rows, _ = problems_of("owner/some-set", ("train", "train_x"))
-    assert seen == [("owner/some-set", "train_x")]
+    assert seen == [("owner/some-set", None, "train_x")]
     assert rows[0].where == "owner/some-set[train_x] row 1"
     assert problems_of("owner/some-set:test")[0][0].where == "owner/some-set[test] row 1"
+
+    configs = ["easy", "hard"]
+    assert problems_of("owner/some-set:hard:test")[0] and seen[-1][1:] == ("hard", "test")
+    assert "the configurations easy, hard; name one of them as" in refusal_of("owner/some-set")
 
     def offline(path):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", offline)
     assert refusal_of("owner/some-set") == "owner/some-set: ConnectionError: no network"
 
 

@@ -42,7 +42,14 @@ class RunConfig:
         False, "GPU kernels that give the same bits each time (slower; a CPU does so anyway)"
     )
 
-    data_schema: str = setting("auto", "force the row schema instead of reading the columns")
+    data_schema: str = setting(
+        "auto",
+        "force the row schema instead of reading the columns; transcript or plain: how texts that "
+        "may be a conversation written down (Human: … Assistant: …) are taken; NAME:plain: both",
+    )
+    columns: list[str] = setting(
+        [], "columns that have other names in the data, e.g. prompt=question,answer=solution"
+    )
     data_weights: list[float] = setting([], "how often each data set's rows come in one epoch")
     data_split: str = setting("", "share one data set among the three steps, e.g. 2,4,4")
     eval_fraction: float = setting(0.05, "rows held out where a data set has no test split")
@@ -233,10 +240,11 @@ class RunConfig:
                 f"data_weights={self.data_weights} has {len(self.data_weights)} numbers for "
                 f"{len(names)} data sets of --{self.weighted}; give --data_weights one a set"
             )
-        try:
-            shares_of(self.data_split)
-        except ValueError as error:
-            found.append(str(error))
+        for read, given in ((shares_of, self.data_split), (columns_of, self.columns)):
+            try:
+                read(given)
+            except ValueError as error:
+                found.append(str(error))
         return found
 
     def accumulation(self, world_size: int) -> int:
@@ -258,6 +266,18 @@ def shares_of(data_split: str) -> list[float]:
     if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
         raise ValueError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
     return shares
+
+
+def columns_of(columns: list[str]) -> dict[str, str]:
+    """{our column: its name in the data} of --columns. ValueError for what is no such list."""
+    pairs = [pair.partition("=") for words in columns for pair in words.split(",") if pair.strip()]
+    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(found) < len(pairs) or not all((*found, *found.values())):
+        raise ValueError(
+            f"columns={columns}: set --columns to pairs, each of our columns once, as "
+            "prompt=question,answer=solution"
+        )
+    return found
 
 
 def folder_problem(path: str) -> str | None:

@@ -1,9 +1,4 @@
-"""Messages → token ids, and which of them are supervised.
-
-    python -m utils.data.chat_template --tokenizer FOLDER --data FILE [--row N]
-
-shows a data row with its supervised tokens in green.
-"""
+"""Messages → token ids, and which of them are supervised."""
 
 import functools
 import json
@@ -11,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from utils.data.turns import shows_tools
 from utils.model_files import refused
 from utils.terminal import visible
 
@@ -144,7 +140,7 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
     if "strftime_now" in template and getattr(tokenizer, "date", ""):
         template = _stating_the_day(template, tokenizer.date)
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -153,6 +149,9 @@ def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
     except (JinjaError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         # A template is a program: beside what it raises itself, it may stumble over the turns.
         raise TemplateError(f"the chat template refuses this conversation: {error}") from error
+    if not shows_tools(messages, text):
+        raise TemplateError("the chat template leaves out a tool's call or its result")
+    return text
 
 
 @functools.lru_cache(maxsize=16)
@@ -332,28 +331,3 @@ def show(tokenizer, encoded: Encoded) -> str:
         parts.append(f"\033[32m{text}\033[0m" if on else f"\033[90m{text}\033[0m")
     count = sum(encoded.supervised)
     return "".join(parts) + f"\n{len(encoded.ids)} tokens, {count} supervised (green)"
-
-
-def main() -> None:
-    import argparse
-
-    from utils.data import instructions, rows
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokenizer", required=True, help="folder or hub name")
-    parser.add_argument("--data", required=True, help="data file, folder or hub name")
-    parser.add_argument("--row", type=int, default=0, help="which row, from 0")
-    arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    bad = rows.BadRows()
-    conversations = instructions.load_conversations([arguments.data], bad=bad)
-    bad.finish(arguments.data)
-    if not 0 <= arguments.row < len(conversations):
-        raise SystemExit(f"--row {arguments.row}: there are rows 0 to {len(conversations) - 1}")
-    row = conversations[arguments.row]
-    print(row.where)
-    print(show(tokenizer, encode_conversation(tokenizer, row.messages)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,14 @@
-"""UltraFeedback pairs and K-wise rankings -> comparisons for the reward model."""
+"""Pairs and K-wise rankings of any schema -> comparisons for the reward model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.data.instructions import (
-    in_order,
-    preference_answer,
-    preference_prompt,
-    prompt_column,
-    ranked_responses,
-)
-from utils.data.loading import Schema, load_as
+from utils.data import schemas
+from utils.data.loading import load_as
+from utils.data.reading import Schema
 from utils.data.rows import BadRow, BadRows, Row
 
 PREFERENCE_SPLITS = {
@@ -46,70 +40,37 @@ class Comparison:
         return self.prompt
 
 
-_KNOWN = {
-    "preference": Schema((("chosen",), ("rejected",)), prompt_column, None),
-    "kwise": Schema((("prompt",), ("responses",), ("scores", "ranks")), prompt_column, None),
-}
-
-
 def load_comparisons(
     names: Sequence[str],
     *,
     split_role: str = "train",
     schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
     bad: BadRows,
 ) -> list[Comparison]:
     """Preference pairs and K-wise rankings -> comparisons.
 
-    Arguments: names (files, folders, hub ids, NAME:SPLIT), split_role ("train" or "eval"), schema
-    ("preference", "kwise" or "auto"), bad (takes the bad rows; call its finish afterwards).
-    Raises DataError for all that is wrong with whole files.
+    Arguments and errors are those of instructions.load_conversations.
     """
+    reading = schemas.reading_of("comparison", schema, columns)
 
-    def convert(found: Schema, row: Row) -> Comparison:
-        return _pair(row) if found is _KNOWN["preference"] else _ranking(row)
+    def convert(found: Schema, row: Row) -> list[Comparison]:
+        made = []
+        for part, each in schemas.parts(found, row, reading):
+            prompt = schemas.prompt_of(part, each, reading)
+            responses, scores = part.ranked(each.data, reading)
+            seen: dict[str, float] = {}
+            for number, (text, score) in enumerate(zip(responses, scores, strict=True), 1):
+                if seen.setdefault(text, score) != score:
+                    raise BadRow(
+                        f"response {number} is there before with score {seen[text]}, not {score}"
+                    )
+            marks = each.data.get("finished") if "responses" in each.data else None
+            finished = _finished(marks, len(responses))
+            made.append(Comparison(prompt, tuple(responses), tuple(scores), each.where, finished))
+        return made
 
-    return load_as(convert, _KNOWN, PREFERENCE_SPLITS, names, split_role, schema, bad)
-
-
-def _pair(row: Row) -> Comparison:
-    turns = preference_prompt(row.data, "chosen")
-    if turns != preference_prompt(row.data, "rejected"):
-        raise BadRow("chosen and rejected do not answer the same prompt")
-    chosen = preference_answer(row.data, "chosen")
-    rejected = preference_answer(row.data, "rejected")
-    if chosen == rejected:
-        raise BadRow("chosen and rejected are the same text")
-    high, low = _number(row.data.get("score_chosen")), _number(row.data.get("score_rejected"))
-    scores = (1.0, 0.0)
-    if high is not None and low is not None and high != low:
-        if high < low:
-            raise BadRow(f"score_chosen {high} is below score_rejected {low}")
-        scores = (high, low)
-    prompt = in_order(turns, row.data.get("system"))
-    return Comparison(prompt, (chosen, rejected), scores, row.where)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, which CSV holds as text, or None: the order of a pair needs no scores."""
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _ranking(row: Row) -> Comparison:
-    prompt = in_order(prompt_column(row.data), row.data.get("system"))
-    responses, scores = ranked_responses(row.data)
-    seen: dict[str, float] = {}
-    for number, (text, score) in enumerate(zip(responses, scores, strict=True), 1):
-        if seen.setdefault(text, score) != score:
-            raise BadRow(f"response {number} is there before with score {seen[text]}, not {score}")
-    finished = _finished(row.data.get("finished"), len(responses))
-    return Comparison(prompt, tuple(responses), tuple(scores), row.where, finished)
+    return load_as(convert, reading, PREFERENCE_SPLITS, names, split_role, bad)
 
 
 def _finished(value: Any, count: int) -> tuple[bool, ...]:

@@ -28,9 +28,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
     """Reads all rows of a local file, a local folder or a hub data set.
 
-    Arguments: name (a .json, .jsonl, .csv or .parquet file, a folder, a hub id, or NAME:SPLIT),
-    split_candidates (the first that the data set has is read; a plain file is read whole), bad
-    (takes the rows that cannot be read). Raises DataError for what is wrong with a whole file.
+    Arguments: name (a .json, .jsonl, .csv or .parquet file, a folder or a hub id; of the latter two
+    also NAME:SPLIT, NAME:CONFIG or NAME:CONFIG:SPLIT), split_candidates (the first that the data
+    set has is read; a plain file is read whole), bad (takes the rows that cannot be read). Raises
+    DataError for what is wrong with a whole file.
     """
     before = len(bad)
     found = _read(name, split_candidates, bad)
@@ -42,7 +43,7 @@ def _read(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]
     kind, path, pinned = _locate(name)
     if kind == "file":
         return read_file(path, bad)
-    readers = _split_readers(name, kind, path)
+    readers, pinned = _split_readers(name, kind, path, pinned)
     wanted = (pinned,) if pinned else tuple(split_candidates)
     for split in wanted:
         if split in readers:
@@ -60,17 +61,20 @@ def has_split(name: str, split_candidates: Sequence[str]) -> bool:
     Raises DataError for a name that cannot be found.
     """
     kind, path, pinned = _locate(name)
-    if kind == "file" or pinned:
+    if kind == "file":
         return False
-    return not _split_readers(name, kind, path).keys().isdisjoint(split_candidates)
+    readers, split = _split_readers(name, kind, path, pinned)
+    return not split and not readers.keys().isdisjoint(split_candidates)
 
 
-def _locate(name: str) -> tuple[str, str, str | None]:
-    """("file" | "folder" | "hub", path or hub id, pinned split or None)."""
-    path, pinned = name, None
-    base, colon, split = name.rpartition(":")
-    if colon and base and re.fullmatch(r"[\w.-]+", split) and not os.path.exists(name):
-        path, pinned = base, split
+def _locate(name: str) -> tuple[str, str, str]:
+    """("file" | "folder" | "hub", path or hub id, what is pinned of it behind colons or "")."""
+    path, pinned = name, ""
+    while ":" in path and not os.path.exists(path) and pinned.count(":") < 1:
+        base, _, word = path.rpartition(":")
+        if not base or not re.fullmatch(r"[\w.-]+", word):
+            break
+        path, pinned = base, f"{word}:{pinned}" if pinned else word
     if os.path.isdir(path):
         return "folder", path, pinned
     if os.path.exists(path):
@@ -84,8 +88,12 @@ def _locate(name: str) -> tuple[str, str, str | None]:
     return "hub", path, pinned
 
 
-def _split_readers(name: str, kind: str, path: str) -> dict[str, Callable[[BadRows], list[Row]]]:
-    """Each split that a folder or hub data set has, with the function that reads it."""
+def _split_readers(
+    name: str, kind: str, path: str, pinned: str
+) -> tuple[dict[str, Callable[[BadRows], list[Row]]], str]:
+    """(each split that a folder or hub data set has, with the function that reads it; the pinned
+    split or ""). pinned: SPLIT, CONFIG, CONFIG:SPLIT or "". Raises DataError where a set of several
+    configurations is named without one."""
     with refusals_named(name):
         import datasets
 
@@ -95,20 +103,38 @@ def _split_readers(name: str, kind: str, path: str) -> dict[str, Callable[[BadRo
             saved = datasets.load_from_disk(path)
             if not isinstance(saved, dict):
                 saved = {str(saved.split or "train"): saved}
-            return {key: partial(_table, f"{path}[{key}]", part) for key, part in saved.items()}
+            readers = {key: partial(_table, f"{path}[{key}]", part) for key, part in saved.items()}
+            return readers, pinned
+        config, split = _configuration(name, path, pinned)
         if kind == "folder":
-            files = datasets.load_dataset_builder(path).config.data_files or {}
+            files = datasets.load_dataset_builder(path, config).config.data_files or {}
             taken = {str(key): [str(file) for file in part] for key, part in files.items()}
             _refuse_unread(name, path, [file for part in taken.values() for file in part])
             # Text files are read here rather than by datasets, which cannot name a bad line.
             if taken and all(
                 file.lower().endswith(TEXT_FILES) for part in taken.values() for file in part
             ):
-                return {key: partial(_read_files, part) for key, part in taken.items()}
-        return {
-            str(key): partial(_load_split, path, str(key))
-            for key in datasets.get_dataset_split_names(path)
-        }
+                return {key: partial(_read_files, part) for key, part in taken.items()}, split
+        splits = map(str, datasets.get_dataset_split_names(path, config))
+        return {key: partial(_load_split, path, config, key) for key in splits}, split
+
+
+def _configuration(name: str, path: str, pinned: str) -> tuple[str | None, str]:
+    """(configuration or None for the only one, pinned split or "") of a folder or hub data set."""
+    import datasets
+
+    configs = datasets.get_dataset_config_names(path)
+    config, colon, split = pinned.partition(":")
+    if not colon and config not in configs:
+        config, split = "", pinned  # NAME:SPLIT
+    if config and config not in configs:
+        raise DataError(f"{name}: has the configurations {', '.join(configs)}, but not {config}")
+    if not config and len(configs) > 1 and not datasets.get_dataset_default_config_name(path):
+        raise DataError(
+            f"{name}: has the configurations {', '.join(configs)}; name one of them as "
+            f"{path}:{configs[0]}{':' if split else ''}{split}"
+        )
+    return config or None, split
 
 
 def _refuse_unread(name: str, path: str, taken: list[str]) -> None:
@@ -140,11 +166,11 @@ def _refuse_unread(name: str, path: str, taken: list[str]) -> None:
         )
 
 
-def _load_split(path: str, split: str, bad: BadRows) -> list[Row]:
+def _load_split(path: str, config: str | None, split: str, bad: BadRows) -> list[Row]:
     from datasets import load_dataset
 
     with refusals_named(f"{path}[{split}]"):
-        rows = load_dataset(path, split=split)
+        rows = load_dataset(path, config, split=split)
     return _table(f"{path}[{split}]", rows, bad)
 
 

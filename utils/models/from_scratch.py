@@ -7,10 +7,11 @@ For machines without a hub: the embedded run and from-scratch runs on real data 
 
 import argparse
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from utils import whole_files
+from utils.config import columns_of
 from utils.data import chat_template, instructions, preferences, rows
 from utils.distributed import checkpoint
 from utils.report import quiet_libraries, run
@@ -20,19 +21,19 @@ SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE_WORDS = ["system", "user", "assistant"]
 
 
-def texts_of(names: Iterable[str]) -> Iterator[str]:
-    """Every message and answer in the data sets, whatever their schema."""
+def texts_of(names: Iterable[str], columns: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Every message and answer in the data sets, whatever their schema. columns: as --columns."""
     for name in names:
         bad = rows.BadRows(1.0)
         try:
-            for row in preferences.load_comparisons([name], split_role="train", bad=bad):
+            for row in preferences.load_comparisons([name], columns=columns, bad=bad):
                 yield from (m["content"] for m in row.prompt)
                 yield from row.responses
             continue
         except rows.DataError:
             pass  # not a preference set
         bad = rows.BadRows(1.0)
-        for row in instructions.load_conversations([name], bad=bad):
+        for row in instructions.load_conversations([name], columns=columns, bad=bad):
             yield from (m["content"] for m in row.messages)
 
 
@@ -132,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--data", nargs="+", required=True, help="data sets whose text to learn")
+    parser.add_argument("--columns", nargs="*", default=[], help="as in the steps' --columns")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -143,7 +145,7 @@ def main() -> None:
     quiet_libraries()
     build(
         a.output_dir,
-        texts_of(a.data),
+        texts_of(a.data, columns_of(a.columns)),
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
         layers=a.layers,

@@ -1,0 +1,200 @@
+"""Lists of chat turns in the spellings that data sets have → {"role", "content"} in order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from utils import strict_json
+from utils.data.bad_rows import BadRow, text_problem
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+# After a turn of this role one of these may come; None is the beginning.
+FOLLOWS = {
+    None: ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def kind_of(value: Any) -> str:
+    """A value's type, in the words of an error message."""
+    return "null" if value is None else type(value).__name__
+
+
+def text_of(value: Any, name: str) -> str:
+    """The value if it is a text with something in it. Raises BadRow naming `name`."""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {kind_of(value)}, not a string")
+    if not value.strip():
+        raise BadRow(f"{name} is {'blank' if value else 'empty'}")
+    if problem := text_problem(value):
+        raise BadRow(f"{name} {problem}")
+    return value
+
+
+def turns_of(value: Any, name: str) -> list[dict]:
+    """A list of chat turns, in either spelling, as {"role", "content"}. Raises BadRow.
+
+    A blank system turn is left out; the order of the roles is for `in_order` to judge. A turn that
+    calls tools has `tool_calls` too, and its content may be ""; a tool's may have `name` and
+    `tool_call_id`.
+    """
+    if not isinstance(value, list) or not value:
+        kind = "an empty list" if value == [] else f"{kind_of(value)}, not a list of turns"
+        raise BadRow(f"{name} is {kind}")
+    turns = []
+    for number, turn in enumerate(value, 1):
+        label = f"turn {number} of {name}"
+        role, content = role_of(turn, label), turn.get("content", turn.get("value"))
+        if role == "system" and content in (None, ""):
+            continue
+        content, extra = _joined(content, f"the content of {label}"), {}
+        if role == "assistant" and turn.get("weight") == 0:
+            raise BadRow(f"{label} has weight 0, so is not to be learnt, but every answer is here")
+        if role == "assistant" and (calls := _tool_calls(turn, label)):
+            content, extra = content or "", {"tool_calls": calls}
+        if role == "tool":
+            extra = {k: turn[k] for k in ("name", "tool_call_id") if isinstance(turn.get(k), str)}
+        if "tool_calls" not in extra or content:
+            content = text_of(content, f"the content of {label}")
+        turns.append({"role": role, "content": content, **extra})
+    return turns
+
+
+def role_of(turn: Any, label: str) -> str:
+    """ "system", "user", "assistant" or "tool". Raises BadRow for any other role."""
+    if not isinstance(turn, dict):
+        raise BadRow(f"{label} is {kind_of(turn)}, not an object with role and content")
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str):
+        raise BadRow(f"the role of {label} is {kind_of(role)}, not a string")
+    if role.lower() not in ROLES:
+        raise BadRow(f"the role of {label} is {role!r}, none of {', '.join(ROLES)}")
+    return ROLES[role.lower()]
+
+
+def _joined(content: Any, name: str) -> Any:
+    """Content given as parts → their text, end to end as chat templates write them."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = []
+    for number, part in enumerate(content, 1):
+        text, kind = part, kind_of(part)
+        if isinstance(part, dict):
+            text, kind = part.get("text"), part.get("type", "text")
+        if not isinstance(text, str) or kind not in ("text", "str"):
+            raise BadRow(f"part {number} of {name} is {kind}, and only text can be read")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_calls(turn: dict, label: str) -> list[dict]:
+    """The calls of a turn as chat templates take them, arguments as an object. Raises BadRow."""
+    calls = turn.get("tool_calls") or []
+    if turn.get("function_call"):  # OpenAI's older spelling
+        calls = [{"function": turn["function_call"]}]
+    found = []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        arguments = function.get("arguments") if name else None
+        try:
+            arguments = strict_json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"the arguments of call {number} of {label}: not JSON: {error}") from None
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise BadRow(f"call {number} of {label} lacks a function's name or arguments")
+        own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        function = {"name": name, "arguments": arguments}
+        found.append({"type": "function", "function": function, **own})
+    return found
+
+
+def shows_tools(turns: Sequence[dict], text: str) -> bool:
+    """Whether `text`, which a chat template made of `turns`, holds their tool calls and results."""
+    wanted = []
+    for turn in turns:
+        wanted += [(call["function"]["name"],) for call in turn.get("tool_calls", ())]
+        if turn["role"] == "tool":  # some templates write it as JSON
+            said = turn["content"].strip()
+            quoted = (json.dumps(said, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+            wanted.append((said, *quoted))
+    return all(any(form in text for form in forms) for forms in wanted)
+
+
+def split_answer(value: Any, name: str) -> tuple[Any, Any]:
+    """A list of turns as (the turns before the last assistant turn, that turn or None)."""
+    if isinstance(value, list) and value:
+        last = role_of(value[-1], f"turn {len(value)} of {name}")
+        if last == "assistant":
+            return value[:-1], value[-1]
+    return value, None
+
+
+def without_open_end(value: Any, name: str, notes: Counter) -> Any:
+    """A list of turns up to its last assistant turn; what is cut off is counted in `notes`."""
+    if not isinstance(value, list):
+        return value
+    end = len(value)
+    while end and role_of(value[end - 1], f"turn {end} of {name}") != "assistant":
+        end -= 1
+    if 0 < end < len(value):
+        notes["ended without an answer; what follows the last answer was cut off"] += 1
+        return value[:end]
+    return value
+
+
+def in_order(turns: Sequence[dict], system: Any, notes: Counter) -> tuple[dict, ...]:
+    """The turns of a prompt, with the row's system text in front. Raises BadRow.
+
+    After an optional system turn, user and assistant must take turns, from user to user; after an
+    assistant turn tools may answer. Assistant turns at the beginning are left out and turns of one
+    user in a row are joined, both counted in `notes`.
+    """
+    if system is not None and not isinstance(system, str):
+        raise BadRow(f"system is {kind_of(system)}, not a string")
+    if system and system.strip():
+        if turns and turns[0]["role"] == "system":
+            raise BadRow("there is a system column and a system turn; keep one of them")
+        turns = [{"role": "system", "content": text_of(system, "system")}, *turns]
+    ordered: list[dict] = []
+    greeted = False
+    for turn in turns:
+        before = ordered[-1]["role"] if ordered else "system"
+        if turn["role"] == "assistant" and before == "system":
+            greeted = True  # nobody has asked yet
+        elif turn["role"] == before and ordered and before in ("user", "system"):
+            together = f"{ordered[-1]['content']}\n\n{turn['content']}"
+            ordered[-1] = {"role": before, "content": together}
+        else:
+            ordered.append(turn)
+    roles = [turn["role"] for turn in ordered]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken:
+        raise BadRow("the prompt is empty: there is no user turn before the answer")
+    for before, role in zip([None, *spoken], spoken, strict=False):
+        if role not in FOLLOWS[before]:
+            raise BadRow(f"roles do not alternate user, assistant: {', '.join(roles)}")
+    if spoken[-1] == "assistant":
+        raise BadRow(f"two assistant turns follow each other: {', '.join(roles)}, assistant")
+    if greeted:
+        notes["began with the assistant; what it said before anybody asked was left out"] += 1
+    if len(ordered) + greeted < len(turns):
+        notes["had several turns of the user (or system) in a row, which were joined"] += 1
+    return tuple(ordered)
