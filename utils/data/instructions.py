@@ -257,6 +257,7 @@ def load_conversations(
     split_role: str = "train",
     schema: str = "auto",
     bad: BadRows,
+    tabulate=None,
 ) -> list[Conversation]:
     """Rows of any schema with an answer -> what supervised fine-tuning learns from.
 
@@ -271,7 +272,7 @@ def load_conversations(
         return Conversation((*prompt, answer), row.where)
 
     known = {name: one for name, one in _BY_NAME.items() if one.answer}
-    return load_as(convert, known, SFT_SPLITS, names, split_role, schema, bad)
+    return load_as(convert, known, SFT_SPLITS, names, split_role, schema, bad, tabulate)
 
 
 def has_answer(data: dict) -> bool:
@@ -285,6 +286,7 @@ def load_prompts(
     split_role: str = "train",
     schema: str = "auto",
     bad: BadRows,
+    tabulate=None,
 ) -> list[Prompt]:
     """Rows of any schema -> all that stands before the last answer, and the rows themselves.
 
@@ -295,4 +297,4 @@ def load_prompts(
         turns = in_order(found.prompt(row.data), row.data.get("system"))
         return Prompt(turns, row.where, row.data)
 
-    return load_as(convert, _BY_NAME, PROMPT_SPLITS, names, split_role, schema, bad)
+    return load_as(convert, _BY_NAME, PROMPT_SPLITS, names, split_role, schema, bad, tabulate)

@@ -47,6 +47,7 @@ def load_comparisons(
     split_role: str = "train",
     schema: str = "auto",
     bad: BadRows,
+    tabulate=None,
 ) -> list[Comparison]:
     """Preference pairs and K-wise rankings -> comparisons.
 
@@ -58,7 +59,7 @@ def load_comparisons(
     def convert(found: Schema, row: Row) -> Comparison:
         return _pair(row) if found is _KNOWN["preference"] else _ranking(row)
 
-    return load_as(convert, _KNOWN, PREFERENCE_SPLITS, names, split_role, schema, bad)
+    return load_as(convert, _KNOWN, PREFERENCE_SPLITS, names, split_role, schema, bad, tabulate)
 
 
 def _pair(row: Row) -> Comparison:

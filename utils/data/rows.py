@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from utils.data.bad_rows import BadRow, BadRows, DataError, Row, text_problem
@@ -17,8 +18,10 @@ __all__ = [  # what the loaders of each schema stand on
     "FILES",
     "Row",
     "UTF8_BOM",
+    "files_behind",
     "has_split",
     "read_rows",
+    "stream_rows",
     "text_problem",
 ]
 
@@ -26,29 +29,52 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
-    """Reads all rows of a local file, a local folder or a hub data set.
+    """All rows of `name` at once; see stream_rows."""
+    return list(stream_rows(name, split_candidates, bad))
+
+
+def stream_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> Iterator[Row]:
+    """The rows of a local file, a local folder or a hub data set, one by one as they are read.
 
     Arguments: name (a .json, .jsonl, .csv or .parquet file, a folder, a hub id, or NAME:SPLIT),
     split_candidates (the first that the data set has is read; a plain file is read whole), bad
     (takes the rows that cannot be read). Raises DataError for what is wrong with a whole file.
     """
-    before = len(bad)
-    found = _read(name, split_candidates, bad)
-    bad.seen += len(found) + len(bad) - before
-    return found
+    rows = _source(name, split_candidates).read(bad)
+    while True:
+        before = len(bad)  # whoever takes the rows may find more of them bad
+        row = next(rows, None)
+        bad.seen += len(bad) - before + (row is not None)
+        if row is None:
+            return
+        yield row
 
 
-def _read(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
+def files_behind(name: str, split_candidates: Sequence[str]) -> list[str]:
+    """The files that stream_rows reads: those of `name`, or the Arrow files that `datasets` made
+    of them. Raises DataError as it does."""
+    return _source(name, split_candidates).files()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One split: the files it lies in, and the function that reads its rows."""
+
+    files: Callable[[], list[str]]
+    read: Callable[[BadRows], Iterator[Row]]
+
+
+def _source(name: str, split_candidates: Sequence[str]) -> _Source:
     kind, path, pinned = _locate(name)
     if kind == "file":
-        return read_file(path, bad)
-    readers = _split_readers(name, kind, path)
+        return _Source(lambda: [path], partial(read_file, path))
+    found = _splits(name, kind, path)
     wanted = (pinned,) if pinned else tuple(split_candidates)
     for split in wanted:
-        if split in readers:
-            return readers[split](bad)
+        if split in found:
+            return found[split]
     raise DataError(
-        f"{name}: has the splits {', '.join(readers) or '(none)'}, but not {' or '.join(wanted)};"
+        f"{name}: has the splits {', '.join(found) or '(none)'}, but not {' or '.join(wanted)};"
         " name one of them as NAME:SPLIT"
     )
 
@@ -62,7 +88,7 @@ def has_split(name: str, split_candidates: Sequence[str]) -> bool:
     kind, path, pinned = _locate(name)
     if kind == "file" or pinned:
         return False
-    return not _split_readers(name, kind, path).keys().isdisjoint(split_candidates)
+    return not _splits(name, kind, path).keys().isdisjoint(split_candidates)
 
 
 def _locate(name: str) -> tuple[str, str, str | None]:
@@ -84,8 +110,8 @@ def _locate(name: str) -> tuple[str, str, str | None]:
     return "hub", path, pinned
 
 
-def _split_readers(name: str, kind: str, path: str) -> dict[str, Callable[[BadRows], list[Row]]]:
-    """Each split that a folder or hub data set has, with the function that reads it."""
+def _splits(name: str, kind: str, path: str) -> dict[str, _Source]:
+    """The splits that a folder or hub data set has, by name."""
     with refusals_named(name):
         import datasets
 
@@ -95,7 +121,7 @@ def _split_readers(name: str, kind: str, path: str) -> dict[str, Callable[[BadRo
             saved = datasets.load_from_disk(path)
             if not isinstance(saved, dict):
                 saved = {str(saved.split or "train"): saved}
-            return {key: partial(_table, f"{path}[{key}]", part) for key, part in saved.items()}
+            return {key: _table(f"{path}[{key}]", lambda t=t: t) for key, t in saved.items()}
         if kind == "folder":
             files = datasets.load_dataset_builder(path).config.data_files or {}
             taken = {str(key): [str(file) for file in part] for key, part in files.items()}
@@ -104,9 +130,12 @@ def _split_readers(name: str, kind: str, path: str) -> dict[str, Callable[[BadRo
             if taken and all(
                 file.lower().endswith(TEXT_FILES) for part in taken.values() for file in part
             ):
-                return {key: partial(_read_files, part) for key, part in taken.items()}
+                return {
+                    key: _Source(lambda part=part: part, partial(_read_files, part))
+                    for key, part in taken.items()
+                }
         return {
-            str(key): partial(_load_split, path, str(key))
+            str(key): _table(f"{path}[{key}]", partial(_load_split, path, str(key)))
             for key in datasets.get_dataset_split_names(path)
         }
 
@@ -140,26 +169,32 @@ def _refuse_unread(name: str, path: str, taken: list[str]) -> None:
         )
 
 
-def _load_split(path: str, split: str, bad: BadRows) -> list[Row]:
+def _load_split(path: str, split: str):
     from datasets import load_dataset
 
-    with refusals_named(f"{path}[{split}]"):
-        rows = load_dataset(path, split=split)
-    return _table(f"{path}[{split}]", rows, bad)
+    return load_dataset(path, split=split)
 
 
-def _table(label: str, rows: Iterable[dict], bad: BadRows) -> list[Row]:
-    with refusals_named(label):
-        return number_rows(label, rows)
+def _table(label: str, load: Callable) -> _Source:
+    """A split that `load` gives as a datasets.Dataset."""
+
+    def files() -> list[str]:
+        with refusals_named(label):
+            return [each["filename"] for each in load().cache_files]
+
+    def read(bad: BadRows) -> Iterator[Row]:
+        with refusals_named(label):
+            yield from number_rows(label, load())
+
+    return _Source(files, read)
 
 
-def _read_files(paths: Iterable[str], bad: BadRows) -> list[Row]:
-    rows, problems = [], []
-    for path in map(str, paths):
+def _read_files(paths: Iterable[str], bad: BadRows) -> Iterator[Row]:
+    problems = []
+    for path in paths:
         try:
-            rows += read_file(path, bad)
+            yield from read_file(path, bad)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return rows
