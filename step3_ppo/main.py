@@ -21,7 +21,16 @@ from step3_ppo.update import train_on
 from step3_ppo.watch import Watch
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
+from utils.data import (
+    batches,
+    chat_template,
+    instructions,
+    row_cache,
+    row_tables,
+    rows,
+    splits,
+    toy_tasks,
+)
 from utils.distributed import checkpoint, planner, process_group, resuming, shared_files, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model
@@ -42,24 +51,38 @@ SHOWN = (
 EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no rollout's
 
 
+def _with_item(found: dict, item) -> rollouts.Prompt:
+    prompt = item()
+    return rollouts.Prompt(found["ids"], prompt.messages, prompt.row)
+
+
+PROMPTS = row_tables.Layout(instructions.Prompt, {"ids": row_tables.TOKENS}, _with_item)
+
+
+def encode(tokenizer, prompts, max_prompt_length: int, bad):
+    """Prompts → (rollout.Prompt of those that render, Counts); see batches.encode_prompts."""
+    kept, ids, counts = batches.encode_prompts(tokenizer, prompts, max_prompt_length, bad)
+    pairs = zip(kept, ids, strict=True)
+    return [rollouts.Prompt(i, p.messages, p.row) for p, i in pairs], counts
+
+
 def load_prompts(config, tokenizer, report):
-    """(training prompts, held-out prompts), each a list of rollout.Prompt."""
+    """(training prompts, held-out prompts), each a view of rollout.Prompt."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-
-    def load(names, role):
-        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
-
+    load = row_cache.Reader(
+        functools.partial(instructions.load_prompts, schema=config.data_schema),
+        functools.partial(encode, tokenizer, max_prompt_length=config.max_prompt_length),
+        PROMPTS,
+        config,
+        bad,
+    )
     parts = splits.train_and_held_out(
         config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad
     )
-    found = []
-    for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
-        kept, ids, counts = batches.encode_prompts(tokenizer, part, config.max_prompt_length, bad)
-        pairs = zip(kept, ids, strict=True)
-        found.append([rollouts.Prompt(i, p.messages, p.row) for p, i in pairs])
-        report.say(counts.line(name))
     bad.finish("prompt_data")
-    return found
+    for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
+        report.say(part.counts().line(name))
+    return [part.usable() for part in parts]
 
 
 def evaluate(models, prompts, config, device, report, when: str) -> dict[str, float]:
@@ -155,8 +178,7 @@ def main() -> None:
     watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
     carried |= {"products": PRODUCTS} | ({"ptx": models.ptx} if models.ptx is not None else {})
-    data = batches.fingerprint(p.ids for p in prompts)
-    done = run.follow(check.trained(), carried, saved, data, models.ema)
+    done = run.follow(check.trained(), carried, saved, prompts.fingerprint(), models.ema)
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check.before_the_first_step(done)

@@ -46,6 +46,9 @@ class RunConfig:
     data_split: str = setting("", "share one data set among the three steps, e.g. 2,4,4")
     eval_fraction: float = setting(0.05, "rows held out where a data set has no test split")
     max_eval_rows: int = setting(512, "at most so many held-out rows are used")
+    data_cache: str = setting(
+        "", "folder for the tokenised rows of large data sets; else below $HF_HOME"
+    )
     max_bad_rows: float = setting(
         0.01,
         "share of the rows that may be unusable: they are left out, counted, and kept in "
@@ -132,6 +135,8 @@ class RunConfig:
             found.append("output_dir is empty; say where to write with --output_dir FOLDER")
         elif problem := folder_problem(self.output_dir):
             found.append(f"output_dir={self.output_dir!r}: {problem}; set --output_dir")
+        if self.data_cache and (problem := folder_problem(self.data_cache)):
+            found.append(f"data_cache={self.data_cache!r}: {problem}; set --data_cache")
         if not self.model_name_or_path.strip():
             found.append(
                 "model_name_or_path is empty; set --model_name_or_path to a folder or hub name"
