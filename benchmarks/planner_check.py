@@ -114,7 +114,7 @@ def write_models(folder: Path, size: str, scorer: bool) -> None:
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     classes = {size: AutoModelForCausalLM}
     if scorer:
-        config.num_labels = 1
+        config.num_labels, config.reward_read_at = 1, "stop"  # as step 2 saves them
         classes[f"{size}-reward"] = AutoModelForSequenceClassification
     dtype = torch.bfloat16 if size in QWEN else torch.float32
     for name, auto_class in classes.items():

@@ -228,7 +228,7 @@ def save_models(work: Work, folder: Path, dtype: str = "fp32") -> Path:
     if (folder / "made").exists():
         return folder
     tokenizer, config = make_tokenizer(work.shape.vocabulary), model_config(work.shape)
-    config.num_labels = 1
+    config.num_labels, config.reward_read_at = 1, "stop"  # as step 2 saves them
     for name, auto, seed in (
         ("policy", AutoModelForCausalLM, 0),
         ("reward", AutoModelForSequenceClassification, 1),

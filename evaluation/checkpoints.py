@@ -115,11 +115,9 @@ def prompt_room(model, max_new_tokens: int) -> int:
 
 def encode_prompt(tokenizer, messages, where: str) -> list[int]:
     """Ids up to where the assistant begins. Raises SystemExit where the template refuses."""
-    from jinja2 import TemplateError
-
     try:
         return chat_template.encode_prompt(tokenizer, messages)
-    except TemplateError as error:
+    except chat_template.TemplateError as error:
         raise SystemExit(
             f"{where}: the chat template of {tokenizer.name_or_path} refuses it: {error}"
         ) from error

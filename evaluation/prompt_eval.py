@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 import torch
 
-from evaluation import checkpoints, markdown
+from evaluation import checkpoints, markdown, scores
 from utils import config as run_config
 from utils import report as reporting
 from utils import terminal, whole_files
 from utils.config import setting
 from utils.data import batches, chat_template, instructions, rows
-from utils.distributed import zero
-from utils.models import generation, scalar_model
+from utils.data.chat_template import READ_AT, READ_AT_HELP
+from utils.models import generation
 
 BUILT_IN_PROMPTS = (
     "Explain the moon landing to a 6 year old in a few sentences.",
@@ -57,6 +57,7 @@ class PromptEvalConfig:
     max_new_tokens: int = setting(128, "tokens an answer at most")
     batch_size: int = setting(8, "prompts answered at once")
     reward_model: str = setting("", "folder of a reward model that scores each answer")
+    reward_read_at: str = setting("auto", READ_AT_HELP, choices=("auto", *READ_AT))
     output_dir: str = setting("", "write answers.jsonl and answers.md there; empty: print only")
     dtype: str = setting(
         "auto",
@@ -90,6 +91,10 @@ class PromptEvalConfig:
             found += checkpoints.folder_problems(path, "checkpoints")
         if self.reward_model:
             found += checkpoints.folder_problems(self.reward_model, "reward_model")
+        elif self.reward_read_at != "auto":
+            found.append(
+                f"reward_read_at={self.reward_read_at} needs a --reward_model that is read"
+            )
         for name in self.prompts:
             unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
             if checkpoints.looks_local(unsplit) and not any(
@@ -202,6 +207,22 @@ def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
     )
 
 
+def refuse_unrendered(config, questions: list[Question]) -> None:
+    """Raise DataError that names each prompt which a checkpoint's template refuses, before any
+    checkpoint has answered in vain."""
+    problems = []
+    for path in config.checkpoints:
+        tokenizer = chat_template.load_tokenizer(path, config.trust_remote_code)
+        for question in questions:
+            turn = {"role": "user", "content": question.turns[0]}
+            try:
+                chat_template.encode_prompt(tokenizer, (*question.context, turn))
+            except chat_template.TemplateError as error:
+                problems.append(f"{question.where}: {path}: {error}")
+    if problems:
+        raise rows.DataError(problems, title="prompts that cannot be answered:")
+
+
 @torch.no_grad()
 def answer_all(config, checkpoint: str, questions: list[Question]):
     """(answers of each question, a turn after the other; seconds spent sampling)."""
@@ -263,38 +284,6 @@ def generate(model, tokenizer, encoded: list[list[int]]) -> list[tuple[str, int,
     return found
 
 
-@torch.no_grad()
-def score_all(config, answers: list[Answer]) -> None:
-    """Set every answer's score: the reward model's, bias taken off, on the whole conversation.
-
-    An answer cut off by max_new_tokens is scored as if it had ended there.
-    """
-    tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = zero.resolve_dtype(config.dtype, device)
-    model = scalar_model.load(
-        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=tokenizer
-    )
-    model.to(device).eval()
-    limit = getattr(
-        model.classifier.config.get_text_config(), "max_position_embeddings", sys.maxsize
-    )
-    for start in range(0, len(answers), config.batch_size):
-        chosen = answers[start : start + config.batch_size]
-        try:
-            encoded = [
-                chat_template.encode_conversation(tokenizer, a.conversation).ids[-limit:]
-                for a in chosen
-            ]
-        except chat_template.TemplateError as error:
-            raise SystemExit(f"reward_model={config.reward_model}: {error}") from error
-        ids = batches.pad(encoded, tokenizer.pad_token_id).to(device)
-        mask = batches.pad([[True] * len(e) for e in encoded], False).to(device)
-        scores = scalar_model.sequence_scores(model, ids, mask).tolist()
-        for answer, score in zip(chosen, scores, strict=True):
-            answer.score = score
-
-
 def facts(answer: Answer) -> str:
     ending = "finished" if answer.finished else "cut off"
     score = "" if answer.score is None else f", score {answer.score:.3f}"
@@ -334,7 +323,7 @@ def as_markdown(config, questions, results, summary: str) -> str:
 
 
 def summary_table(results: dict[str, list[list[Answer]]], seconds: dict[str, float]) -> str:
-    header = ("checkpoint", "answers", "tokens/answer", "finished", "tokens/s")
+    header = ("checkpoint", "answers", "tokens/answer", "finished", "tokens/s", "mean score")
     lines = []
     for checkpoint, groups in results.items():
         answers = [a for group in groups for a in group]
@@ -342,10 +331,10 @@ def summary_table(results: dict[str, list[list[Answer]]], seconds: dict[str, flo
         finished = sum(a.finished for a in answers) / n
         line = (checkpoint, n, f"{tokens / n:.1f}", f"{finished:.0%}")
         line = (*line, f"{tokens / seconds[checkpoint]:.1f}")
-        if answers[0].score is not None:
-            header = (*header[:5], "mean score")
-            line = (*line, f"{sum(a.score for a in answers) / n:.3f}")
-        lines.append(line)
+        scored = [a.score for a in answers if a.score is not None]
+        lines.append((*line, f"{sum(scored) / len(scored):.3f}" if scored else "-"))
+    if all(line[-1] == "-" for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
     return reporting.table(lines, header)
 
 
@@ -370,6 +359,7 @@ def main() -> None:
     reporting.quiet_libraries()
     try:
         questions = load_questions(config)
+        refuse_unrendered(config, questions)
     except rows.DataError as error:
         raise SystemExit(str(error)) from error
     if config.output_dir:
@@ -378,11 +368,17 @@ def main() -> None:
     results, seconds = {}, {}
     for checkpoint in config.checkpoints:
         results[checkpoint], seconds[checkpoint] = answer_all(config, checkpoint, questions)
-    if config.reward_model:
-        score_all(config, [a for groups in results.values() for g in groups for a in g])
-    summary = summary_table(results, seconds)
-    print(as_text(questions, results) + "\n\n" + summary, flush=True)
+    # Before they are scored, whatever becomes of that.
+    print(as_text(questions, results) + "\n", flush=True)
     if config.output_dir:
+        write(config, questions, results, summary_table(results, seconds))
+    if config.reward_model:
+        answers = [a for groups in results.values() for g in groups for a in g]
+        refused = scores.score_all(config, answers)
+        print("\n".join([*refused, scores.score_table(questions, results), ""]))
+    summary = summary_table(results, seconds)
+    print(summary, flush=True)
+    if config.output_dir and config.reward_model:
         write(config, questions, results, summary)
 
 

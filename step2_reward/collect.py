@@ -10,12 +10,12 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-import torch
 
 from utils import config as run_config
 from utils import report as reporting
@@ -23,8 +23,9 @@ from utils import whole_files
 from utils.config import RunConfig, setting
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
 from utils.distributed import process_group, resuming, shared_files, zero
-from utils.models import generation, language_model, scalar_model
+from utils.models import generation, language_model, reward_reader, scalar_model
 from utils.models.decoder import Decoder
+from utils.models.reward_reader import Reader
 from utils.seeding import seed_everything
 
 
@@ -48,6 +49,9 @@ class CollectConfig(RunConfig):
     )
     agreement: float = setting(1.0, "verifier: share of pairs labelled as it would (people: 0.73)")
     reward_model: str = setting("", "labeller reward_model: its folder")
+    reward_read_at: str = setting(
+        "auto", chat_template.READ_AT_HELP, choices=("auto", *chat_template.READ_AT)
+    )
     rankings: str = setting("", "labeller file: rows of prompt, responses, and ranks or scores")
     output_file: str = setting("", "where the comparisons go, JSON Lines")
 
@@ -65,7 +69,8 @@ class CollectConfig(RunConfig):
             found.append(f"labeller={self.labeller} samples answers: set --policy, --prompt_data")
         if self.labeller == "reward_model" and not self.reward_model:
             found.append("labeller=reward_model needs --reward_model FOLDER")
-        read_by = {"reward_model": "reward_model", "rankings": "file", "agreement": "verifier"}
+        read_by = {"reward_model": "reward_model", "reward_read_at": "reward_model"}
+        read_by |= {"rankings": "file", "agreement": "verifier"}
         for name, labeller in read_by.items():
             if getattr(self, name) != getattr(type(self), name) and self.labeller != labeller:
                 found.append(
@@ -88,7 +93,12 @@ class CollectConfig(RunConfig):
         return found
 
 
-def sample_answers(config, encoded, tokenizer, model, device) -> list[list[str]]:
+class Sampled(NamedTuple):
+    text: str
+    finished: bool  # ended with the stop token, not cut at --max_response_length
+
+
+def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampled]]:
     """K answers to each prompt of `encoded` (id lists), on every rank, in that order."""
     rank, world = process_group.rank(), process_group.world_size()
     k, length = config.answers_per_prompt, config.max_response_length
@@ -113,9 +123,11 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[str]]
             decoder=decoder,
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        found |= {i: texts[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
+        finished = (responses == tokenizer.eos_token_id).any(1).tolist()
+        sampled = list(zip(texts, finished, strict=True))
+        found |= {i: sampled[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
     everything = {i: t for part in process_group.gather_objects(found) for i, t in part.items()}
-    return [everything[i] for i in range(len(encoded))]
+    return [[Sampled(*one) for one in everything[i]] for i in range(len(encoded))]
 
 
 def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> list[list[float]]:
@@ -157,14 +169,17 @@ def share_agreeing(truth: list[list[float]], other: list[list[float]]) -> float:
     return same / max(pairs, 1)
 
 
-def label_with_verifier(config, prompts, answers) -> list[list[float]]:
+def refuse_other_tasks(prompts) -> None:
     if other := [p.where for p in prompts if not toy_tasks.is_task(p.row)]:
         raise SystemExit(
             f"labeller=verifier: {other[0]} is no task of utils/data/toy_tasks.py ({len(other)} in "
             "all), which alone it judges; choose --labeller reward_model, file or none for others"
         )
+
+
+def label_with_verifier(config, prompts, answers) -> list[list[float]]:
     scores = [
-        [toy_tasks.verify(p.row, a) for a in group]
+        [toy_tasks.verify(p.row, a.text) for a in group]
         for p, group in zip(prompts, answers, strict=True)
     ]
     labelled = agreeing_scores(scores, config.agreement, config.seed)
@@ -179,35 +194,33 @@ def label_with_verifier(config, prompts, answers) -> list[list[float]]:
     return labelled
 
 
-@torch.no_grad()
-def label_with_reward_model(config, prompts, answers, dtype, device) -> list[list[float]]:
-    tokenizer = chat_template.load_tokenizer(config.reward_model, config.trust_remote_code)
-    model = scalar_model.load(
-        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=tokenizer
-    )
-    model.to(device).eval()
-    texts = [(p.messages, a) for p, group in zip(prompts, answers, strict=True) for a in group]
+def label_with_reward_model(config, reader, model, prompts, answers, device) -> list[list[float]]:
+    """Scores as PPO would give them; `model` is the one that `reader` (Reader) is of."""
     limit = config.max_prompt_length + config.max_response_length
+    reader = replace(reader, max_length=min(limit, reader.max_length))
+    asked = [(p.messages, *a) for p, group in zip(prompts, answers, strict=True) for a in group]
     rank, world = process_group.rank(), process_group.world_size()
-    everyones, texts = texts, texts[rank::world]
-    scores = []
-    for start in range(0, len(texts), config.micro_batch_size):
-        encoded = [
-            chat_template.encode_conversation(
-                tokenizer, (*messages, {"role": "assistant", "content": answer})
-            ).ids[-limit:]
-            for messages, answer in texts[start : start + config.micro_batch_size]
-        ]
-        ids = batches.pad(encoded, tokenizer.pad_token_id).to(device)
-        mask = batches.pad([[True] * len(e) for e in encoded], False).to(device)
-        scores += scalar_model.sequence_scores(model, ids, mask).tolist()
+    mine = [reader.encode(*one) for one in asked[rank::world]]
+    model.to(device).eval()
+    scores = reward_reader.scores_of(model, mine, config.micro_batch_size, device)
     parts = process_group.gather_objects(scores)
-    rest = iter([parts[i % world][i // world] for i in range(len(everyones))])
+    rest = iter([parts[i % world][i // world] for i in range(len(asked))])
     return [[next(rest) for _ in group] for group in answers]
 
 
-def write(config, prompts, answers, labels) -> None:
-    """Comparisons with their provenance; answers that say the same count once."""
+def keep_samples(config, prompts, answers) -> Path:
+    """Write what was sampled beside the output, as people would be given it, before it is ranked:
+    whatever goes wrong then, the hours of sampling are not lost."""
+    path = Path(config.output_file).with_suffix(".sampled.jsonl")
+    with whole_files.writing(path, "--output_file") as f:
+        for prompt, group in zip(prompts, answers, strict=True):
+            f.write(json.dumps(row_of(config, prompt, group), ensure_ascii=True) + "\n")
+    print(f"{path}: what was sampled, until it is ranked", flush=True)
+    return path
+
+
+def row_of(config, prompt, answers: list[Sampled]) -> dict:
+    """A row of comparisons that nobody has ranked, with its provenance."""
     provenance = {
         "policy": config.policy,
         "labeller": config.labeller,
@@ -215,24 +228,34 @@ def write(config, prompts, answers, labels) -> None:
         "temperature": config.temperature,
         "agreement": config.agreement,
     }
+    return {
+        "prompt": list(prompt.messages),
+        "responses": [a.text for a in answers],
+        "finished": [a.finished for a in answers],
+        "provenance": provenance | {"prompt": prompt.where},
+    }
+
+
+def write(config, prompts, answers, labels) -> None:
+    """Comparisons with their provenance; answers that say the same count once."""
     kept = ties = 0
     path = Path(config.output_file)
     with whole_files.writing(path, "--output_file") as f:
         for prompt, group, scores in zip(prompts, answers, labels, strict=True):
             # A tiny policy samples control bytes now and then, which no data file should hold.
             unique = {
-                a: s
+                a.text: (a, s)
                 for a, s in zip(group, scores, strict=True)
-                if a.strip() and not rows.text_problem(a)
+                if a.text.strip() and not rows.text_problem(a.text)
             }
-            if len(unique) < 2 or (config.labeller != "none" and len(set(unique.values())) < 2):
+            group, scores = zip(*unique.values(), strict=True) if unique else ((), ())
+            if len(group) < 2 or (config.labeller != "none" and len(set(scores)) < 2):
                 ties += 1
                 continue
             kept += 1
-            row = {"prompt": list(prompt.messages), "responses": list(unique)}
+            row = row_of(config, prompt, group)
             if config.labeller != "none":
-                row["scores"] = list(unique.values())
-            row["provenance"] = provenance | {"prompt": prompt.where}
+                row["scores"] = scores
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not kept:
             raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
@@ -256,7 +279,33 @@ def import_rankings(config) -> None:
     found = preferences.load_comparisons([config.rankings], split_role="train", bad=bad)
     bad.finish(config.rankings)
     prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in found]
-    write(config, prompts, [c.responses for c in found], [c.scores for c in found])
+    answers = [list(map(Sampled, c.responses, c.finished)) for c in found]
+    write(config, prompts, answers, [c.scores for c in found])
+
+
+def load_prompts(config, tokenizer, reader: Reader | None):
+    """(prompts that the policy's template and the labeller's, if it has one, can render, their ids,
+    Counts)."""
+    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+
+    def load(names, role):
+        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
+
+    # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
+    splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
+    prompts, _ = splits.train_and_held_out(
+        config.prompt_data, load, splits_of_prompts, config, step=2, bad=bad
+    )
+    random.Random(config.seed).shuffle(prompts)
+    prompts = prompts[: config.num_prompts or None]
+    if reader is not None:
+        prompts = reward_reader.readable(prompts, [reader], bad)
+    limit = config.max_prompt_length
+    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, bad)
+    bad.finish("prompt_data")
+    if config.labeller == "verifier":
+        refuse_other_tasks(prompts)
+    return prompts, encoded, counts
 
 
 def main() -> None:
@@ -273,35 +322,30 @@ def main() -> None:
             import_rankings(config)
         process_group.shut_down()
         return
-    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-
-    def load(names, role):
-        return instructions.load_prompts(names, split_role=role, schema=config.data_schema, bad=bad)
-
-    # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
-    splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
-    prompts, _ = splits.train_and_held_out(
-        config.prompt_data, load, splits_of_prompts, config, step=2, bad=bad
-    )
-    random.Random(config.seed).shuffle(prompts)
-    prompts = prompts[: config.num_prompts or None]
     tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code)
-    limit = config.max_prompt_length
-    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, bad)
-    bad.finish("prompt_data")
+    reader = None
+    if config.labeller == "reward_model":
+        reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
+    prompts, encoded, counts = load_prompts(config, tokenizer, reader)
     if process_group.is_main():
         print(counts.line("prompts"), flush=True)
+    # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.
+    scorer = reader and scalar_model.load(
+        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
+    )
     model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
     answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
-    tokens = math.fsum(len(a) for group in answers for a in group)
-    if config.labeller == "reward_model":
-        labels = label_with_reward_model(config, prompts, answers, dtype, device)
+    tokens = math.fsum(len(a.text) for group in answers for a in group)
+    sampled = keep_samples(config, prompts, answers) if process_group.is_main() else None
+    if scorer is not None:
+        labels = label_with_reward_model(config, reader, scorer, prompts, answers, device)
     elif config.labeller == "verifier":
         labels = label_with_verifier(config, prompts, answers)
     else:
         labels = [[0.0] * len(group) for group in answers]
     if process_group.is_main():
         write(config, prompts, answers, labels)
+        sampled.unlink()
         print(
             f"{len(prompts)} × {config.answers_per_prompt} answers, {tokens:.0f} characters in "
             f"{time.time() - started:.1f} s",

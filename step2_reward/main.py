@@ -67,7 +67,8 @@ RANKED = row_tables.Layout(
 def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], batches.Counts]:
     """Comparisons → (Ranked, Counts of answers). All answers of a comparison follow the same prompt
     tokens, cut so that the longest one fits; one that is too long even so keeps its stop token,
-    where its score is read. Answers that the template cannot render go to `bad`."""
+    where its score is read, for it is ranked as the whole answer. One that was cut before it was
+    ranked has none. Answers that the template cannot render go to `bad`."""
     counts, encoded = batches.Counts(), []
     for row in comparisons:
         try:
@@ -90,6 +91,8 @@ def encode(tokenizer, comparisons, max_length: int, bad) -> tuple[list[Ranked], 
             sum(batches.shorten(prompt[-room:], answer, max_length, stop_id, "cut", counts), [])
             for _, answer in pairs
         ]
+        # An answer that was cut when it was sampled has no stop token in PPO, and so none here.
+        answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
         encoded.append(Ranked(tuple(answers), row.scores, tuple(len(t) for t in row.responses)))
     return encoded, counts
 

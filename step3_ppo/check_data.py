@@ -9,9 +9,9 @@ import yaml
 
 from step3_ppo import algorithm
 from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
-from utils.data import batches, chat_template, preferences, rows, splits
+from utils.data import chat_template, preferences, rows, splits
 from utils.distributed import process_group
-from utils.models import generation, scalar_model
+from utils.models import generation, reward_reader
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 
@@ -125,8 +125,10 @@ def same_language(check) -> str:
             raise Fault(f"an answer ends with {tokenizer.decode(whole.ids[-1:])!r} in the template")
     if reward is None:
         return f"template and stop token agree; scores come from {check.config.reward_function}"
-    if reward.tokenizer is None:
+    if not reward.by_text:
         return "policy and reward model share vocabulary, template, stop and pad token"
+    if reward.reader.read_at == "end":
+        return "the reward model is read behind the answer's stop token: answers go to it as text"
     return "the reward model has another tokenizer or template: answers go to it as text"
 
 
@@ -181,21 +183,15 @@ def _held_out_accuracy(check) -> dict:
         same = {k: then[k] for k in ("eval_fraction", "seed", "data_split") if k in then}
         plain = dataclasses.replace(plain, **same)
     _, held = splits.train_and_held_out(config.preference_data, load, kinds, plain, 2, bad)
+    held = reward_reader.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
     bad.finish("preference_data")
-    reader = dataclasses.replace(reward, tokenizer=reward.tokenizer or check.models.tokenizer)
-    texts = [(c, k) for c in held[:COMPARISONS_TRIED] for k in range(len(c.responses))]
-    encoded = [reader.encode(c.prompt, c.responses[k], True) for c, k in texts]
-    scores: list[float] = []
-    for start in range(0, len(encoded), config.micro_batch_size):
-        some = encoded[start : start + config.micro_batch_size]
-        ids = batches.pad(some, reader.tokenizer.pad_token_id).to(check.device)
-        mask = batches.pad([[True] * len(e) for e in some], False).to(check.device)
-        with torch.no_grad():
-            scores += scalar_model.sequence_scores(reward.model, ids, mask).tolist()
+    texts = [(c, k) for c in held for k in range(len(c.responses))]
+    encoded = [reward.reader.encode(c.prompt, c.responses[k], c.finished[k]) for c, k in texts]
+    scores = reward_reader.scores_of(reward.model, encoded, config.micro_batch_size, check.device)
     found = {(id(c), k): s for (c, k), s in zip(texts, scores, strict=True)}
     pairs = [
         (c, i, j)
-        for c in held[:COMPARISONS_TRIED]
+        for c in held
         for i in range(len(c.responses))
         for j in range(len(c.responses))
         if c.scores[i] > c.scores[j]

@@ -237,7 +237,7 @@ def padding_invariance(check) -> str:
         asked = [("actor", "logprob", models.actor), ("reference", "logprob", models.reference)]
         if models.critic is not None:
             asked.append(("critic", "value", models.critic))
-        if models.reward is not None and models.reward.tokenizer is None:
+        if models.reward is not None and not models.reward.by_text:
             asked.append(("reward model", "score", models.reward.model))
         for name, kind, model in asked:
             plain = read(model, kind, [alone], [[True] * end])

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from utils.config import RunConfig, setting
+from utils.data.chat_template import READ_AT, READ_AT_HELP
 
 
 @dataclass
@@ -16,6 +17,7 @@ class PPOConfig(RunConfig):
 
     weighted = "prompt_data"
     reward_model: str = setting("", "folder written by step2_reward/main.py")
+    reward_read_at: str = setting("auto", READ_AT_HELP, choices=("auto", *READ_AT))
     reward_function: str = setting(
         "",
         "package.module:name or FILE.py:name of a callable (prompts, responses, rows) → scores, in "
@@ -139,6 +141,10 @@ class PPOConfig(RunConfig):
             found.append(
                 "reward_model is empty; set --reward_model to step 2's output folder, or name a "
                 "--reward_function"
+            )
+        if self.reward_read_at != "auto" and not self.reward_model:
+            found.append(
+                f"reward_read_at={self.reward_read_at} needs a --reward_model that is read"
             )
         if not self.prompt_data:
             found.append("prompt_data is empty; name at least one data set with --prompt_data")

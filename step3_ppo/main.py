@@ -16,6 +16,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo import self_check
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build, parts
+from step3_ppo.reward_model import readers, reads_text
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from step3_ppo.watch import Watch
@@ -33,7 +34,7 @@ from utils.data import (
 )
 from utils.distributed import checkpoint, planner, process_group, resuming, shared_files, zero
 from utils.distributed.training_state import Checkpoints
-from utils.models import language_model
+from utils.models import language_model, reward_reader
 from utils.models.cpu_products import PRODUCTS
 from utils.seeding import seed_everything
 
@@ -59,8 +60,10 @@ def _with_item(found: dict, item) -> rollouts.Prompt:
 PROMPTS = row_tables.Layout(instructions.Prompt, {"ids": row_tables.TOKENS}, _with_item)
 
 
-def encode(tokenizer, prompts, max_prompt_length: int, bad):
-    """Prompts → (rollout.Prompt of those that render, Counts); see batches.encode_prompts."""
+def encode(tokenizer, prompts, max_prompt_length: int, readers, bad):
+    """Prompts → (rollout.Prompt of those that every one of `readers` can read, Counts); see
+    batches.encode_prompts."""
+    prompts = reward_reader.readable(prompts, readers, bad)
     kept, ids, counts = batches.encode_prompts(tokenizer, prompts, max_prompt_length, bad)
     pairs = zip(kept, ids, strict=True)
     return [rollouts.Prompt(i, p.messages, p.row) for p, i in pairs], counts
@@ -69,9 +72,12 @@ def encode(tokenizer, prompts, max_prompt_length: int, bad):
 def load_prompts(config, tokenizer, report):
     """(training prompts, held-out prompts), each a view of rollout.Prompt."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    by_text = [r for r in readers(config).values() if reads_text(r, tokenizer)]
     load = row_cache.Reader(
         functools.partial(instructions.load_prompts, schema=config.data_schema),
-        functools.partial(encode, tokenizer, max_prompt_length=config.max_prompt_length),
+        functools.partial(
+            encode, tokenizer, max_prompt_length=config.max_prompt_length, readers=by_text
+        ),
         PROMPTS,
         config,
         bad,

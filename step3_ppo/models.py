@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from step3_ppo import ptx, scoring
 from step3_ppo.old_logprobs import OldLogprobs
-from step3_ppo.reward_model import RewardModel, differences
+from step3_ppo.reward_model import RewardModel, differences, readers, reads_text
 from utils.data import chat_template
 from utils.distributed import checkpoint, zero
 from utils.distributed.frozen_offload import FrozenOffload
@@ -43,7 +43,8 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     reward_function = scoring.load(config.reward_function) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
-    other_tokenizers = check_same_language(tokenizer, config)
+    check_same_language(tokenizer, config)
+    of_scorers = readers(config)
     loading = dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     actor, rollout_engine = rollout_engines.build(
@@ -63,7 +64,9 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     critic = None
     if config.algorithm != "reinforce":
         # A reward model of another language cannot read the policy's ids, whatever it knows.
-        like_reward = "" if "reward_model" in other_tokenizers else config.reward_model
+        reader = of_scorers.get("reward_model")
+        same = reader is not None and not differences(tokenizer, reader.tokenizer)
+        like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
         critic = _train(
             scalar_model.load(config, start, zero_stage=stage, head="zero", **loading),
@@ -83,10 +86,11 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         path = getattr(config, flag)
         if not path:
             return None
-        its_own = other_tokenizers.get(flag, tokenizer)
-        model = scalar_model.load(config, path, dtype=dtype, zero_stage=stage, tokenizer=its_own)
-        most = getattr(model.classifier.config, "max_position_embeddings", None) or 1_000_000
-        return RewardModel(zero.frozen(model, **frozen), other_tokenizers.get(flag), most)
+        reader = of_scorers[flag]
+        model = scalar_model.load(
+            config, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
+        )
+        return RewardModel(zero.frozen(model, **frozen), reader, reads_text(reader, tokenizer))
 
     reward, judge = reward_model("reward_model"), reward_model("judge_model")
     frozen_offload = None
@@ -134,22 +138,17 @@ def parts(models: Models, config, state) -> dict:
     return found | {".": state}
 
 
-def check_same_language(tokenizer, config) -> dict[str, object]:
-    """Refuse a reference or critic to whom the actor's ids mean other text.
-
-    Reward models may: returns {flag: its tokenizer} of those, whom answers go to as text.
-    """
-    others, problems = {}, []
-    for flag in ("reward_model", "judge_model", "critic_model", "reference_model"):
+def check_same_language(tokenizer, config) -> None:
+    """Refuse a reference or critic to whom the actor's ids mean other text. To a reward model they
+    may: answers go to it as text."""
+    problems = []
+    for flag in ("critic_model", "reference_model"):
         path = getattr(config, flag)
         if not path:
             continue
         other = chat_template.load_tokenizer(path, config.trust_remote_code)
         found = differences(tokenizer, other)
         if not found:
-            continue
-        if flag.startswith(("reward", "judge")):
-            others[flag] = other
             continue
         problems.append(
             f"{flag}={path!r} and model_name_or_path={config.model_name_or_path!r} differ in "
@@ -158,4 +157,3 @@ def check_same_language(tokenizer, config) -> dict[str, object]:
         )
     if problems:
         raise SystemExit("\n".join(problems))
-    return others

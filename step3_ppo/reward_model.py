@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.data import batches, chat_template
+from utils.data import batches
 from utils.distributed import host_memory
 from utils.models import scalar_model
+from utils.models.reward_reader import Reader
 
 
 def differences(tokenizer, other) -> list[str]:
@@ -24,15 +25,30 @@ def differences(tokenizer, other) -> list[str]:
     ]
 
 
+def readers(config) -> dict[str, Reader]:
+    """How each reward model of the run reads a conversation, by the flag that names it."""
+    read_at = {"reward_model": config.reward_read_at, "judge_model": "auto"}
+    return {
+        flag: Reader.load(getattr(config, flag), config.trust_remote_code, where)
+        for flag, where in read_at.items()
+        if getattr(config, flag)
+    }
+
+
+def reads_text(reader: Reader, tokenizer) -> bool:
+    """Whether the policy's ids would mean other text to a reward model, or end before the token
+    that it is read at."""
+    return reader.read_at == "end" or bool(differences(tokenizer, reader.tokenizer))
+
+
 @dataclass
 class RewardModel:
-    """model: (ids (B,T), mask (B,T)) → (B,T). tokenizer: its own where it reads other ids than
-    the policy writes, else None. max_length: tokens it has positions for; texts lose their left
-    end."""
+    """model: (ids (B,T), mask (B,T)) → (B,T). by_text: whether conversations go to it as text,
+    through its reader, or as the policy's ids."""
 
     model: object
-    tokenizer: object | None
-    max_length: int
+    reader: Reader | None
+    by_text: bool
 
     @torch.no_grad()
     def scores(
@@ -46,12 +62,12 @@ class RewardModel:
         device of the ids.
         """
         device = input_ids.device
-        if self.tokenizer is not None:
+        if self.by_text:
             rows = [
-                self.encode(p.messages, text, done)
+                self.reader.encode(p.messages, text, done)
                 for p, text, done in zip(prompts, texts, finished.tolist(), strict=True)
             ]
-            input_ids = batches.pad(rows, self.tokenizer.pad_token_id)
+            input_ids = batches.pad(rows, 0)
             flags = batches.pad([[True] * len(row) for row in rows], False)
         else:
             input_ids, flags = input_ids.cpu(), mask.cpu()
@@ -64,13 +80,3 @@ class RewardModel:
         scores = torch.empty(len(flags))
         scores[order] = torch.cat(found).float().cpu()
         return scores.to(mask.device)
-
-    def encode(self, messages, text: str, finished: bool) -> list[int]:
-        """One conversation in the reward model's own ids, up to its stop token; an answer cut at
-        the limit has none."""
-        stop = self.tokenizer.eos_token
-        # An answer that spells the stop token in letters would end there for a reader of ids.
-        answer = {"role": "assistant", "content": text.replace(stop, "")}
-        encoded = chat_template.encode_conversation(self.tokenizer, (*messages, answer))
-        ids = encoded.ids if finished else encoded.ids[:-1]
-        return ids[-self.max_length :]

@@ -86,7 +86,8 @@ def bad_rows_jsonl(folder, amount):
 def comparisons(folder, amount):
     config = collect.CollectConfig(output_file=str(folder / "c.jsonl"), output_dir=str(folder))
     prompts = [instructions.Prompt(({"role": "user", "content": "q"},), "f:1", {})] * 10 * amount
-    collect.write(config, prompts, [["a", "b"]] * len(prompts), [[1.0, 0.0]] * len(prompts))
+    sampled = [collect.Sampled("a", True), collect.Sampled("b", False)]
+    collect.write(config, prompts, [sampled] * len(prompts), [[1.0, 0.0]] * len(prompts))
 
 
 def toy_data(folder, amount):

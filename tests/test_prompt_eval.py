@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from evaluation import checkpoints, prompt_eval
+from evaluation import checkpoints, prompt_eval, scores
 from utils.data import chat_template, rows
 
 policy = evaluated_models.policy  # a fixture, for this file too
@@ -237,18 +237,24 @@ def test_scores_are_the_reward_models_own(policy, reward_model, tmp_path):
     questions = prompt_eval.load_questions(config)
     groups, _ = prompt_eval.answer_all(config, policy, questions)
     answers = [a for group in groups for a in group]
-    prompt_eval.score_all(config, answers)
+    for answer in answers[::2]:
+        answer.finished = not answer.finished  # this policy never ends by itself
+    assert scores.score_all(config, answers) == []
 
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     judge = AutoModelForSequenceClassification.from_pretrained(reward_model)
     for answer in answers:
         text = tokenizer.apply_chat_template(list(answer.conversation), tokenize=False)
-        ids = tokenizer(text.rstrip("\n"), add_special_tokens=False, return_tensors="pt").input_ids
+        text = text.rstrip("\n")
+        if not answer.finished:  # cut at the limit, as PPO scores it
+            text = text.removesuffix("<|im_end|>")
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
             raw = judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
         assert answer.score == pytest.approx(raw - BIAS, abs=1e-4)
-    scores = [a.score for a in answers]
-    assert max(scores) - min(scores) > 0.05  # else any constant would pass
+    found = [a.score for a in answers]
+    assert max(found) - min(found) > 0.05  # else any constant would pass
+    assert {a.finished for a in answers} == {True, False}
 
 
 # Refusals.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import evaluated_models
@@ -13,7 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from evaluation import prompt_eval
+from evaluation import checkpoints, prompt_eval
 from evaluation.prompt_eval import Answer, Question
 from utils import terminal
 
@@ -137,3 +138,86 @@ def test_mt_bench(policy):
     for group, row in zip(answers, raw, strict=True):
         users = [m["content"] for m in group[1].conversation if m["role"] == "user"]
         assert users == row["turns"]
+
+
+# What a template refuses, and what fails.
+
+
+WITHOUT_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}"
+    "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_template(model, folder, template) -> str:
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_talks(tmp_path) -> str:
+    """A prompt with a system turn, and one without."""
+    path = tmp_path / "talks.jsonl"
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
+    plain = [{"role": "user", "content": "Why?"}]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (system, plain)))
+    return str(path)
+
+
+def run_main(monkeypatch, *flags) -> None:
+    monkeypatch.setattr("sys.argv", ["prompt_eval.py", "--max_new_tokens", "5", *flags])
+    prompt_eval.main()
+
+
+def test_one_answer_that_a_reward_models_template_refuses_costs_its_own_score_only(
+    policy, reward_model, tmp_path, monkeypatch, capsys
+):
+    scorer = with_template(reward_model, tmp_path / "scorer", WITHOUT_SYSTEM)
+    flags = ["--checkpoints", policy, "--prompts", write_talks(tmp_path), "--dtype", "fp32"]
+    out = tmp_path / "out"
+    run_main(monkeypatch, *flags, "--reward_model", scorer, "--output_dir", str(out))
+    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    refused, scored = map(json.loads, lines)
+    assert refused["answer"] and refused["score"] is None and isinstance(scored["score"], float)
+    said = capsys.readouterr().out
+    assert said.count("no system turns") == 1 and "turn 1" in said
+    table = [line.split() for line in said.splitlines()]
+    assert ["1", "1", "-"] in table and ["2", "1", f"{scored['score']:.3f}"] in table
+    assert f"  {scored['score']:.3f}" in said.splitlines()[-2]  # the mean is of what was scored
+
+
+def test_answers_are_told_and_written_before_they_are_scored(
+    policy, reward_model, tmp_path, monkeypatch, capsys
+):
+    scorer = shutil.copytree(reward_model, tmp_path / "scorer")
+    (scorer / "model.safetensors").write_bytes(b"damaged")
+    flags = ["--checkpoints", policy, "--prompts", write_talks(tmp_path), "--dtype", "fp32"]
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="cannot load a model"):
+        run_main(monkeypatch, *flags, "--reward_model", str(scorer), "--output_dir", str(out))
+    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    assert len(answers) == 2 and all(answers)
+    said = capsys.readouterr().out
+    assert all(terminal.visible(a).split("\n")[0] in said for a in answers)
+
+
+def test_a_prompt_that_a_checkpoints_template_refuses_ends_the_run_before_one_answers(
+    policy, tmp_path, monkeypatch, capsys
+):
+    other = with_template(policy, tmp_path / "other", WITHOUT_SYSTEM)
+    flags = ["--checkpoints", policy, other, "--prompts", write_talks(tmp_path)]
+    with pytest.raises(SystemExit, match=f"talks.jsonl:1: {other}: .*no system turns"):
+        run_main(monkeypatch, *flags)
+    assert "answered" not in capsys.readouterr().out
+
+
+def test_in_a_talk_the_turn_is_named(policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = WITHOUT_SYSTEM
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    with pytest.raises(SystemExit, match="talks.jsonl:1: the chat template of .* refuses"):
+        checkpoints.encode_prompt(tokenizer, turns, "talks.jsonl:1")

@@ -13,6 +13,7 @@ from step3_ppo.reward_model import RewardModel, differences
 from step3_ppo.rollout import Prompt
 from utils.data import chat_template
 from utils.models import scalar_model
+from utils.models.reward_reader import Reader
 
 # Turns meet at special tokens: by hand a text is encoded whole, in the code turn by turn.
 TEMPLATE = (
@@ -40,21 +41,23 @@ def test_scores_are_those_of_the_text_in_its_own_template(tiny, other):
     ]
     # What the policy's ids are must not matter.
     ids = torch.randint(3, 400, (3, 12))
-    reward = RewardModel(model, tokenizer, 1024)
+    reader = Reader.load(str(other))
+    assert (reader.max_length, reader.read_at) == (1024, "stop")  # it has a bias
+    reward = RewardModel(model, reader, by_text=True)
     found = reward.scores(prompts, answers, finished, ids, torch.ones_like(ids).bool(), 2)
     plain = AutoModelForSequenceClassification.from_pretrained(other).eval()
     expected = []
     for prompt, answer, done, text in zip(prompts, answers, finished, texts, strict=True):
         encoded = tokenizer(text, add_special_tokens=False).input_ids
-        assert reward.encode(prompt.messages, answer, bool(done)) == encoded
+        assert reader.encode(prompt.messages, answer, bool(done)) == encoded
         assert (encoded[-1] == tokenizer.eos_token_id) == done
         assert encoded.count(tokenizer.eos_token_id) == done
         with torch.no_grad():
             expected.append(plain(input_ids=torch.tensor([encoded])).logits[0, 0] - 0.25)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert len({round(x, 3) for x in found.tolist()}) == 3
-    short = RewardModel(model, tokenizer, 5)
-    kept = reward.encode(prompts[0].messages, "7", True)[-5:]
+    short = Reader(tokenizer, 5, "stop")
+    kept = reader.encode(prompts[0].messages, "7", True)[-5:]
     assert short.encode(prompts[0].messages, "7", True) == kept
 
 

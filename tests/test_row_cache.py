@@ -159,7 +159,7 @@ def test_comparisons_and_prompts_come_back_as_they_were(tokenizer, tmp_path, lar
     odd = [{"prompt": f"Add {i}.", "when": when, "price": price, "n": i} for i in range(20)]
     parquet.write_table(pa.Table.from_pylist(odd), tmp_path / "odd.parquet")
     load = functools.partial(instructions.load_prompts, schema="auto")
-    encode = functools.partial(step3.encode, tokenizer, max_prompt_length=16)
+    encode = functools.partial(step3.encode, tokenizer, max_prompt_length=16, readers=[])
     view = row_cache.Reader(load, encode, step3.PROMPTS, config, BadRows())(
         [str(tmp_path / "odd.parquet")], "train"
     )
@@ -180,6 +180,27 @@ def test_a_folder_with_splits_is_kept_split_by_split(tokenizer, tmp_path, large)
         view = load([name], role)
         listed = instructions.load_conversations([name], split_role=role, bad=BadRows())
         assert [view.item(i) for i in range(len(view))] == listed and len(listed) == count
+    assert len(files_of(tmp_path / "cache")) == 2
+
+
+def test_who_reads_the_prompts_is_part_of_the_name(tokenizer, tmp_path, large, tiny):
+    """Reward models whose templates refuse a prompt leave it out, from a kept file as well."""
+    from utils.models.reward_reader import Reader
+
+    config = SimpleNamespace(data_cache=str(tmp_path / "cache"))
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    name = write(tmp_path / "a.jsonl", [{"prompt": "q"}, {"prompt": turns}] * 5)
+    refusing = chat_template.load_tokenizer(str(tiny / "base_model"))
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + refusing.chat_template
+    )
+    load = functools.partial(instructions.load_prompts, schema="auto")
+    for readers, count in (([], 10), ([Reader(refusing, 99, "stop")], 5)) * 2:
+        encode = functools.partial(step3.encode, tokenizer, max_prompt_length=16, readers=readers)
+        bad = BadRows(1.0)
+        view = row_cache.Reader(load, encode, step3.PROMPTS, config, bad)([name], "train")
+        assert len(view.usable()) == count and len(bad) == 10 - count
     assert len(files_of(tmp_path / "cache")) == 2
 
 

@@ -343,6 +343,7 @@ def test_results_hold_what_the_summary_needs(chain):
     assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
     config = json.loads((chain / "reward/config.json").read_text())
     assert config["reward_bias"] == pytest.approx(result["bias"])
+    assert config["reward_read_at"] == "stop"
 
 
 def test_ppo_settings_reach_the_rewards(tiny, chain, tmp_path):

@@ -86,7 +86,7 @@ def scored(found, config):
         rollout.in_micro_batches(*given, rollout.response_values, found.critic)
     ids = torch.cat([part.prompt_ids, part.response_ids], 1)
     mask = torch.cat([part.prompt_mask, part.response_mask], 1)
-    reward = RewardModel(found.critic, None, 99)
+    reward = RewardModel(found.critic, None, by_text=False)
     ids = host_memory.send(ids, DEVICE)
     reward.scores(None, None, part.finished, ids, mask, config.micro_batch_size)
 

@@ -17,6 +17,13 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PAD = "<|pad|>"
+READ_AT = ("stop", "end")
+READ_AT_HELP = (
+    "where the reward model's score is read: at the stop token of the answer (stop; step 2's, "
+    "OpenRLHF's) or behind what its template puts after that (end; TRL's); auto: as its "
+    "config.json says, else stop for step 2's and end for others"
+)
+PROBE = "xyzzy"  # an answer that no template rewrites
 
 
 class TemplateError(ValueError):
@@ -59,9 +66,8 @@ def set_up(tokenizer) -> None:
 
 def _turn_end(tokenizer) -> str:
     """The special token that closes an assistant turn in the tokenizer's template."""
-    probe = "xyzzy"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
-    after = _render(tokenizer, messages, False).split(probe)[-1]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+    after = _render(tokenizer, messages, False).split(PROBE)[-1]
     specials = sorted(
         set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()), key=len, reverse=True
     )
@@ -160,6 +166,37 @@ def _encode_turns(tokenizer, messages) -> tuple[Encoded, str]:
         supervised += [True] * len(piece)
         done = full[: len(prompt) + len(answer)]
     return Encoded(ids, supervised), done
+
+
+def around_answer(tokenizer, messages) -> tuple[str, str]:
+    """The text before an answer to `messages` and behind it, as the template renders them.
+
+    Raises TemplateError where it refuses them, or shows no answer that ends with the stop token.
+    """
+    turns = (*messages, {"role": "assistant", "content": PROBE})
+    before, found, after = _render(tokenizer, turns, False).rpartition(PROBE)
+    if not found or tokenizer.eos_token not in after:
+        raise TemplateError("the chat template shows no last answer that ends with the stop token")
+    return before, after
+
+
+def encode_whole(tokenizer, messages, answer: str, finished: bool) -> list[int]:
+    """`answer` to `messages`, rendered and tokenised in one piece, with what the template puts
+    behind the answer's stop token. An answer that is not finished ends the row, without one.
+
+    Raises TemplateError as around_answer, and never for the answer's text: where the template
+    refuses that (many refuse an empty one), it stands where another answer would.
+    """
+    turns = (*messages, {"role": "assistant", "content": answer})
+    try:
+        text = _render(tokenizer, turns, False)
+    except TemplateError:
+        text = answer.join(around_answer(tokenizer, messages))
+    if not finished:
+        text, found, _ = text.rpartition(tokenizer.eos_token)
+        if not found:
+            raise TemplateError("the chat template puts no stop token behind the answer")
+    return _ids(tokenizer, text)
 
 
 def _ids(tokenizer, text: str) -> list[int]:

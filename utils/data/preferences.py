@@ -27,12 +27,23 @@ PREFERENCE_SPLITS = {
 class Comparison:
     """K >= 2 answers to one prompt with K finite scores, higher better.
 
-    All scores may be equal, as in real rankings: such a row is sound, but teaches nothing."""
+    All scores may be equal, as in real rankings: such a row is sound, but teaches nothing.
+    finished: whether each answer ended itself, and was not cut at the length limit it was sampled
+    with; where not given, all did."""
 
     prompt: tuple[dict, ...]
     responses: tuple[str, ...]
     scores: tuple[float, ...]
     where: str
+    finished: tuple[bool, ...] = ()
+
+    def __post_init__(self):
+        if not self.finished:
+            object.__setattr__(self, "finished", (True,) * len(self.responses))
+
+    @property
+    def messages(self) -> tuple[dict, ...]:
+        return self.prompt
 
 
 _KNOWN = {
@@ -98,4 +109,14 @@ def _ranking(row: Row) -> Comparison:
     for number, (text, score) in enumerate(zip(responses, scores, strict=True), 1):
         if seen.setdefault(text, score) != score:
             raise BadRow(f"response {number} is there before with score {seen[text]}, not {score}")
-    return Comparison(prompt, tuple(responses), tuple(scores), row.where)
+    finished = _finished(row.data.get("finished"), len(responses))
+    return Comparison(prompt, tuple(responses), tuple(scores), row.where, finished)
+
+
+def _finished(value: Any, count: int) -> tuple[bool, ...]:
+    """The mark that step2_reward/collect.py leaves beside the answers. Raises BadRow."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or [type(x) for x in value] != [bool] * count:
+        raise BadRow(f"finished is {value!r}, not a list of {count} true or false, one a response")
+    return tuple(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -93,14 +94,13 @@ class Reader:
 
     def key_of(self, source: Source, files: list[str]) -> str:
         """Names a file by all that decides what is in it."""
-        tokenizer, *others = self.encode.args or (None,)
         parts = {
             "code": _code(inspect.getsourcefile(self.encode.func)),
             "libraries": [_version(name) for name in ("tokenizers", "transformers", "pyarrow")],
             "data": (source.name, tuple(source.splits), [_content(file) for file in files]),
             "load": (self.load.func.__qualname__, self.load.args, self.load.keywords),
-            "encode": (self.encode.func.__qualname__, others, self.encode.keywords),
-            "tokenizer": tokenizer and _tokenizer(tokenizer),
+            "encode": (self.encode.func.__qualname__, *map(_told, self.encode.args)),
+            "settings": _told(self.encode.keywords),
             "schema": str(self.layout.schema),
         }
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -278,6 +278,17 @@ def _version(name: str) -> str:
     from importlib.metadata import version
 
     return f"{name} {version(name)}"
+
+
+def _told(value):
+    """A setting in a form that says all of it, in every process the same."""
+    if hasattr(value, "save_pretrained"):
+        return _tokenizer(value)
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {name: _told(inner) for name, inner in value.items()}
+    return [_told(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tokenizer(tokenizer) -> str:

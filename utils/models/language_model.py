@@ -31,7 +31,7 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> n
 
 
 def from_pretrained(
-    auto_class, config, path: str, dtype: str, zero_stage: int, tokenizer=None, **kwargs
+    auto_class, config, path: str, dtype: str, zero_stage: int, tokenizer=None, grow=True, **kwargs
 ):
     """`auto_class.from_pretrained`, refusing what would leave weights at random."""
     attention = config.attn_implementation
@@ -39,7 +39,7 @@ def from_pretrained(
     def fit(model: nn.Module) -> None:
         # In the sharded loading, where transformers knows that the embeddings may be shards.
         if tokenizer is not None:
-            fit_to_tokenizer(model, tokenizer, path)
+            fit_to_tokenizer(model, tokenizer, path, grow)
 
     with zero.sharded_loading(config, dtype, zero_stage):
         return loading.load_whole(
@@ -67,23 +67,26 @@ def check_positions(path: str, length: int, flags: str, trust_remote_code: bool)
         )
 
 
-def fit_to_tokenizer(model: nn.Module, tokenizer, path: str) -> None:
+def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) -> None:
     """Embeddings for every token; stop and pad ids the same in model and tokenizer.
 
     Only special tokens (a template's, the pad) may be new, and to language models only: rows for
-    other tokens would be random where the tokenizer is another model's. Raises SystemExit.
+    other tokens would be random where the tokenizer is another model's. The pad may be new to any,
+    for nothing attends to it; without `grow` it gets no row. Raises SystemExit.
     """
     have = model.get_input_embeddings().num_embeddings
     added = tokenizer.added_tokens_decoder
     new = range(have, max(tokenizer.get_vocab().values()) + 1)
     trained_head = getattr(model, "head_was_missing", True) is False and hasattr(model, "score")
-    if new and (trained_head or not all(i in added and added[i].special for i in new)):
+    unknown = [i for i in new if i != tokenizer.pad_token_id]
+    if unknown and (trained_head or not all(i in added and added[i].special for i in unknown)):
         raise SystemExit(
             f"{path!r} has embeddings for {have} tokens and the tokenizer {new.stop}, of which "
-            f"{len(new)} would stay random: the tokenizer is another model's, or tokens were added "
-            "without growing the model; give a folder whose tokenizer and weights belong together"
+            f"{len(unknown)} would stay random: the tokenizer is another model's, or tokens were "
+            "added without growing the model; give a folder whose tokenizer and weights belong "
+            "together"
         )
-    if new:
+    if new and grow:
         model.resize_token_embeddings(new.stop, pad_to_multiple_of=64)
     for holder in (model.config, getattr(model, "generation_config", None)):
         if holder is not None:

@@ -3,6 +3,7 @@
 On disk it is `AutoModelForSequenceClassification` with one label, so the file loads anywhere;
 plain transformers gives the number at the last token that is not padding, which is our score
 before the bias. `config.reward_bias` is subtracted here: these heads have no bias of their own.
+`config.reward_read_at` says at which token it is to be read, see reward_reader.py.
 """
 
 import math
@@ -59,7 +60,8 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
     """A ScalarModel from a reward model's folder, or from a language model's with a new head.
 
     head: what to do where the folder has no head: "saved" refuses; "normal" draws
-    N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0.
+    N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0. A "saved" one
+    is only asked, so it needs no embedding for the tokenizer's pad (see sequence_scores).
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -70,6 +72,7 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
         dtype,
         zero_stage,
         tokenizer,
+        grow=head != "saved",
         num_labels=1,
     )
     language_model.prepare_training(classifier, config)
@@ -81,6 +84,8 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
                 "step2_reward/main.py; give it as --reward_model"
             )
         _fresh_head(classifier.score.weight, head)
+    if head == "normal":
+        classifier.config.reward_read_at = "stop"  # as step 2 trains it, whatever it was before
     return ScalarModel(classifier)
 
 
@@ -106,7 +111,11 @@ def last_positions(mask: torch.Tensor) -> torch.Tensor:
 def sequence_scores(
     forward, input_ids: torch.Tensor, mask: torch.Tensor, shared=None
 ) -> torch.Tensor:
-    """(B,T) ids and mask → (B,) fp32 score at each row's last token (shared: see ScalarModel)."""
+    """(B,T) ids and mask → (B,) fp32 score at each row's last token (shared: see ScalarModel).
+
+    Pads are never attended to, so any id does for them: 0, for which all models have an embedding.
+    """
+    input_ids = input_ids.masked_fill(~host_memory.send(mask, input_ids.device), 0)
     values = forward(input_ids, mask) if shared is None else forward(input_ids, mask, shared)
     last = host_memory.send(last_positions(mask), values.device)
     return values.gather(1, last[:, None]).squeeze(1)

@@ -1,0 +1,42 @@
+"""What a reward model says of the answers of a side-by-side evaluation."""
+
+import torch
+
+from utils import report as reporting
+from utils.distributed import zero
+from utils.models import reward_reader, scalar_model
+from utils.models.reward_reader import Reader
+
+
+def score_all(config, answers) -> list[str]:
+    """Set every prompt_eval.Answer's score as PPO would: the reward model's, bias taken off, on the
+    whole conversation. Returns why those that its template refuses have none."""
+    reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = zero.resolve_dtype(config.dtype, device)
+    model = scalar_model.load(
+        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
+    )
+    refused, chosen, encoded = [], [], []
+    for a in answers:
+        if why := reader.refusal(a.conversation[:-1]):
+            refused.append(f"{a.checkpoint}, turn {a.turn}, {a.answer[:60]!r}: no score, {why}")
+            continue
+        chosen.append(a)
+        encoded.append(reader.encode(a.conversation[:-1], a.answer, a.finished))
+    model.to(device).eval()
+    scores = reward_reader.scores_of(model, encoded, config.batch_size, device)
+    for answer, score in zip(chosen, scores, strict=True):
+        answer.score = score
+    return refused
+
+
+def score_table(questions, results) -> str:
+    """Every answer's score, "-" where it has none: a line a turn, a column a checkpoint."""
+    lines = []
+    for i, question in enumerate(questions):
+        for turn in range(len(question.turns)):
+            scores = [groups[i][turn].score for groups in results.values()]
+            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
+            lines.append((i + 1, turn + 1, *shown))
+    return reporting.table(lines, ("prompt", "turn", *(f"score of {name}" for name in results)))
