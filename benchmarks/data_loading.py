@@ -115,7 +115,15 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
     begun = time.monotonic()
     from step1_sft.config import SFTConfig
     from step1_sft.main import load_data
-    from utils.data import batches, chat_template
+    from utils.data import batches, chat_template, row_cache
+
+    reading, once = [], row_cache.once
+
+    def watched(*given) -> None:
+        once(*given)
+        reading.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    row_cache.once = watched
 
     class Report:
         say = staticmethod(print)
@@ -139,6 +147,7 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
     with open("/proc/self/smaps_rollup") as file:
         own = next(int(line.split()[1]) for line in file if line.startswith("Anonymous:"))
     return facts | {
+        "most_MB_while_reading": reading[0] if reading else facts["most_MB"],
         "rows": rows,
         "tokens_per_row": sum(len(examples[i].ids) for i in range(200)) / 200,
         "most_MB_of_imports": before,

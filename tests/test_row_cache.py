@@ -349,6 +349,28 @@ def test_where_the_usual_folder_cannot_be_written_the_output_folder_takes_it(
     assert "is no folder (--data_cache)" in capsys.readouterr().out
 
 
+def mapped_kb(folder: Path) -> int:
+    """How much of the files below `folder` is this process's resident memory, in KB."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    ours = [n for n, line in enumerate(lines) if str(folder) in line]
+    sizes = [next(line for line in lines[n:] if line.startswith("Rss:")) for n in ours]
+    return sum(int(size.split()[1]) for size in sizes)
+
+
+def test_what_was_read_of_a_mapped_file_is_let_go(tokenizer, tmp_path, large, monkeypatch):
+    name = write(tmp_path / "rows.jsonl", demonstrations())
+    view = read(tokenizer, tmp_path / "cache", name)[0].usable()
+    monkeypatch.setattr(row_tables, "FORGET_EVERY", 10)
+    rows = [view[i] for i in range(9)]
+    assert mapped_kb(tmp_path / "cache") > 0
+    rows.append(view[9])
+    assert mapped_kb(tmp_path / "cache") == 0
+    monkeypatch.setattr(row_cache, "SMALL", 2**30)
+    in_memory = read(tokenizer, tmp_path / "cache", name)[0].usable()
+    rows += [view[i] for i in range(10, len(view))]
+    assert rows == list(in_memory)
+
+
 def test_numbers_of_rows_are_arrays(tokenizer, tmp_path, large):
     name = write(tmp_path / "rows.jsonl", demonstrations())
     view, _ = read(tokenizer, tmp_path, name)

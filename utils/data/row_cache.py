@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import signal
@@ -153,15 +154,17 @@ class Reader:
 
     def _mapped(self, path: Path) -> tuple[Table, Collected]:
         try:
-            file = pa.ipc.open_file(pa.memory_map(str(path)))
+            with open(path, "rb") as opened:
+                mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            file = pa.ipc.open_file(pa.py_buffer(mapping))
             last = file.num_record_batches - 1
             parts = [file.get_batch(number) for number in range(last)]
             facts = file.get_batch_with_custom_metadata(last).custom_metadata[b"facts"]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{path}: damaged ({error}); delete it, it is made again") from error
         facts = json.loads(facts)
         places = functools.partial(_kept_places, path, self.layout)
-        table = Table(self.layout, parts, facts["digest"], kept_places=places)
+        table = Table(self.layout, parts, facts["digest"], mapping=mapping, kept_places=places)
         found = Collected(map(tuple, facts["bad"]))
         found.seen = facts["seen"]
         return table, found

@@ -10,6 +10,7 @@ import base64
 import collections
 import hashlib
 import json
+import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ from utils.data.splits import place
 
 COUNTS = tuple(field.name for field in fields(Counts))
 TOKENS = pa.list_(pa.int32())
+FORGET_EVERY = 2048  # rows
 ODD = "\0arrow"  # names a value that JSON has no form for; no column can be called so
 
 
@@ -144,12 +146,23 @@ class Digest:
 
 class Table:
     """One data set's rows. parts: record batches of layout.schema, without `item` where `items` are
-    given. digest: of its encoded columns. kept_places: salt → what a file keeps of `places`."""
+    given. digest: of its encoded columns. mapping: the mmap that the parts lie in, if they do.
+    kept_places: salt → what a file keeps of `places`."""
 
-    def __init__(self, layout: Layout, parts: list, digest: str, *, items=None, kept_places=None):
+    def __init__(
+        self,
+        layout: Layout,
+        parts: list,
+        digest: str,
+        *,
+        items: list | None = None,
+        mapping: mmap.mmap | None = None,
+        kept_places: Callable[[str], np.ndarray] | None = None,
+    ):
         self.layout, self.parts, self.digest = layout, parts, digest
         self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64).tolist()
-        self._items, self._kept_places = items, kept_places
+        self._items, self._mapping, self._kept_places = items, mapping, kept_places
+        self._taken = 0
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -167,6 +180,10 @@ class Table:
     def built(self, row: int):
         part, at = self._find(row)
         found = {name: part.column(name)[at].as_py() for name in self.layout.columns}
+        self._taken += 1
+        if self._mapping is not None and self._taken % FORGET_EVERY == 0:
+            # The pages stay in the machine's cache; here they would come to be all of the file.
+            self._mapping.madvise(mmap.MADV_DONTNEED)
         return self.layout.build(found, lambda: self.item(row))
 
     def numbers(self, name: str) -> np.ndarray:
