@@ -16,7 +16,17 @@ import torch
 from step1_sft.config import SFTConfig
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, fitting, instructions, rows, splits
+from utils.config_values import columns_of
+from utils.data import (
+    batches,
+    chat_template,
+    fitting,
+    instructions,
+    row_cache,
+    row_tables,
+    rows,
+    splits,
+)
 from utils.distributed import (
     checkpoint,
     host_memory,
@@ -64,27 +74,32 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
 
 
 def load_data(config, tokenizer, report):
-    """(training examples, held-out examples, held-out conversations), tokenised."""
+    """(training examples, held-out examples, held-out conversations): views of tokenised rows."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = run_config.columns_of(config.columns)
-
-    def load(names, role):
-        return instructions.load_conversations(
-            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
-        )
-
+    load = row_cache.Reader(
+        functools.partial(
+            instructions.load_conversations,
+            schema=config.data_schema,
+            columns=columns_of(config.columns),
+        ),
+        functools.partial(
+            batches.encode_conversations,
+            tokenizer,
+            max_length=config.max_length,
+            long_prompts=config.long_prompts,
+            long_answers=config.long_answers,
+        ),
+        row_tables.SUPERVISED,
+        config,
+        bad,
+    )
     train, held = splits.train_and_held_out(
         config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1, bad=bad
     )
-    examples, counts = batches.encode_conversations(
-        tokenizer, train, config.max_length, config.long_prompts, config.long_answers, bad
-    )
-    eval_examples, eval_counts = batches.encode_conversations(
-        tokenizer, held, config.max_length, config.long_prompts, config.long_answers, bad
-    )
     bad.finish("sft_data")
-    report.say(counts.line("training data"))
-    report.say(eval_counts.line("held-out data"))
+    report.say(train.counts().line("training data"))
+    report.say(held.counts().line("held-out data"))
+    examples, eval_examples = train.usable(), held.usable()
     if not examples or not eval_examples:
         raise SystemExit(
             f"nothing left to train or evaluate on; max_length={config.max_length}: "
@@ -97,7 +112,8 @@ def sample_answers(model, tokenizer, conversations, config, device, all_finished
     """Greedy answers to the first held-out prompts, as text for people."""
     lines = []
     length = min(64, config.max_length // 2)
-    for row in conversations[: config.sample_answers]:
+    for i in range(min(config.sample_answers, len(conversations))):
+        row = conversations.item(i)
         ids, _ = fitting.encode_prompt(
             tokenizer, row.messages[:-1], config.max_length - length, config.long_prompts
         )
@@ -181,7 +197,6 @@ def main() -> None:
     )
     run = Checkpoints(config, report, found, device)
     tokenizer, examples, eval_examples, held, engine, steps = build(config, device, report)
-    lengths = [len(e.ids) for e in examples]
     report.expect(steps)
     run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
     hybrid = HybridEngine(engine)
@@ -211,21 +226,20 @@ def main() -> None:
 
     # Loop.
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
-    data = batches.fingerprint(row for e in examples for row in (e.ids, e.supervised))
     carried = {"bad_steps": bad_steps, "products": PRODUCTS}
-    done = run.follow({"model": engine}, carried, parts, data)
+    done = run.follow({"model": engine}, carried, parts, examples.fingerprint())
     with run:
         for step in range(done, steps):
             tick = time.time()
             chosen = batches.rows_of_step(
                 step, config.global_batch_size, len(examples), config.seed
             )
-            tokens = sum(sum(examples[i].supervised[1:]) for i in chosen)  # of all ranks
+            taken = {i: examples[i] for i in chosen}
+            lengths = {i: len(example.ids) for i, example in taken.items()}
+            tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)  # of all ranks
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             for micro in batches.deal(chosen, lengths, *batches.shares(config)):
-                batch = batches.supervised_batch(
-                    [examples[i] for i in micro], tokenizer.pad_token_id
-                )
+                batch = batches.supervised_batch([taken[i] for i in micro], tokenizer.pad_token_id)
                 loss, _ = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
                 engine.backward(loss, normaliser=tokens)
                 loss_sum += loss.detach()

@@ -21,6 +21,7 @@ from utils import config as run_config
 from utils import report as reporting
 from utils import whole_files
 from utils.config import RunConfig, setting
+from utils.config_values import columns_of
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
 from utils.distributed import process_group, resuming, shared_files, zero
 from utils.models import generation, language_model, reward_reader, scalar_model
@@ -276,7 +277,7 @@ def settings_of(config) -> Path:
 def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = run_config.columns_of(config.columns)
+    columns = columns_of(config.columns)
     found = preferences.load_comparisons([config.rankings], columns=columns, bad=bad)
     bad.finish(config.rankings)
     prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in found]
@@ -289,7 +290,7 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     Counts)."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
 
-    columns = run_config.columns_of(config.columns)
+    columns = columns_of(config.columns)
 
     def load(names, role):
         return instructions.load_prompts(

@@ -12,13 +12,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
+import pyarrow as pa
 import torch
 
 from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, fitting, instructions, preferences, rows, splits
+from utils.config_values import columns_of
+from utils.data import (
+    batches,
+    chat_template,
+    fitting,
+    instructions,
+    preferences,
+    row_cache,
+    row_tables,
+    rows,
+    splits,
+)
 from utils.distributed import (
     checkpoint,
     host_memory,
@@ -41,7 +53,21 @@ class Ranked:
     answers: tuple[list[int], ...]
     labels: tuple[float, ...]
     characters: tuple[int, ...]
-    prompt: str = ""  # its text, by which pairs are told apart
+    prompt: float = 0.0  # a hash of its text, by which pairs are told apart
+
+
+RANKED = row_tables.Layout(
+    preferences.Comparison,
+    {
+        "answers": pa.list_(row_tables.TOKENS),
+        "labels": pa.list_(pa.float64()),
+        "characters": pa.list_(pa.int64()),
+        "prompt": pa.float64(),
+    },
+    lambda found, _: Ranked(
+        tuple(found["answers"]), tuple(found["labels"]), tuple(found["characters"]), found["prompt"]
+    ),
+)
 
 
 def encode(
@@ -66,7 +92,7 @@ def encode(
         # An answer that was cut when it was sampled has no stop token in PPO, and so none here.
         answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
         characters = tuple(len(t) for t in row.responses)
-        encoded.append(Ranked(tuple(answers), row.scores, characters, splits.prompt_of(row)))
+        encoded.append(Ranked(tuple(answers), row.scores, characters, splits.place(row, "")))
     return encoded, counts
 
 
@@ -128,7 +154,7 @@ def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
-    owners = [r.prompt for r in ranked for _ in r.answers]
+    owners = [str(r.prompt) for r in ranked for _ in r.answers]
     prompts = [owners[i] for i in winners]
     ours = pair_accuracy([flat[i] for i in winners], [flat[i] for i in losers], prompts)
     longer = pair_accuracy([sizes[i] for i in winners], [sizes[i] for i in losers], prompts)
@@ -145,16 +171,16 @@ def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
 def load_data(config, tokenizer, report):
     """(training comparisons, held-out comparisons, held-out demonstrations), tokenised."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = run_config.columns_of(config.columns)
-
-    def load(names, role):
-        return preferences.load_comparisons(
-            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
-        )
-
-    def load_demonstrations(names, role):
-        return instructions.load_conversations(names, split_role=role, columns=columns, bad=bad)
-
+    columns = columns_of(config.columns)
+    load = row_cache.Reader(
+        functools.partial(preferences.load_comparisons, schema=config.data_schema, columns=columns),
+        functools.partial(
+            encode, tokenizer, max_length=config.max_length, long_prompts=config.long_prompts
+        ),
+        RANKED,
+        config,
+        bad,
+    )
     train, held = splits.train_and_held_out(
         config.preference_data, load, preferences.PREFERENCE_SPLITS["eval"], config, step=2, bad=bad
     )
@@ -162,7 +188,13 @@ def load_data(config, tokenizer, report):
     if config.sft_data:
         _, shown = splits.train_and_held_out(
             config.sft_data,
-            load_demonstrations,
+            row_cache.Reader(
+                functools.partial(instructions.load_conversations, columns=columns),
+                functools.partial(row_tables.as_read),
+                row_tables.CONVERSATIONS,
+                config,
+                bad,
+            ),
             instructions.SFT_SPLITS["eval"],
             splits.unweighted(config),
             step=1,
@@ -172,20 +204,19 @@ def load_data(config, tokenizer, report):
             tokenizer, shown, config.max_length, config.long_prompts, "cut", bad
         )
         demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
+    train, held = train.usable(), held.usable()
     ties = len(train) + len(held)
-    train, held = ([c for c in part if len(set(c.scores)) > 1] for part in (train, held))
+    train, held = (part.where("labels", lambda v: len(set(v)) > 1) for part in (train, held))
     ties -= len(train) + len(held)
     report.say(
         f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
         "answers are all equally good"
     )
-    train, counts = encode(tokenizer, train, config.max_length, config.long_prompts, bad)
-    held, held_counts = encode(tokenizer, held, config.max_length, config.long_prompts, bad)
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
-    report.say(counts.line("answers to train on"))
-    report.say(held_counts.line("held-out answers"))
+    report.say(train.counts().line("answers to train on"))
+    report.say(held.counts().line("held-out answers"))
     if not demonstrations:
         best = [max(range(len(r.labels)), key=lambda k, r=r: r.labels[k]) for r in held]
         demonstrations = [
@@ -278,9 +309,8 @@ def main() -> None:
 
     # Loop.
     bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
-    data = batches.fingerprint(row for r in train for row in (*r.answers, r.labels))
     carried = {"bad_steps": bad_steps, "products": PRODUCTS}
-    done = run.follow({"model": engine}, carried, parts, data)
+    done = run.follow({"model": engine}, carried, parts, train.fingerprint())
     with run:
         for step in range(done, steps):
             tick = time.time()

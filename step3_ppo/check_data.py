@@ -9,7 +9,7 @@ import yaml
 
 from step3_ppo import algorithm
 from step3_ppo.check_models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
-from utils.config import columns_of
+from utils.config_values import columns_of
 from utils.data import chat_template, fitting, preferences, rows, splits
 from utils.distributed import process_group
 from utils.models import generation, reward_reader
@@ -221,8 +221,8 @@ def _held_out_accuracy(check) -> dict:
 def prompts_are_apart(check) -> str:
     """Training and held-out prompts share none; few are cut at the limit or come twice."""
     limit, tokenizer = check.config.max_prompt_length, check.models.tokenizer
-    train = [tuple(p.ids) for p in check.prompts]
-    held = [tuple(p.ids) for p in check.held]
+    # By hashes: the tokens of a million prompts would take gigabytes.
+    train, held = ([hash(tuple(p.ids)) for p in part] for part in (check.prompts, check.held))
     shared = len(set(train) & set(held))
     whole = [chat_template.encode_prompt(tokenizer, p.messages) for p in check.held]
     cut = sum(len(ids) > limit for ids in whole) / len(whole)

@@ -22,7 +22,17 @@ from step3_ppo.update import train_on
 from step3_ppo.watch import Watch
 from utils import config as run_config
 from utils import report as reporting
-from utils.data import batches, chat_template, instructions, rows, splits, toy_tasks
+from utils.config_values import columns_of
+from utils.data import (
+    batches,
+    chat_template,
+    instructions,
+    row_cache,
+    row_tables,
+    rows,
+    splits,
+    toy_tasks,
+)
 from utils.distributed import checkpoint, planner, process_group, resuming, shared_files, zero
 from utils.distributed.training_state import Checkpoints
 from utils.models import language_model, reward_reader
@@ -43,28 +53,53 @@ SHOWN = (
 EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no rollout's
 
 
+def _with_item(found: dict, item) -> rollouts.Prompt:
+    prompt = item()
+    return rollouts.Prompt(found["ids"], prompt.messages, prompt.row)
+
+
+PROMPTS = row_tables.Layout(instructions.Prompt, {"ids": row_tables.TOKENS}, _with_item)
+
+
+def encode(tokenizer, prompts, max_prompt_length: int, long_prompts: str, readers, bad):
+    """Prompts → (rollout.Prompt of those that every one of `readers` can read, Counts); see
+    batches.encode_prompts."""
+    prompts = reward_reader.readable(prompts, readers, bad)
+    kept, ids, counts = batches.encode_prompts(
+        tokenizer, prompts, max_prompt_length, long_prompts, bad
+    )
+    pairs = zip(kept, ids, strict=True)
+    return [rollouts.Prompt(i, p.messages, p.row) for p, i in pairs], counts
+
+
 def load_prompts(config, tokenizer, report):
-    """(training prompts, held-out prompts), each a list of rollout.Prompt."""
+    """(training prompts, held-out prompts), each a view of rollout.Prompt."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = run_config.columns_of(config.columns)
-
-    def load(names, role):
-        return instructions.load_prompts(
-            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
-        )
-
+    by_text = [r for r in readers(config).values() if reads_text(r, tokenizer)]
+    load = row_cache.Reader(
+        functools.partial(
+            instructions.load_prompts,
+            schema=config.data_schema,
+            columns=columns_of(config.columns),
+        ),
+        functools.partial(
+            encode,
+            tokenizer,
+            max_prompt_length=config.max_prompt_length,
+            long_prompts=config.long_prompts,
+            readers=by_text,
+        ),
+        PROMPTS,
+        config,
+        bad,
+    )
     parts = splits.train_and_held_out(
         config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad
     )
-    found, by_text = [], [r for r in readers(config).values() if reads_text(r, tokenizer)]
-    for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
-        part = reward_reader.readable(part, by_text, bad)
-        limit, fate = config.max_prompt_length, config.long_prompts
-        kept, ids, counts = batches.encode_prompts(tokenizer, part, limit, fate, bad)
-        pairs = zip(kept, ids, strict=True)
-        found.append([rollouts.Prompt(i, p.messages, p.row) for p, i in pairs])
-        report.say(counts.line(name))
     bad.finish("prompt_data")
+    for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
+        report.say(part.counts().line(name))
+    found = [part.usable() for part in parts]
     if not all(found):
         raise SystemExit(
             f"no prompt left to train or evaluate on; max_prompt_length={config.max_prompt_length},"
@@ -180,8 +215,7 @@ def main() -> None:
     watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
     carried |= {"products": PRODUCTS} | ({"ptx": models.ptx} if models.ptx is not None else {})
-    data = batches.fingerprint(p.ids for p in prompts)
-    done = run.follow(check.trained(), carried, saved, data, models.ema)
+    done = run.follow(check.trained(), carried, saved, prompts.fingerprint(), models.ema)
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check.before_the_first_step(done)

@@ -5,12 +5,25 @@ The actor's loss is PPO's plus `ptx_coef` × the mean negative log-likelihood a 
 `global_batch_size` rows of `--ptx_data` (InstructGPT: 27.8, on the pretraining text).
 """
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from utils.config import columns_of
-from utils.data import batches, chat_template, instructions, rows, turns
+from utils.config_values import columns_of
+from utils.data import (
+    batches,
+    chat_template,
+    instructions,
+    loading,
+    row_cache,
+    row_tables,
+    rows,
+    turns,
+)
+from utils.data.reading import Reading
 from utils.distributed import host_memory, process_group
 from utils.models import language_model
 
@@ -19,7 +32,7 @@ from utils.models import language_model
 class Examples:
     """Tokenised rows, and how many optimizer steps have drawn from them."""
 
-    rows: list[chat_template.Encoded]
+    rows: Sequence[chat_template.Encoded]
     counts: batches.Counts
     steps: int = 0
 
@@ -35,40 +48,70 @@ def load(config, tokenizer) -> Examples:
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     columns = columns_of(config.columns)
     limit = config.max_prompt_length + config.max_response_length
-    found: list[chat_template.Encoded] = []
-    counts = batches.Counts()
-    for name in config.ptx_data:
-        splits = instructions.SFT_SPLITS["train"]
-        seen = rows.read_rows(name, splits, rows.BadRows(1.0))
-        if seen and all(_is_plain(row.data) for row in seen):
-            for row in rows.read_rows(name, splits, bad):
-                try:
-                    text = turns.text_of(row.data["text"], "text")
-                except rows.BadRow as problem:
-                    bad.add(row.where, str(problem), row.data)
-                    continue
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-                ids = [*chat_template.start_of_text(tokenizer), *ids, tokenizer.eos_token_id]
-                counts.kept += 1
-                counts.cut_answers += len(ids) > limit
-                found.append(chat_template.Encoded(ids[:limit], [True] * min(len(ids), limit)))
-            continue
-        conversations = instructions.load_conversations([name], columns=columns, bad=bad)
-        encoded, more = batches.encode_conversations(
-            tokenizer, conversations, limit, config.long_prompts, "drop", bad
-        )
-        found += encoded
-        counts.kept += more.kept
-        counts.dropped += more.dropped
+    learned = row_cache.Reader(
+        functools.partial(instructions.load_conversations, columns=columns),
+        functools.partial(
+            batches.encode_conversations,
+            tokenizer,
+            max_length=limit,
+            long_prompts=config.long_prompts,
+            long_answers="drop",
+        ),
+        row_tables.SUPERVISED,
+        config,
+        bad,
+    )
+    plain = row_cache.Reader(
+        functools.partial(load_texts, columns=columns),
+        functools.partial(encode_texts, tokenizer, max_length=limit),
+        row_tables.SUPERVISED,
+        config,
+        bad,
+    )
+    found = functools.reduce(
+        operator.add,
+        [(plain if _is_plain(name) else learned)([name], "train") for name in config.ptx_data],
+    )
     bad.finish("ptx_data")
-    if not found:
+    examples = Examples(found.usable(), found.counts())
+    if not examples.rows:
         raise SystemExit(f"ptx_data={config.ptx_data}: no row fits; raise --max_response_length")
-    return Examples(found, counts)
+    return examples
 
 
-def _is_plain(data: dict) -> bool:
-    """Is this a row of `text`, and of nothing that an answer could be read from?"""
-    return "text" in data and not instructions.has_answer(data)
+def _is_plain(name: str) -> bool:
+    """Is the first row one of `text`, and of nothing that an answer could be read from?"""
+    readable = rows.stream_rows(name, instructions.SFT_SPLITS["train"], rows.BadRows(1.0))
+    first = next(readable, None)
+    return first is not None and "text" in first.data and not instructions.has_answer(first.data)
+
+
+def load_texts(names, *, split_role: str, columns, bad, tabulate):
+    """Rows of plain `text` → Conversations of one turn; see instructions.load_conversations."""
+    reading = Reading("text", "plain_text", columns)
+
+    def convert(_, row: rows.Row) -> list[instructions.Conversation]:
+        if instructions.has_answer(row.data):
+            raise rows.BadRow("has the columns of a demonstration, unlike the first row")
+        text = turns.text_of(row.data["text"], "text")
+        return [instructions.Conversation(({"role": "text", "content": text},), row.where)]
+
+    return loading.load_as(
+        convert, reading, instructions.SFT_SPLITS, names, split_role, bad, tabulate
+    )
+
+
+def encode_texts(tokenizer, texts, max_length: int, bad):
+    """Texts → (Encoded, Counts): all of a text counts, its end too where it fits."""
+    counts, found = batches.Counts(), []
+    for text in texts:
+        ids = tokenizer(text.messages[0]["content"], add_special_tokens=False).input_ids
+        ids = [*chat_template.start_of_text(tokenizer), *ids, tokenizer.eos_token_id]
+        counts.kept += 1
+        counts.cut_answers += len(ids) > max_length
+        ids = ids[:max_length]
+        found.append(chat_template.Encoded(ids, [True] * len(ids)))
+    return found, counts
 
 
 def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> float:
@@ -77,11 +120,12 @@ def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> floa
         examples.steps, config.global_batch_size, len(examples.rows), config.seed
     )
     examples.steps += 1
-    tokens = sum(sum(examples.rows[i].supervised[1:]) for i in chosen)
-    lengths = [len(e.ids) for e in examples.rows]
+    taken = {i: examples.rows[i] for i in chosen}
+    tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)
+    lengths = {i: len(row.ids) for i, row in taken.items()}
     total = torch.zeros((), dtype=torch.float64, device=device)
     for micro in batches.deal(chosen, lengths, *batches.shares(config)):
-        ids, mask, supervised = batches.supervised_batch([examples.rows[i] for i in micro], pad_id)
+        ids, mask, supervised = batches.supervised_batch([taken[i] for i in micro], pad_id)
         ids = host_memory.send(ids, device)
         logprobs, _ = language_model.wanted_logprobs(actor, ids, mask, supervised)
         nll = -logprobs.sum()

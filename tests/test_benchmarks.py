@@ -252,3 +252,21 @@ def test_worker_keeps_prints_apart_from_answers(tmp_path):
     first, second = map(json.loads, found.stdout.splitlines())
     assert first["memory"] > 0 and second["x"] == 1 and second["seconds"] >= 0
     assert "noise" in found.stderr and worker.__doc__
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_the_rows_of_the_first(tmp_path):
+    command = [sys.executable, "benchmarks/data_loading.py", "--folder", str(tmp_path)]
+    command += ["--rows", "20000", "--tokens", "120"]
+    told = subprocess.run(
+        command, check=True, cwd=measure.ROOT, capture_output=True, text=True
+    ).stdout
+    alone, first, second = (
+        json.loads(line.split(" ", 1)[1])
+        for line in told.splitlines()
+        if line.startswith(("alone {", "first {", "second {"))
+    )
+    assert first["rows"] == second["rows"] == 20000
+    assert first["tokens_per_row"] == second["tokens_per_row"] == pytest.approx(120, rel=0.2)
+    assert second["core_seconds"] < 0.8 * first["core_seconds"] and alone["rows_per_second"] > 0
+    assert "of the tokenizer's own speed" in told and not any(tmp_path.glob("*.jsonl"))

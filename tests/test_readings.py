@@ -11,7 +11,8 @@ from step2_reward import main as step2
 from step2_reward.config import RewardConfig
 from step3_ppo import main as step3
 from step3_ppo.config import PPOConfig
-from utils.config import ConfigError, build, columns_of
+from utils.config import ConfigError, build
+from utils.config_values import columns_of
 from utils.data import chat_template
 from utils.data.instructions import load_conversations, load_prompts
 from utils.data.preferences import load_comparisons
@@ -320,14 +321,14 @@ def test_every_step_takes_columns(save, tmp_path, tokenizer):
     path, report = save(*rows), type("Report", (), {"say": lambda text: None})
     sft = SFTConfig(**common, sft_data=[path], columns=["prompt=ask,answer=say"])
     train, held, shown = step1.load_data(sft, tokenizer, report)
-    assert len(train) + len(held) == 20 and texts(shown[0].messages)[1] == "two"
+    assert len(train) + len(held) == 20 and texts(shown.item(0).messages)[1] == "two"
     pairs = ["prompt=ask", "chosen=say", "rejected=worse"]
     reward = RewardConfig(**common, preference_data=[path], sft_data=[path], columns=pairs)
     train, held, demonstrations = step2.load_data(reward, tokenizer, report)
     assert len(train) + len(held) == 20 and len(demonstrations) == len(held)
     ppo = PPOConfig(**common, prompt_data=[path], columns=["prompt=ask"])
     train, held = step3.load_prompts(ppo, tokenizer, report)
-    assert sorted(p.row["ask"] for p in train + held) == sorted(row["ask"] for row in rows)
+    assert sorted(p.row["ask"] for p in [*train, *held]) == sorted(row["ask"] for row in rows)
     assert set(from_scratch.texts_of([path], columns_of(pairs))) >= {"one 0", "two", "three"}
 
 

@@ -7,7 +7,6 @@ is saved as `config.yaml`; `--config config.yaml` repeats the run.
 import argparse
 import dataclasses
 import datetime
-import math
 import os
 import sys
 import typing
@@ -63,6 +62,9 @@ class RunConfig:
         "", "the day that a chat template may state, YYYY-MM-DD; empty: the day the run began"
     )
     max_eval_rows: int = setting(512, "at most so many held-out rows are used")
+    data_cache: str = setting(
+        "", "folder for the tokenised rows of large data sets; else below $HF_HOME"
+    )
     max_bad_rows: float = setting(
         0.01,
         "share of the rows that may be unusable: they are left out, counted, and kept in "
@@ -149,6 +151,8 @@ class RunConfig:
             found.append("output_dir is empty; say where to write with --output_dir FOLDER")
         elif problem := folder_problem(self.output_dir):
             found.append(f"output_dir={self.output_dir!r}: {problem}; set --output_dir")
+        if self.data_cache and (problem := folder_problem(self.data_cache)):
+            found.append(f"data_cache={self.data_cache!r}: {problem}; set --data_cache")
         if not self.model_name_or_path.strip():
             found.append(
                 "model_name_or_path is empty; set --model_name_or_path to a folder or hub name"
@@ -240,7 +244,10 @@ class RunConfig:
                 f"data_weights={self.data_weights} has {len(self.data_weights)} numbers for "
                 f"{len(names)} data sets of --{self.weighted}; give --data_weights one a set"
             )
-        for read, given in ((shares_of, self.data_split), (columns_of, self.columns)):
+        for read, given in (
+            (config_values.shares_of, self.data_split),
+            (config_values.columns_of, self.columns),
+        ):
             try:
                 read(given)
             except ValueError as error:
@@ -253,31 +260,6 @@ class RunConfig:
 
 def seed_problems(seed: int) -> list[str]:
     return [] if 0 <= seed < 2**63 else [f"seed={seed} must lie in [0, 2^63); set --seed"]
-
-
-def shares_of(data_split: str) -> list[float]:
-    """The three shares of --data_split; empty where it shares nothing. ValueError for others."""
-    if not data_split.strip():
-        return []
-    try:
-        shares = [float(share) for share in data_split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
-        raise ValueError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
-    return shares
-
-
-def columns_of(columns: list[str]) -> dict[str, str]:
-    """{our column: its name in the data} of --columns. ValueError for what is no such list."""
-    pairs = [pair.partition("=") for words in columns for pair in words.split(",") if pair.strip()]
-    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-    if len(found) < len(pairs) or not all((*found, *found.values())):
-        raise ValueError(
-            f"columns={columns}: set --columns to pairs, each of our columns once, as "
-            "prompt=question,answer=solution"
-        )
-    return found
 
 
 def folder_problem(path: str) -> str | None:

@@ -1,5 +1,6 @@
 """The words of a command line and the values of a file → values of a setting's type."""
 
+import math
 import reprlib
 import types
 import typing
@@ -105,3 +106,28 @@ def flag_value(name: str, words: list[str], kind: type, many: bool):
         what = "has no value" if not words else f"has {len(words)} values: {' '.join(words)}"
         raise ValueError(f"--{name} {what}; it takes one")
     return words[0]
+
+
+def shares_of(data_split: str) -> list[float]:
+    """The three shares of --data_split; empty where it shares nothing. ValueError for others."""
+    if not data_split.strip():
+        return []
+    try:
+        shares = [float(share) for share in data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or not sum(shares):
+        raise ValueError(f"data_split={data_split!r}: set --data_split to three shares, as 2,4,4")
+    return shares
+
+
+def columns_of(columns: list[str]) -> dict[str, str]:
+    """{our column: its name in the data} of --columns. ValueError for what is no such list."""
+    pairs = [pair.partition("=") for words in columns for pair in words.split(",") if pair.strip()]
+    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(found) < len(pairs) or not all((*found, *found.values())):
+        raise ValueError(
+            f"columns={columns}: set --columns to pairs, each of our columns once, as "
+            "prompt=question,answer=solution"
+        )
+    return found

@@ -48,6 +48,7 @@ def load_conversations(
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     bad: BadRows,
+    tabulate=None,
 ) -> list[Conversation]:
     """Rows of any schema with an answer -> what supervised fine-tuning learns from.
 
@@ -68,7 +69,7 @@ def load_conversations(
             made.append(Conversation((*prompt, answer), each.where))
         return made
 
-    return load_as(convert, reading, SFT_SPLITS, names, split_role, bad)
+    return load_as(convert, reading, SFT_SPLITS, names, split_role, bad, tabulate)
 
 
 def _is_bad_example(data: dict) -> bool:
@@ -91,6 +92,7 @@ def load_prompts(
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     bad: BadRows,
+    tabulate=None,
 ) -> list[Prompt]:
     """Rows of any schema -> all that stands before the last answer, and the rows themselves.
 
@@ -103,4 +105,4 @@ def load_prompts(
         turns = [schemas.prompt_of(part, each, reading) for part, each in parts]
         return [Prompt(t, r.where, r.data) for t, (_, r) in zip(turns, parts, strict=True)]
 
-    return load_as(convert, reading, PROMPT_SPLITS, names, split_role, bad)
+    return load_as(convert, reading, PROMPT_SPLITS, names, split_role, bad, tabulate)

@@ -47,6 +47,7 @@ def load_comparisons(
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     bad: BadRows,
+    tabulate=None,
 ) -> list[Comparison]:
     """Preference pairs and K-wise rankings -> comparisons.
 
@@ -70,7 +71,7 @@ def load_comparisons(
             made.append(Comparison(prompt, tuple(responses), tuple(scores), each.where, finished))
         return made
 
-    return load_as(convert, reading, PREFERENCE_SPLITS, names, split_role, bad)
+    return load_as(convert, reading, PREFERENCE_SPLITS, names, split_role, bad, tabulate)
 
 
 def _finished(value: Any, count: int) -> tuple[bool, ...]:

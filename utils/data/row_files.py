@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -64,56 +65,66 @@ def refusals_named(name: str) -> Iterator[None]:
         raise DataError(f"{name}: {type(error).__name__}: {error}{cause}") from error
 
 
-def number_rows(label: str, rows: Iterable[dict]) -> list[Row]:
+def number_rows(label: str, rows: Iterable[dict]) -> Iterator[Row]:
     """Rows of a table, named by their number from 1. Raises DataError where there is none."""
-    numbered = [Row(data, f"{label} row {number}") for number, data in enumerate(rows, 1)]
-    if not numbered:
+    number = 0
+    for number, data in enumerate(rows, 1):
+        yield Row(data, f"{label} row {number}")
+    if not number:
         raise DataError(f"{label}: holds no rows")
-    return numbered
 
 
-def read_file(path: str, bad: BadRows) -> list[Row]:
-    """Reads one of FILES; see rows.read_rows for arguments and errors."""
+def read_file(path: str, bad: BadRows) -> Iterator[Row]:
+    """Reads one of FILES row by row; see rows.stream_rows for arguments and errors.
+
+    Only a JSON array is in memory as a whole: what goes wrong in it is told by line and column.
+    """
     extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     if not path.lower().endswith(FILES):
         raise DataError(f"{path}: cannot read {extension or 'this'}; known are {', '.join(FILES)}")
     if not os.path.isfile(path):
         raise DataError(f"{path}: is no file that could be read to its end")
     if extension == ".parquet":
-        return _read_parquet(path, bad)
-    before = len(bad)
-    lines = _content(path).removeprefix(UTF8_BOM).split(b"\n")
-    first = next((line.strip() for line in lines if line.strip()), b"")
+        yield from _read_parquet(path, bad)
+        return
+    before, some = len(bad), False
+    lines, beginning, first = _lines(path), [], b""
+    for line in lines:
+        beginning.append(line)
+        if first := line.strip():
+            break
+    lines = itertools.chain(beginning, lines)
     if extension == ".csv":
         rows = _read_csv(path, lines, bad)
     elif extension == ".json" and first.startswith(b"["):
         rows = _read_json_array(path, lines, bad)
     else:  # Belle's .json files are JSON Lines under that name
         rows = _read_json_lines(path, lines, bad)
-    if not rows and len(bad) == before:
+    for row in rows:
+        some = True
+        yield row
+    if not some and len(bad) == before:
         raise DataError(f"{path}: {'holds no rows' if first else 'the file is empty'}")
-    return rows
 
 
-def _content(path: str) -> bytes:
-    """The bytes of a text file, unpacked. Raises DataError where it is something else."""
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines of a text file, unpacked, one by one. Raises DataError where it is none."""
     try:
-        with open(path, "rb") as handle:
-            content = handle.read()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    if path.lower().endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be unpacked: {error}") from error
-    for beginning, what in OTHER_THINGS.items():
-        if re.match(beginning, content):
-            raise DataError(f"{path}: {what}")
-    return content
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+            start = file.read(4096)
+            for beginning, what in OTHER_THINGS.items():
+                if re.match(beginning, start):
+                    raise DataError(f"{path}: {what}")
+            file.seek(len(UTF8_BOM) if start.startswith(UTF8_BOM) else 0)
+            for line in file:
+                yield line.removesuffix(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{path}: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be unpacked: {error}") from error
 
 
-def _read_parquet(path: str, bad: BadRows) -> list[Row]:
+def _read_parquet(path: str, bad: BadRows) -> Iterator[Row]:
     with refusals_named(path):
         from pyarrow import parquet
 
@@ -121,20 +132,31 @@ def _read_parquet(path: str, bad: BadRows) -> list[Row]:
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path}: has the columns {', '.join(twice)} twice")
-            table = file.read()
+            if not file.metadata.num_rows:
+                raise DataError(f"{path}: holds no rows")
+            number = 0
+            for batch in file.iter_batches(1024):
+                for data in _values(batch):
+                    number += 1
+                    if isinstance(data, dict):
+                        yield Row(data, f"{path} row {number}")
+                    else:
+                        bad.add(f"{path} row {number}", data)
+
+
+def _values(batch) -> list[dict | str]:
+    """Rows of a pyarrow batch; of one that Python cannot hold (text that is not UTF-8, a time out
+    of its range) the reason."""
     try:
-        values = table.to_pylist()
+        return batch.to_pylist()
     except (ValueError, ArithmeticError, LookupError):
-        values = None  # text that is not UTF-8, a time that Python cannot hold: find the rows
-    if values is not None:
-        return number_rows(path, values)
-    rows = []
-    for number in range(1, len(table) + 1):
+        found: list[dict | str] = []
+    for number in range(len(batch)):
         try:
-            rows.append(Row(table.slice(number - 1, 1).to_pylist()[0], f"{path} row {number}"))
+            found += batch.slice(number, 1).to_pylist()
         except (ValueError, ArithmeticError, LookupError) as error:
-            bad.add(f"{path} row {number}", f"{type(error).__name__}: {error}")
-    return rows
+            found.append(f"{type(error).__name__}: {error}")
+    return found
 
 
 def _decode(raw: bytes) -> tuple[str, str | None]:
@@ -147,8 +169,7 @@ def _decode(raw: bytes) -> tuple[str, str | None]:
         return raw.decode("utf-8", "replace").replace("\0", ""), reason
 
 
-def _read_json_lines(path: str, lines: list[bytes], bad: BadRows) -> list[Row]:
-    rows = []
+def _read_json_lines(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterator[Row]:
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
@@ -159,10 +180,9 @@ def _read_json_lines(path: str, lines: list[bytes], bad: BadRows) -> list[Row]:
             reason = _json_refusal(error)
         reason = reason or _json_row_problem(data)
         if reason is None:
-            rows.append(Row(data, f"{path}:{number}"))
+            yield Row(data, f"{path}:{number}")
         else:
             bad.add(f"{path}:{number}", reason, text)
-    return rows
 
 
 def _json_refusal(error: Exception) -> str:
@@ -173,13 +193,13 @@ def _json_refusal(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else f"not usable: {error}"
 
 
-def _read_json_array(path: str, lines: list[bytes], bad: BadRows) -> list[Row]:
+def _read_json_array(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterator[Row]:
     """Element by element, so that whatever goes wrong is known by its line and column."""
     decoded = [_decode(line) for line in lines]
     if spoiled := [f"{path}:{n}: {reason}" for n, (_, reason) in enumerate(decoded, 1) if reason]:
         raise DataError(spoiled)
     text = "\n".join(line for line, _ in decoded)
-    rows, number = [], 0
+    number = 0
     rest = text[text.index("[") + 1 :].lstrip(" \t\n\r")
     position, mark = len(text) - len(rest), "]" if rest.rstrip() == "]" else ","
     while mark == ",":
@@ -197,10 +217,9 @@ def _read_json_array(path: str, lines: list[bytes], bad: BadRows) -> list[Row]:
         position, mark = found.end(), found[1][0]
         reason = _json_row_problem(data)
         if reason is None:
-            rows.append(Row(data, f"{path}[{number}]"))
+            yield Row(data, f"{path}[{number}]")
         else:
             bad.add(f"{path}[{number}]", reason, text[start:end])
-    return rows
 
 
 def _json_row_problem(data: Any) -> str | None:
@@ -223,23 +242,29 @@ def _json_row_problem(data: Any) -> str | None:
     return None
 
 
-def _read_csv(path: str, lines: list[bytes], bad: BadRows) -> list[Row]:
+def _read_csv(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterator[Row]:
     """A row is named by the line it starts on; a quoted field may run over many lines."""
-    decoded = [_decode(line) for line in lines]
+    spoiled: list[str] = []  # what is wrong with the bytes of the row at hand
+
+    def texts() -> Iterator[str]:
+        for text, wrong in map(_decode, lines):
+            spoiled.extend([wrong] if wrong else [])
+            yield text + "\n"
+
     # Strict: otherwise a quote left open swallows the rest of the file without a word.
-    reader = csv.reader((text + "\n" for text, _ in decoded), strict=True)
+    reader = csv.reader(texts(), strict=True)
     csv.field_size_limit(2**31 - 1)
-    rows, header = [], None
+    header = None
     while True:
+        spoiled.clear()
         start, fields, reason = reader.line_num, [], None
         try:
             fields = next(reader)
         except StopIteration:
-            return rows
+            return
         except csv.Error as error:
             reason = f"not CSV: {error}"
-        covered = decoded[start : reader.line_num]
-        reason = next((spoiled for _, spoiled in covered if spoiled), reason)
+        reason = spoiled[0] if spoiled else reason
         where = f"{path}:{start + 1}"
         if not fields and not reason:
             continue
@@ -250,7 +275,7 @@ def _read_csv(path: str, lines: list[bytes], bad: BadRows) -> list[Row]:
         if header and reason:
             bad.add(where, reason, fields)
         elif header:
-            rows.append(Row(dict(zip(header, fields, strict=True)), where))
+            yield Row(dict(zip(header, fields, strict=True)), where)
         elif reason:
             raise DataError(f"{where}: {reason}")
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from utils.data.bad_rows import BadRow, BadRows, DataError, Row, text_problem
@@ -17,8 +18,10 @@ __all__ = [  # what the loaders of each schema stand on
     "FILES",
     "Row",
     "UTF8_BOM",
+    "files_behind",
     "has_split",
     "read_rows",
+    "stream_rows",
     "text_problem",
 ]
 
@@ -26,30 +29,53 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
-    """Reads all rows of a local file, a local folder or a hub data set.
+    """All rows of `name` at once; see stream_rows."""
+    return list(stream_rows(name, split_candidates, bad))
+
+
+def stream_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> Iterator[Row]:
+    """The rows of a local file, a local folder or a hub data set, one by one as they are read.
 
     Arguments: name (a .json, .jsonl, .csv or .parquet file, a folder or a hub id; of the latter two
     also NAME:SPLIT, NAME:CONFIG or NAME:CONFIG:SPLIT), split_candidates (the first that the data
     set has is read; a plain file is read whole), bad (takes the rows that cannot be read). Raises
     DataError for what is wrong with a whole file.
     """
-    before = len(bad)
-    found = _read(name, split_candidates, bad)
-    bad.seen += len(found) + len(bad) - before
-    return found
+    rows = _source(name, split_candidates).read(bad)
+    while True:
+        before = len(bad)  # whoever takes the rows may find more of them bad
+        row = next(rows, None)
+        bad.seen += len(bad) - before + (row is not None)
+        if row is None:
+            return
+        yield row
 
 
-def _read(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
+def files_behind(name: str, split_candidates: Sequence[str]) -> list[str]:
+    """The files that stream_rows reads: those of `name`, or the Arrow files that `datasets` made
+    of them. Raises DataError as it does."""
+    return _source(name, split_candidates).files()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One split: the files it lies in, and the function that reads its rows."""
+
+    files: Callable[[], list[str]]
+    read: Callable[[BadRows], Iterator[Row]]
+
+
+def _source(name: str, split_candidates: Sequence[str]) -> _Source:
     kind, path, pinned = _locate(name)
     if kind == "file":
-        return read_file(path, bad)
-    readers, pinned = _split_readers(name, kind, path, pinned)
+        return _Source(lambda: [path], partial(read_file, path))
+    found, pinned = _splits(name, kind, path, pinned)
     wanted = (pinned,) if pinned else tuple(split_candidates)
     for split in wanted:
-        if split in readers:
-            return readers[split](bad)
+        if split in found:
+            return found[split]
     raise DataError(
-        f"{name}: has the splits {', '.join(readers) or '(none)'}, but not {' or '.join(wanted)};"
+        f"{name}: has the splits {', '.join(found) or '(none)'}, but not {' or '.join(wanted)};"
         " name one of them as NAME:SPLIT"
     )
 
@@ -63,8 +89,8 @@ def has_split(name: str, split_candidates: Sequence[str]) -> bool:
     kind, path, pinned = _locate(name)
     if kind == "file":
         return False
-    readers, split = _split_readers(name, kind, path, pinned)
-    return not split and not readers.keys().isdisjoint(split_candidates)
+    found, split = _splits(name, kind, path, pinned)
+    return not split and not found.keys().isdisjoint(split_candidates)
 
 
 def _locate(name: str) -> tuple[str, str, str]:
@@ -88,12 +114,10 @@ def _locate(name: str) -> tuple[str, str, str]:
     return "hub", path, pinned
 
 
-def _split_readers(
-    name: str, kind: str, path: str, pinned: str
-) -> tuple[dict[str, Callable[[BadRows], list[Row]]], str]:
-    """(each split that a folder or hub data set has, with the function that reads it; the pinned
-    split or ""). pinned: SPLIT, CONFIG, CONFIG:SPLIT or "". Raises DataError where a set of several
-    configurations is named without one."""
+def _splits(name: str, kind: str, path: str, pinned: str) -> tuple[dict[str, _Source], str]:
+    """(the splits that a folder or hub data set has, by name; the pinned split or ""). pinned:
+    SPLIT, CONFIG, CONFIG:SPLIT or "". Raises DataError where a set of several configurations is
+    named without one."""
     with refusals_named(name):
         import datasets
 
@@ -103,8 +127,8 @@ def _split_readers(
             saved = datasets.load_from_disk(path)
             if not isinstance(saved, dict):
                 saved = {str(saved.split or "train"): saved}
-            readers = {key: partial(_table, f"{path}[{key}]", part) for key, part in saved.items()}
-            return readers, pinned
+            found = {key: _table(f"{path}[{key}]", lambda t=t: t) for key, t in saved.items()}
+            return found, pinned
         config, split = _configuration(name, path, pinned)
         if kind == "folder":
             files = datasets.load_dataset_builder(path, config).config.data_files or {}
@@ -114,9 +138,15 @@ def _split_readers(
             if taken and all(
                 file.lower().endswith(TEXT_FILES) for part in taken.values() for file in part
             ):
-                return {key: partial(_read_files, part) for key, part in taken.items()}, split
-        splits = map(str, datasets.get_dataset_split_names(path, config))
-        return {key: partial(_load_split, path, config, key) for key in splits}, split
+                found = {
+                    key: _Source(lambda part=part: part, partial(_read_files, part))
+                    for key, part in taken.items()
+                }
+                return found, split
+        return {
+            key: _table(f"{path}[{key}]", partial(_load_split, path, config, key))
+            for key in map(str, datasets.get_dataset_split_names(path, config))
+        }, split
 
 
 def _configuration(name: str, path: str, pinned: str) -> tuple[str | None, str]:
@@ -166,26 +196,32 @@ def _refuse_unread(name: str, path: str, taken: list[str]) -> None:
         )
 
 
-def _load_split(path: str, config: str | None, split: str, bad: BadRows) -> list[Row]:
+def _load_split(path: str, config: str | None, split: str):
     from datasets import load_dataset
 
-    with refusals_named(f"{path}[{split}]"):
-        rows = load_dataset(path, config, split=split)
-    return _table(f"{path}[{split}]", rows, bad)
+    return load_dataset(path, config, split=split)
 
 
-def _table(label: str, rows: Iterable[dict], bad: BadRows) -> list[Row]:
-    with refusals_named(label):
-        return number_rows(label, rows)
+def _table(label: str, load: Callable) -> _Source:
+    """A split that `load` gives as a datasets.Dataset."""
+
+    def files() -> list[str]:
+        with refusals_named(label):
+            return [each["filename"] for each in load().cache_files]
+
+    def read(bad: BadRows) -> Iterator[Row]:
+        with refusals_named(label):
+            yield from number_rows(label, load())
+
+    return _Source(files, read)
 
 
-def _read_files(paths: Iterable[str], bad: BadRows) -> list[Row]:
-    rows, problems = [], []
-    for path in map(str, paths):
+def _read_files(paths: Iterable[str], bad: BadRows) -> Iterator[Row]:
+    problems = []
+    for path in paths:
         try:
-            rows += read_file(path, bad)
+            yield from read_file(path, bad)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return rows

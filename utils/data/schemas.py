@@ -76,6 +76,8 @@ SCHEMAS = {
         (("text",),), one.transcript_prompt, one.transcript_answer, only=one.is_text_transcript
     ),
     "instruction": Schema((("instruction",),), one.instructed),
+    # all of it is learned (--ptx_data); no loader here reads it
+    "plain_text": Schema((("text",),)),
 }
 TEXTS = ("transcript", "plain")
 SYSTEM = ("system", "system_prompt")

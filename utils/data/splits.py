@@ -1,13 +1,17 @@
 """Training rows and held-out rows of a list of data sets, the same way in every step."""
 
 import dataclasses
+import functools
 import hashlib
 import math
+import operator
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from utils.config import shares_of
+import numpy as np
+
+from utils.config_values import shares_of
 from utils.data.rows import DataError, has_split
 
 T = TypeVar("T")
@@ -16,10 +20,10 @@ T = TypeVar("T")
 def train_and_held_out(names: list[str], load: Callable, eval_splits, config, step: int, bad):
     """(training items, held-out items) of data sets `names`.
 
-    load(names, split_role) → items; what it refuses goes to `bad` (rows.BadRows). A data set with
-    a test split (one of `eval_splits`) gives its own held-out items; of others
-    `config.eval_fraction` of the rows are held out. Then `--data_split` gives step `step` its share
-    of the training items and `--data_weights` says how often they come. At most
+    load(names, split_role) → items, a list or a row_tables.View; what it refuses goes to `bad`
+    (rows.BadRows). A data set with a test split (one of `eval_splits`) gives its own held-out
+    items; of others `config.eval_fraction` of the rows are held out. Then `--data_split` gives step
+    `step` its share of the training items and `--data_weights` says how often they come. At most
     `config.max_eval_rows` are held out, a seeded choice.
     """
     train, held = [], []
@@ -32,16 +36,18 @@ def train_and_held_out(names: list[str], load: Callable, eval_splits, config, st
     for name, weight in zip(names, weights, strict=True):
         items = load([name], "train")
         if has_split(name, eval_splits):
-            held += load([name], "eval")
+            held.append(load([name], "eval"))
         else:
             if len(bad) and len(items) < 2:
                 bad.finish(name)  # too few rows are left because of these
             items, kept_out = hold_out(items, config.eval_fraction, config.seed)
-            held += kept_out
+            held.append(kept_out)
         items = split_for_step(items, config.data_split, step)
-        train += apply_weight(items, weight, config.seed)
-    random.Random(config.seed).shuffle(held)
-    return train, held[: config.max_eval_rows]
+        train.append(apply_weight(items, weight, config.seed))
+    held = functools.reduce(operator.add, held)
+    order = list(range(len(held)))
+    random.Random(config.seed).shuffle(order)
+    return functools.reduce(operator.add, train), _take(held, order[: config.max_eval_rows])
 
 
 def unweighted(config):
@@ -61,7 +67,16 @@ def apply_weight(items: Sequence[T], weight: float, seed: int) -> list[T]:
     if not whole and not extra:
         extra = min(1, len(items))
     chosen = sorted(random.Random(seed).sample(range(len(items)), extra))
-    return list(items) * whole + [items[index] for index in chosen]
+    return _take(
+        items, np.concatenate([np.tile(np.arange(len(items)), whole), np.array(chosen, int)])
+    )
+
+
+def _take(items: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """The items at these positions, in that order."""
+    if hasattr(items, "take"):  # a row_tables.View, which holds numbers of rows
+        return items.take(positions)
+    return [items[int(position)] for position in positions]
 
 
 def prompt_of(item) -> str:
@@ -72,10 +87,16 @@ def prompt_of(item) -> str:
     return "\x1e".join(f"{turn['role']}\x1f{turn['content']}" for turn in turns)
 
 
-def _place(item, salt: str) -> float:
+def place(item, salt: str) -> float:
     """Where the item's prompt falls in [0, 1): the same in every step, file, order and run."""
     digest = hashlib.sha256(f"{salt}\0{prompt_of(item)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _places(items: Sequence, salt: str) -> np.ndarray:
+    if hasattr(items, "places"):
+        return items.places(salt)
+    return np.array([place(item, salt) for item in items])
 
 
 def split_for_step(items: Sequence[T], data_split: str, step: int) -> list[T]:
@@ -92,10 +113,11 @@ def split_for_step(items: Sequence[T], data_split: str, step: int) -> list[T]:
     except ValueError as error:
         raise DataError(str(error)) from None
     if not shares:
-        return list(items)
+        return items
     low, high = (sum(shares[:end]) / sum(shares) for end in (step - 1, step))
-    part = [item for item in items if low <= _place(item, "data_split") < high]
-    if not part:
+    places = _places(items, "data_split")
+    part = _take(items, np.flatnonzero((low <= places) & (places < high)))
+    if not len(part):
         raise DataError(
             f"data_split={data_split!r} leaves step {step} none of {len(items)} row(s);"
             f" set --data_split so that number {step} has a larger share"
@@ -112,16 +134,12 @@ def hold_out(items: Sequence[T], fraction: float, seed: int) -> tuple[list[T], l
     """
     if not 0 < fraction < 1:
         raise DataError(f"eval_fraction={fraction}: set --eval_fraction between 0 and 1")
-    places = [_place(item, f"hold_out {seed}") for item in items]
-    if len(set(places)) < 2:
+    places = _places(items, f"hold_out {seed}")
+    if len(different := np.unique(places)) < 2:
         raise DataError(
             f"cannot hold out evaluation rows from {len(items)} row(s) with"
-            f" {len(set(places))} different prompt(s); name evaluation data, or give 2 or more"
+            f" {len(different)} different prompt(s); name evaluation data, or give 2 or more"
         )
     # At least the first prompt is held out, and the last one is not.
-    limit = min(max(fraction, min(places)), max(places))
-    held = [place <= limit and place < max(places) for place in places]
-    return (
-        [item for item, out in zip(items, held, strict=True) if not out],
-        [item for item, out in zip(items, held, strict=True) if out],
-    )
+    held = (places <= max(fraction, different[0])) & (places < different[-1])
+    return _take(items, np.flatnonzero(~held)), _take(items, np.flatnonzero(held))

@@ -14,7 +14,7 @@ from utils.distributed import manifest, process_group
 
 # Settings that say where a run writes, how often, how long it waits and what it tells.
 FREE = set(
-    "output_dir log_every eval_every tensorboard save_every save_every_minutes "
+    "output_dir data_cache log_every eval_every tensorboard save_every save_every_minutes "
     "save_in_background keep_last keep_best resume resume_anyway overwrite timeout_minutes "
     "max_bad_steps sample_answers kl_limit stop_at_kl self_check check_only "
     "reward_function_timeout trust_remote_code".split()

@@ -14,7 +14,7 @@ from utils.distributed import peers, process_group
 SECONDS_TO_APPEAR = 5.0  # a network file system may show a new file a little later
 BYTES_COMPARED = 65_536  # of each file's beginning and end
 PASSED_OVER = {"checkpoints", "tensorboard"}  # of a model's folder: read by no step
-WRITTEN = {"output_dir", "output_file"}
+WRITTEN = {"output_dir", "output_file", "data_cache"}
 
 
 def check(config) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from utils import whole_files
-from utils.config import columns_of
+from utils.config_values import columns_of
 from utils.data import chat_template, instructions, preferences, rows
 from utils.distributed import checkpoint
 from utils.report import quiet_libraries, run
