@@ -109,9 +109,12 @@ class Reader:
     def _write(self, file, source: Source, path: Path) -> None:
         """All rows of `source`, and behind them what is to be told of them."""
         begun = told = time.monotonic()
-        found, digest, rows, notes = Collected(), row_tables.Digest(), 0, collections.Counter()
+        found, digest, rows = Collected(), row_tables.Digest(), 0
+        notes = source.reading.notes
+        of_others = collections.Counter(notes)
+        notes.clear()
         with pa.ipc.new_file(file, self.layout.schema) as writer:
-            for part, bad, found.seen in self._parts(source, notes):
+            for part, bad, found.seen in self._parts(source):
                 writer.write_batch(part)
                 digest.add(part, self.layout.columns)
                 found += bad
@@ -120,21 +123,17 @@ class Reader:
                     told = time.monotonic()
                     _say(f"{source.name}: {rows:,} rows, {rows / (told - begun):,.0f} a second")
             facts = {"digest": digest.hexdigest(), "seen": found.seen, "bad": list(found)}
-            facts["notes"] = notes
+            facts["notes"] = dict(notes)
             end = pa.RecordBatch.from_pylist([], self.layout.schema)
             writer.write_batch(end, custom_metadata={"facts": json.dumps(facts, default=str)})
+        notes.clear()
+        notes.update(of_others)  # _mapped adds this file's
         speed = rows / (time.monotonic() - begun)
         _say(f"{source.name}: {rows:,} rows, {speed:,.0f} a second, kept in {path}")
 
-    def _parts(
-        self, source: Source, notes: collections.Counter
-    ) -> Iterator[tuple[pa.RecordBatch, Collected, int]]:
-        """(rows, bad rows among them, rows seen so far), in order, from one process a core. notes:
-        takes what is to be told of the rows."""
+    def _parts(self, source: Source) -> Iterator[tuple[pa.RecordBatch, Collected, int]]:
+        """(rows, bad rows among them, rows seen so far), in order, from one process a core."""
         unread = Collected()
-        source = dataclasses.replace(
-            source, reading=dataclasses.replace(source.reading, notes=notes)
-        )
         schema, rows = source.open(unread)
         count = len(os.sched_getaffinity(0))
         job = functools.partial(_part, source, self.encode, self.layout, schema)
@@ -157,7 +156,7 @@ class Reader:
                         f"{source.name}: a process that tokenised rows was killed, for want of "
                         "memory perhaps; nothing was kept, so start again"
                     ) from error
-                notes.update(told)
+                source.reading.notes.update(told)
                 yield part, Collected([*bad, *refused]), unread.seen
 
     def _mapped(self, path: Path, source: Source) -> tuple[Table, Collected]:
