@@ -42,7 +42,7 @@ def weights_move(check) -> str:
     """Where there was a gradient and a rate, and no step was skipped, weights are not as before."""
     said, config = [], check.config
     peaks = {"actor": config.learning_rate}
-    peaks["critic"] = config.critic_learning_rate or config.learning_rate
+    peaks["critic"] = config.rate_of_critic()
     for name, engine in check.trained().items():
         moved = any(process_group.gather_objects(masters(engine) != check.masters[name]))
         norm, rate = (check.metrics[f"{name}_{x}"] for x in ("grad_norm", "learning_rate"))
