@@ -1,5 +1,5 @@
 # The embedded task: a model of a million random weights, data made on the spot, no downloads.
-# Two CPU cores, five to six minutes.
+# Two CPU cores, five and a half minutes.
 EMBEDDED=1
 ROUNDS=2 # new comparisons of the policy that PPO made, a new reward model on all of them, PPO again
 COMMON_FLAGS=(--save_every_minutes 1)
