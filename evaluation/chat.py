@@ -58,8 +58,9 @@ class ChatConfig:
 
 
 @torch.no_grad()
-def answer(model, tokenizer, messages, room: int) -> str:
-    """Prints the answer to `messages` while it is sampled, and returns it."""
+def answer(model, tokenizer, messages, room: int) -> str | None:
+    """Prints the answer to `messages` while it is sampled, and returns it; None where there is no
+    room for it."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -69,7 +70,7 @@ def answer(model, tokenizer, messages, room: int) -> str:
     ids, shorter = checkpoints.encode_prompt(tokenizer, messages, "this conversation", room)
     if ids is None:
         print(f"(not answered: more than the {room} tokens that fit; /clear starts afresh)")
-        return ""
+        return None
     if shorter:
         print("(its oldest turns no longer fit; /clear starts afresh)")
     prompt = torch.tensor([ids], device=model.device)
@@ -103,7 +104,10 @@ def talk(config: ChatConfig, model, tokenizer) -> None:
             messages.append({"role": "user", "content": line})
             print("assistant: ", end="", flush=True)
             text = answer(model, tokenizer, messages, room)
-            messages.append({"role": "assistant", "content": text})
+            if text is None:
+                messages.pop()  # it was not answered, so it was not said
+            else:
+                messages.append({"role": "assistant", "content": text})
 
 
 def main() -> None:

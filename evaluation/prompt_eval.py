@@ -201,6 +201,8 @@ def _read_lines(path: str, bad: rows.BadRows) -> list[Question]:
 def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
     """What the user says: all turns of a row of MT-Bench, else one. Raises BadRow."""
     first, turns = prompt.messages[-1]["content"], prompt.row.get("turns")
+    if prompt.messages[-1]["role"] != "user":
+        raise rows.BadRow("a tool's result stands last, and only what users say is asked here")
     if not isinstance(turns, list) or turns[:1] != [first]:
         return (first,)
     return tuple(text_of(turn, f"turn {n} of turns") for n, turn in enumerate(turns, 1))

@@ -74,7 +74,7 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
 
 
 def load_data(config, tokenizer, report):
-    """(training examples, held-out examples, held-out conversations): views of tokenised rows."""
+    """(training examples, held-out examples): views of tokenised rows."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     load = row_cache.Reader(
         functools.partial(
@@ -105,15 +105,15 @@ def load_data(config, tokenizer, report):
             f"nothing left to train or evaluate on; max_length={config.max_length}: "
             "raise --max_length or give more rows"
         )
-    return examples, eval_examples, held
+    return examples, eval_examples
 
 
-def sample_answers(model, tokenizer, conversations, config, device, all_finished) -> str:
+def sample_answers(model, tokenizer, examples, config, device, all_finished) -> str:
     """Greedy answers to the first held-out prompts, as text for people."""
     lines = []
     length = min(64, config.max_length // 2)
-    for i in range(min(config.sample_answers, len(conversations))):
-        row = conversations.item(i)
+    for i in range(min(config.sample_answers, len(examples))):
+        row = examples.item(i)
         ids, _ = fitting.encode_prompt(
             tokenizer, row.messages[:-1], config.max_length - length, config.long_prompts
         )
@@ -137,14 +137,14 @@ def sample_answers(model, tokenizer, conversations, config, device, all_finished
 
 
 def build(config, device, report):
-    """(tokenizer, training examples, held-out examples, held-out conversations, engine, steps)."""
+    """(tokenizer, training examples, held-out examples, engine, steps)."""
     dtype = zero.resolve_dtype(config.dtype, device)
     name = config.model_name_or_path
     language_model.check_positions(
         name, config.max_length, "--max_length", config.trust_remote_code
     )
     tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
-    examples, eval_examples, held = load_data(config, tokenizer, report)
+    examples, eval_examples = load_data(config, tokenizer, report)
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(examples)
     )
@@ -164,7 +164,7 @@ def build(config, device, report):
         learning_rate=config.learning_rate,
         total_steps=steps,
     )
-    return tokenizer, examples, eval_examples, held, engine, steps
+    return tokenizer, examples, eval_examples, engine, steps
 
 
 def say_result(config, report, before: dict, after: dict, counted: dict) -> None:
@@ -196,7 +196,7 @@ def main() -> None:
         config.output_dir, config.log_every, config.tensorboard, found and found.step
     )
     run = Checkpoints(config, report, found, device)
-    tokenizer, examples, eval_examples, held, engine, steps = build(config, device, report)
+    tokenizer, examples, eval_examples, engine, steps = build(config, device, report)
     report.expect(steps)
     run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
     hybrid = HybridEngine(engine)
@@ -209,7 +209,7 @@ def main() -> None:
             return
         with hybrid.generating() as generator:
             answers = sample_answers(
-                generator, tokenizer, held, config, device, hybrid.all_finished
+                generator, tokenizer, eval_examples, config, device, hybrid.all_finished
             )
         report.say(f"answers {when}:\n{answers}")
 

@@ -10,7 +10,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,8 +197,6 @@ def label_with_verifier(config, prompts, answers) -> list[list[float]]:
 
 def label_with_reward_model(config, reader, model, prompts, answers, device) -> list[list[float]]:
     """Scores as PPO would give them; `model` is the one that `reader` (Reader) is of."""
-    limit = config.max_prompt_length + config.max_response_length
-    reader = replace(reader, max_length=min(limit, reader.max_length))
     asked = [(p.messages, *a) for p, group in zip(prompts, answers, strict=True) for a in group]
     rank, world = process_group.rank(), process_group.world_size()
     mine = [reader.encode(*one) for one in asked[rank::world]]

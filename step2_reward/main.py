@@ -204,6 +204,7 @@ def load_data(config, tokenizer, report):
             tokenizer, shown, config.max_length, config.long_prompts, "cut", bad
         )
         demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
+    dropped = [part.counts().dropped for part in (train, held)]
     train, held = train.usable(), held.usable()
     ties = len(train) + len(held)
     train, held = (part.where("labels", lambda v: len(set(v)) > 1) for part in (train, held))
@@ -215,8 +216,9 @@ def load_data(config, tokenizer, report):
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
-    report.say(train.counts().line("answers to train on"))
-    report.say(held.counts().line("held-out answers"))
+    told = zip((train, held), dropped, ("answers to train on", "held-out answers"), strict=True)
+    for part, lost, name in told:
+        report.say((part.counts() + batches.Counts(dropped=lost)).line(name))
     if not demonstrations:
         best = [max(range(len(r.labels)), key=lambda k, r=r: r.labels[k]) for r in held]
         demonstrations = [

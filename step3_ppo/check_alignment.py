@@ -3,6 +3,8 @@
 A batch that is out of step by one row trains on noise, and no mean over it shows that.
 """
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -79,14 +81,17 @@ def _function_scores(check, rollout, prompts, seconds: float) -> str:
         return config.reward_function_coef * torch.tensor(found, dtype=torch.float)[back]
 
     before, in_order = rollout.function_scores, list(range(len(prompts)))
-    shuffled = np.random.default_rng(0).permutation(len(prompts)).tolist()
+    # Prompt by prompt: a function may compare the answers to one prompt, which stand together.
+    groups = [list(g) for _, g in itertools.groupby(in_order, lambda i: prompts[i].messages)]
+    drawn = np.random.default_rng(0).permutation(len(groups))
+    shuffled = [i for group in drawn for i in groups[group]]
     most = apart(before, ask(shuffled))[1]
     if most > 10 * check.tolerance:
         if apart(before, ask(in_order))[1] > 10 * check.tolerance:
             return f"not checked: {name} gives the same rows other scores when asked again"
         raise Fault(
             f"scores of {name} change by up to {most:.2g} with the order of the rows: they are "
-            "another row's, or depend on the rows before (--self_check warn if they shall)"
+            "another row's, or depend on other prompts' (--self_check warn if they shall)"
         )
     said = f"those of {name} follow their {len(prompts)} rows, shuffled, within {most:.1e}"
     return said + _if_rolled(check, before)
@@ -148,8 +153,8 @@ def advantages_reach_their_tokens(check) -> str:
             gap = np.abs(weight - expected[row, :size] * ratio)
             gap = np.nan_to_num(gap / (scale + np.abs(expected[row, :size])), nan=np.inf)
             tried.append(gap[np.abs(ratio - 1) < narrow])  # beyond it clips may cut it off
-        if not tried:
-            raise Fault(f"the first minibatch holds {content}, which the rollout does not")
+        if not tried:  # in no row of the rollout; told below, where all ranks have joined
+            tried.append(np.full(1, np.inf))
         gaps += min(tried, key=lambda gap: gap.max(initial=0.0)).tolist()
         tokens += int(kept.sum())
     mean, most = worst(float(np.mean(gaps)), float(np.max(gaps)))
@@ -204,10 +209,11 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
     rewards[np.arange(len(rewards)), last] += experience.scores.double().numpy()
     if config.action_level == "sequence":
         rewards, values, mask = rewards.sum(1, keepdims=True), values[:, :1], tokens[:, :1]
-    values = values * mask
+    values, size = values * mask, 0.0
     if config.whiten_rewards:  # their mean stays
-        mean, variance = rewards[mask > 0].mean(), rewards[mask > 0].var()
-        rewards = ((rewards - mean) / np.sqrt(variance + 1e-8) + mean) * mask
+        mean, spread = rewards[mask > 0].mean(), np.sqrt(rewards[mask > 0].var() + 1e-8)
+        size = np.abs(rewards).max() / spread
+        rewards = ((rewards - mean) / spread + mean) * mask
     after = np.pad(values, ((0, 0), (0, 1)))[:, 1:]
     errors = (rewards + config.gamma * after - values) * mask
     decay = config.gamma * (1.0 if config.algorithm == "reinforce" else config.lam)
@@ -219,5 +225,5 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
         counted = advantages[mask > 0]
         deviation = np.sqrt(counted.var() + 1e-8)
         advantages = (advantages - counted.mean()) / deviation
-    size = max(np.abs(rewards).max(), np.abs(values).max())
+    size = max(size, np.abs(rewards).max(), np.abs(values).max())
     return advantages * tokens, 1 + size / deviation

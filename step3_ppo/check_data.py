@@ -173,19 +173,24 @@ def _held_out_accuracy(check) -> dict:
     config, reward = check.config, check.models.reward
     bad = rows.BadRows(config.max_bad_rows)
 
-    def load(names, role):
-        return preferences.load_comparisons(
-            names, split_role=role, columns=columns_of(config.columns), bad=bad
-        )
-
     kinds = preferences.PREFERENCE_SPLITS["eval"]
-    plain = splits.unweighted(config)
-    # What step 2 held out, not what this run's own settings would.
+    plain = dataclasses.replace(splits.unweighted(config), data_schema="auto")
+    # What step 2 held out, not what this run's settings would: the prompt as it read it decides.
     saved = Path(config.reward_model) / "config.yaml"
     if saved.exists():
         then = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        same = {k: then[k] for k in ("eval_fraction", "seed", "data_split") if k in then}
-        plain = dataclasses.replace(plain, **same)
+        same = ("eval_fraction", "seed", "data_split", "data_schema", "columns")
+        plain = dataclasses.replace(plain, **{k: then[k] for k in same if k in then})
+
+    def load(names, role):
+        return preferences.load_comparisons(
+            names,
+            split_role=role,
+            schema=plain.data_schema,
+            columns=columns_of(plain.columns),
+            bad=bad,
+        )
+
     _, held = splits.train_and_held_out(config.preference_data, load, kinds, plain, 2, bad)
     held = reward_reader.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
     bad.finish("preference_data")
@@ -205,7 +210,7 @@ def _held_out_accuracy(check) -> dict:
     # Imported here: `evaluate` takes 2.5 s, which --help and refused settings should not pay.
     from utils.metrics import pair_accuracy
 
-    prompts = [splits.prompt_of(p[0]) for p in pairs]
+    prompts = [str(splits.place(p[0], "")) for p in pairs]
     ours = pair_accuracy(*([found[id(p[0]), p[k]] for p in pairs] for k in (1, 2)), prompts)
     lengths = ([float(len(p[0].responses[p[k]])) for p in pairs] for k in (1, 2))
     longer = pair_accuracy(*lengths, prompts)

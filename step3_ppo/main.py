@@ -175,10 +175,11 @@ def start(config, device, resumed_at: int | None):
 
 def say_result(models, config, report, before: dict, after: dict, kept: dict, counted) -> None:
     """Write result.json; what the evaluations before and after say, for people."""
-    first = kept["scores_before"]
+    first = kept.get("scores_before", [])
     last = kept.get("scores_after", first)
-    gained = [b - a for a, b in zip(first, last, strict=True)]
-    counted |= {"held_out_prompts": len(first)}
+    # --resume_anyway may have changed who is asked: then nothing can be paired.
+    gained = [b - a for a, b in zip(first, last, strict=True)] if len(first) == len(last) else []
+    counted |= {"held_out_prompts": len(last)}
     counted |= {"score_se_before": reporting.standard_error(first)}
     counted |= {"score_se_after": reporting.standard_error(last)}
     counted |= {"score_se_change": reporting.standard_error(gained)}  # paired, prompt by prompt

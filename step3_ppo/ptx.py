@@ -21,6 +21,7 @@ from utils.data import (
     row_cache,
     row_tables,
     rows,
+    schemas,
     turns,
 )
 from utils.data.reading import Reading
@@ -70,7 +71,10 @@ def load(config, tokenizer) -> Examples:
     )
     found = functools.reduce(
         operator.add,
-        [(plain if _is_plain(name) else learned)([name], "train") for name in config.ptx_data],
+        [
+            (plain if _is_plain(name, columns) else learned)([name], "train")
+            for name in config.ptx_data
+        ],
     )
     bad.finish("ptx_data")
     examples = Examples(found.usable(), found.counts())
@@ -79,11 +83,12 @@ def load(config, tokenizer) -> Examples:
     return examples
 
 
-def _is_plain(name: str) -> bool:
+def _is_plain(name: str, columns: dict[str, str]) -> bool:
     """Is the first row one of `text`, and of nothing that an answer could be read from?"""
     readable = rows.stream_rows(name, instructions.SFT_SPLITS["train"], rows.BadRows(1.0))
     first = next(readable, None)
-    return first is not None and "text" in first.data and not instructions.has_answer(first.data)
+    data = schemas.renamed(first, columns).data if first is not None else {}
+    return "text" in data and not instructions.has_answer(data)
 
 
 def load_texts(names, *, split_role: str, columns, bad, tabulate):

@@ -165,6 +165,8 @@ class SelfCheck:
             self.say(f"  {level}  {name}: {text}")
             if level == "FAULT":
                 faults.append(f"{name}: {text}")
+        if self.models.frozen_offload is not None:
+            self.models.frozen_offload.park()  # what the questions brought to the GPU
         if faults and self.config.self_check == "on":
             raise StopRun(
                 f"the self-check found {len(faults)} fault{'s'[: len(faults) > 1]}, nothing was "

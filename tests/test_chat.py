@@ -36,9 +36,9 @@ def test_chat_tells_the_model_the_system_turn_and_all_before(monkeypatch, capsys
 
     def canned(model, tokenizer, messages, room):
         heard.append([m["content"] for m in messages])
-        return f"reply {len(heard)}"
+        return None if "too long" in heard[-1] else f"reply {len(heard)}"
 
-    lines = iter(["one", "half a pair \ud800", "two", "/clear", "three"])
+    lines = iter(["one", "half a pair \ud800", "two", "too long", "short", "/clear", "three"])
 
     def typed(prompt):
         try:
@@ -53,6 +53,8 @@ def test_chat_tells_the_model_the_system_turn_and_all_before(monkeypatch, capsys
     assert heard == [
         ["Be kind.", "one"],
         ["Be kind.", "one", "reply 1", "two"],
+        ["Be kind.", "one", "reply 1", "two", "reply 2", "too long"],
+        ["Be kind.", "one", "reply 1", "two", "reply 2", "short"],  # what had no answer is gone
         ["Be kind.", "three"],
     ]
     assert "not sent: your line holds a lone surrogate" in capsys.readouterr().out

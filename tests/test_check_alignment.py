@@ -117,15 +117,30 @@ def test_answers_drawn_twice_are_each_found():
     assert check_alignment.advantages_reach_their_tokens(followed(config, experience, metrics))
 
 
+@pytest.mark.parametrize("score", [5.3, 0.7])
+def test_rounding_of_whitened_rewards_that_are_all_alike_is_no_fault(score):
+    """A reward of 0 or 1 at the start: what is whitened is the rounding of the mean."""
+    config, experience, _ = experience_of(
+        action_level="sequence", whiten_rewards=True, whiten_advantages=False
+    )
+    alike = torch.full_like(experience.rollout.scores, score)
+    before = experience.rollout
+    rollout = dataclasses.replace(before, scores=alike, ref_logprobs=before.logprobs)
+    experience, metrics = make_experience(rollout, config, State(kl_coef=0.3))
+    assert check_alignment.advantages_reach_their_tokens(followed(config, experience, metrics))
+
+
 # Reward functions.
 
 
 class Scored:
     """A self-check whose answers a function has scored once."""
 
-    def __init__(self, function, seconds=0.1):
+    def __init__(self, function, seconds=0.1, copies=1):
         self.rollout = rollout_of(drawn_rows(8, VOCABULARY, seed=1))
-        prompts = [Prompt([], ({"role": "user", "content": f"{i}"},), {}) for i in range(8)]
+        prompts = [
+            Prompt([], ({"role": "user", "content": f"{i // copies}"},), {}) for i in range(8)
+        ]
         self.asked, self.tolerance = prompts, 5e-5
         self.config = config_of(reward_function="own.py:score", reward_function_coef=0.5)
         decode = lambda ids, skip_special_tokens: ["".join(map(chr, row)) for row in ids]  # noqa: E731
@@ -151,6 +166,12 @@ def over_the_batch(prompts, responses, rows):
     return ((scores - scores.mean()) / scores.std()).tolist()
 
 
+def among_the_answers_to_a_prompt(prompts, responses, rows):
+    scores = np.add(numbers(prompts, responses, rows), np.arange(len(prompts)) % 2)
+    pairs = scores.reshape(-1, 2)
+    return (pairs - pairs.mean(1, keepdims=True)).ravel().tolist()
+
+
 def at_random(prompts, responses, rows):
     return np.random.default_rng().normal(size=len(prompts)).tolist()
 
@@ -165,6 +186,11 @@ def that_fails_the_second_time(prompts, responses, rows):
 def test_scores_of_a_function_that_follow_their_rows_pass(function):
     said = check_alignment.scores_of_the_probe(Scored(function))
     assert "follow their 8 rows" in said and "rolled by one row" in said
+
+
+def test_a_function_may_compare_the_answers_to_one_prompt():
+    said = check_alignment.scores_of_the_probe(Scored(among_the_answers_to_a_prompt, copies=2))
+    assert "follow their 8 rows" in said
 
 
 @pytest.mark.parametrize(

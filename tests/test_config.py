@@ -50,6 +50,8 @@ def write(path, text):
         ("resume: auto", ["--overwrite", "false"], False, "auto"),
         ("overwrite: true", ["--resume", "auto"], False, "auto"),
         ("overwrite: true", ["--resume", "no"], True, "no"),
+        ("overwrite: true", ["--resume", "."], False, "."),
+        ("resume: .", ["--overwrite"], True, "no"),
         ("overwrite: true", [], True, "no"),
     ],
 )

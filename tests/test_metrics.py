@@ -60,6 +60,13 @@ def test_one_pair_a_prompt_is_as_wide_as_wilsons():
     assert (low, high) == pytest.approx(wilson_interval(right.mean(), 426), abs=0.005)
 
 
+def test_few_prompts_do_not_call_a_sound_model_worse_than_chance():
+    """Two prompts of 6 pairs whose shares happen to be near each other say nothing."""
+    right = np.repeat([2 / 6, 2.5 / 6], 6)
+    low, high = interval_by_prompt(right, np.repeat([0, 1], 6))
+    assert low < 0.1 and high > 0.85
+
+
 def test_pairs_said_again_make_it_no_narrower():
     right = (np.arange(80) % 4 > 0).astype(float)
     once = interval_by_prompt(right, np.arange(80))

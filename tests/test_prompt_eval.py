@@ -68,6 +68,17 @@ def test_folder_gives_its_test_split_or_else_its_train_split(tmp_path, monkeypat
     assert prompt_eval.load_questions(config)[0].turns == ("from train",)
 
 
+def test_a_tools_result_is_not_asked_as_if_the_user_had_said_it(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "q"}]
+    turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns += [{"role": "tool", "tool_call_id": "1", "content": "RESULT"}]
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"prompt": turns}) + "\n")
+    with pytest.raises(rows.DataError, match="tools.jsonl:1: a tool's result stands last"):
+        prompt_eval.load_questions(configured(checkpoints=["x"], prompts=[str(path)]))
+
+
 def test_bad_prompts_are_all_named_once(tmp_path):
     text, mt_bench, empty = tmp_path / "p.txt", tmp_path / "mt.jsonl", tmp_path / "empty.txt"
     text.write_bytes(b"fine\n\xff\xfe\nnul \0 here\n")

@@ -56,6 +56,15 @@ def test_demonstrations_count_in_their_answers(tokenizer, tmp_path):
     assert not all(found.supervised) and any(found.supervised)
 
 
+def test_columns_of_other_names_decide_what_the_rows_are(tokenizer, tmp_path):
+    (plain,) = load(tokenizer, tmp_path, [{"body": "Snow is white."}], columns=["text=body"]).rows
+    assert tokenizer.decode(plain.ids[:-1]) == "Snow is white." and all(plain.supervised)
+    row = {"text": "Add 3 and 4.", "sum": "7"}
+    (shown,) = load(tokenizer, tmp_path, [row], columns=["prompt=text", "answer=sum"]).rows
+    turns = [{"role": "user", "content": "Add 3 and 4."}, {"role": "assistant", "content": "7"}]
+    assert shown == chat_template.encode_conversation(tokenizer, turns)
+
+
 def test_both_kinds_together_are_counted(tokenizer, tmp_path):
     found = load(
         tokenizer,

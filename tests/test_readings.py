@@ -1,6 +1,8 @@
 """Rows that are easily misread: transcripts, bad demonstrations, ties, tools, other names."""
 
+import copy
 import json
+import re
 
 import pytest
 from data_formats import FULL, SINGLE, TREES, flat, tools
@@ -183,6 +185,13 @@ BAD_TURNS = [
     ([{**Q, "content": [{"type": "image_url", "image_url": "x"}]}, A], "is image_url, and only"),
     ([Q, {"role": "assistant", "content": None}], "is null, not a string"),
     ([Q, {**A, "weight": 0}], "has weight 0"),
+    (
+        [
+            Q,
+            {**A, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]},
+        ],
+        "holds a lone surrogate",
+    ),
     ([Q, {**A, "tool_calls": [{"function": {"name": "f"}}]}], "lacks a function's name or arg"),
     ([Q, {**A, "function_call": {"name": "f", "arguments": "{"}}], "call 1 .* not JSON"),
     ([Q, A, {"role": "tool", "content": "x"}, Q, A], "do not alternate"),
@@ -320,8 +329,8 @@ def test_every_step_takes_columns(save, tmp_path, tokenizer):
     common = {"model_name_or_path": "m", "output_dir": str(tmp_path), "eval_fraction": 0.2}
     path, report = save(*rows), type("Report", (), {"say": lambda text: None})
     sft = SFTConfig(**common, sft_data=[path], columns=["prompt=ask,answer=say"])
-    train, held, shown = step1.load_data(sft, tokenizer, report)
-    assert len(train) + len(held) == 20 and texts(shown.item(0).messages)[1] == "two"
+    train, held = step1.load_data(sft, tokenizer, report)
+    assert len(train) + len(held) == 20 and texts(held.item(0).messages)[1] == "two"
     pairs = ["prompt=ask", "chosen=say", "rejected=worse"]
     reward = RewardConfig(**common, preference_data=[path], sft_data=[path], columns=pairs)
     train, held, demonstrations = step2.load_data(reward, tokenizer, report)
@@ -330,6 +339,45 @@ def test_every_step_takes_columns(save, tmp_path, tokenizer):
     train, held = step3.load_prompts(ppo, tokenizer, report)
     assert sorted(p.row["ask"] for p in [*train, *held]) == sorted(row["ask"] for row in rows)
     assert set(from_scratch.texts_of([path], columns_of(pairs))) >= {"one 0", "two", "three"}
+
+
+def test_comparisons_left_out_as_too_long_are_told(save, tmp_path, tokenizer):
+    rows = [{"prompt": f"q{n} " + "w " * (60 if n % 4 == 0 else 1)} for n in range(20)]
+    path = save(*({**row, "chosen": "good", "rejected": "poor"} for row in rows))
+    said = []
+    config = RewardConfig(
+        model_name_or_path="m",
+        output_dir=str(tmp_path),
+        preference_data=[path],
+        eval_fraction=0.2,
+        max_length=64,
+        long_prompts="drop",
+    )
+    train, held, _ = step2.load_data(config, tokenizer, type("Report", (), {"say": said.append}))
+    told = [re.search(r"(\d+) rows kept(?:, (\d+) dropped)?", line) for line in said[1:]]
+    assert [int(found[1]) for found in told] == [2 * len(train), 2 * len(held)]
+    assert sum(int(found[2] or 0) for found in told) == 10 and len(train) + len(held) == 15
+
+
+def test_rows_that_the_template_refused_are_not_shown(save, tmp_path, tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + strict.chat_template
+    )
+    talks = [[Q, A] if n % 2 else [{"role": "system", "content": "s"}, Q, A] for n in range(40)]
+    rows = [
+        {"messages": [*t[:-2], {**t[-2], "content": f"q{n}"}, t[-1]]} for n, t in enumerate(talks)
+    ]
+    config = SFTConfig(
+        model_name_or_path="m",
+        output_dir=str(tmp_path),
+        sft_data=[save(*rows)],
+        max_bad_rows=1.0,
+        eval_fraction=0.4,
+    )
+    _, held = step1.load_data(config, strict, type("Report", (), {"say": lambda text: None}))
+    assert len(held) and all(held.item(i).messages[0]["role"] == "user" for i in range(len(held)))
 
 
 @pytest.mark.parametrize("words", ["prompt", "prompt=", "=q", "prompt=a,prompt=b", "a=b,c"])

@@ -106,6 +106,18 @@ def test_what_is_kept_is_what_a_list_of_rows_gives(tokenizer, tmp_path, large, m
     assert len(prints) == 1 and prints.pop().startswith("36 rows (")
 
 
+@pytest.mark.parametrize("small", [0, 2**30], ids=["kept", "in memory"])
+def test_bad_rows_beside_an_error_of_the_whole_are_named_too(
+    tokenizer, tmp_path, monkeypatch, small
+):
+    monkeypatch.setattr(row_cache, "SMALL", small)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{broken\n{"foo": 1}\n')
+    with pytest.raises(DataError, match="fit no schema known here") as caught:
+        reader(tokenizer, tmp_path / "cache", BadRows())([str(path)], "train")
+    assert "rows.jsonl:1: not JSON" in str(caught.value)
+
+
 def test_what_is_to_be_told_of_rows_is_told_at_each_start(tokenizer, tmp_path, large, capsys):
     rows = [{"prompt": f"q{i}", "completion": "a", "label": i % 3 > 0} for i in range(30)]
     name = write(tmp_path / "kto.jsonl", rows)

@@ -23,6 +23,7 @@ def by_hand(values) -> float:
 def test_standard_error_by_hand_and_of_what_has_none():
     assert standard_error(BEFORE) == pytest.approx(by_hand(BEFORE))
     assert standard_error([3.0]) is None and standard_error([]) is None
+    assert standard_error([1.0, math.nan]) is None and standard_error([1.0, math.inf]) is None
 
 
 @pytest.fixture

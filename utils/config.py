@@ -338,8 +338,8 @@ def build(config_class, argv: list[str], world_size: int):
                     raise ValueError(f"{name}={values.pop(name)} is not one of {shown}")
             except ValueError as error:
                 problems.append(str(error))
-    # A saved `resume: auto` gives way to --overwrite and the other way round: flags win.
-    if values.get("overwrite") and values.get("resume") == "auto":
+    # A saved `resume` gives way to --overwrite and the other way round: flags win.
+    if values.get("overwrite") and values.get("resume", "no") != "no":
         said = flags.keys() & {"overwrite", "resume"}
         if said == {"overwrite"}:
             values |= {"resume": "no", "resume_anyway": "resume_anyway" in flags}

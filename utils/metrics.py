@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 
 RESAMPLES, AT_ONCE = 2000, 2**22  # of the bootstrap; numbers drawn at a time
+FEW = 10  # prompts; a bootstrap of fewer is too sure of itself
 
 
 class PairAccuracy(evaluate.Metric):
@@ -46,12 +47,13 @@ def interval_by_prompt(right, prompts) -> tuple[float, float]:
 
     Pairs of one prompt share answers and are right or wrong together, so prompts are drawn again
     and not pairs (percentiles of a seeded bootstrap, Efron 1979). Where all prompts are equally
-    right, or there is one, drawing them says nothing, and each counts as one trial of Wilson's.
+    right, or there are fewer than FEW, drawing them says too little, and each counts as one trial
+    of Wilson's.
     """
     _, group = np.unique(np.asarray(prompts), return_inverse=True)
     counts = np.bincount(group)
     sums = np.bincount(group, weights=right)
-    if np.ptp(sums / counts) < 1e-12:
+    if np.ptp(sums / counts) < 1e-12 or len(counts) < FEW:
         return wilson_interval(float(np.mean(right)), len(counts))
     generator, means = np.random.default_rng(0), []
     for size in np.diff([*range(0, RESAMPLES, max(1, AT_ONCE // len(counts))), RESAMPLES]):

@@ -193,8 +193,11 @@ def save_result(output_dir: str, result: dict) -> None:
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of the mean of independent values; None of fewer than two, which tell nothing of it."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    """Of the mean of independent values; None of fewer than two, which tell nothing of it, and
+    where one is no finite number."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def brief(value: float) -> str:

@@ -72,18 +72,19 @@ class Reader:
     def tabulate(self, source: Source, bad: BadRows) -> View:
         files = files_behind(source.name, source.splits)
         if sum(map(os.path.getsize, files)) < SMALL:
-            table, found = self._in_memory(source)
+            found = Collected()
+            try:
+                table = self._in_memory(source, found)
+            finally:  # beside what is wrong with the whole file, if anything is
+                found.hand_on(bad)
         else:
             path = folder_of(self.config) / f"{self.key_of(source, files)}.arrow"
-            once(path, lambda file: self._write(file, source, path))
+            once(path, lambda file: self._write(file, source, path, bad))
             table, found = self._mapped(path, source)
-        for entry in found:
-            bad.add(*entry)
-        bad.seen += found.seen
+            found.hand_on(bad)
         return View([table], np.arange(len(table)))
 
-    def _in_memory(self, source: Source) -> tuple[Table, Collected]:
-        found = Collected()
+    def _in_memory(self, source: Source, found: Collected) -> Table:
         schema, rows = source.open(found)
         columns, items, refused = row_tables.encoded(source, self.encode, self.layout, schema, rows)
         types = [field for field in self.layout.schema if field.name in columns]
@@ -91,7 +92,7 @@ class Reader:
         digest = row_tables.Digest()
         digest.add(part, self.layout.columns)
         found += refused
-        return Table(self.layout, [part], digest.hexdigest(), items=items), found
+        return Table(self.layout, [part], digest.hexdigest(), items=items)
 
     def key_of(self, source: Source, files: list[str]) -> str:
         """Names a file by all that decides what is in it."""
@@ -106,18 +107,19 @@ class Reader:
         }
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    def _write(self, file, source: Source, path: Path) -> None:
-        """All rows of `source`, and behind them what is to be told of them."""
+    def _write(self, file, source: Source, path: Path, bad: BadRows) -> None:
+        """All rows of `source`, and behind them what is to be told of them. `bad` takes bad rows
+        only where they stand beside an error of the whole."""
         begun = told = time.monotonic()
         found, digest, rows = Collected(), row_tables.Digest(), 0
         notes = source.reading.notes
         of_others = collections.Counter(notes)
         notes.clear()
         with pa.ipc.new_file(file, self.layout.schema) as writer:
-            for part, bad, found.seen in self._parts(source):
+            for part, refused, found.seen in self._parts(source, bad):
                 writer.write_batch(part)
                 digest.add(part, self.layout.columns)
-                found += bad
+                found += refused
                 rows += len(part)
                 if time.monotonic() - told > TELL_EVERY:
                     told = time.monotonic()
@@ -131,10 +133,16 @@ class Reader:
         speed = rows / (time.monotonic() - begun)
         _say(f"{source.name}: {rows:,} rows, {speed:,.0f} a second, kept in {path}")
 
-    def _parts(self, source: Source) -> Iterator[tuple[pa.RecordBatch, Collected, int]]:
+    def _parts(
+        self, source: Source, bad: BadRows
+    ) -> Iterator[tuple[pa.RecordBatch, Collected, int]]:
         """(rows, bad rows among them, rows seen so far), in order, from one process a core."""
         unread = Collected()
-        schema, rows = source.open(unread)
+        try:
+            schema, rows = source.open(unread)
+        except DataError:
+            unread.hand_on(bad)
+            raise
         count = len(os.sched_getaffinity(0))
         job = functools.partial(_part, source, self.encode, self.layout, schema)
         # Forked, so that tokenizers of a model's own Python files need not be sent: a worker
@@ -148,16 +156,16 @@ class Reader:
                     more = len(some) == CHUNK
                     waiting.append((Collected(unread), pool.submit(_work, some)))
                     unread.clear()
-                bad, future = waiting.popleft()
+                refused, future = waiting.popleft()
                 try:
-                    part, refused, told = future.result()
+                    part, more_refused, told = future.result()
                 except BrokenProcessPool as error:
                     raise DataError(
                         f"{source.name}: a process that tokenised rows was killed, for want of "
                         "memory perhaps; nothing was kept, so start again"
                     ) from error
                 source.reading.notes.update(told)
-                yield part, Collected([*bad, *refused]), unread.seen
+                yield part, Collected([*refused, *more_refused]), unread.seen
 
     def _mapped(self, path: Path, source: Source) -> tuple[Table, Collected]:
         try:
@@ -281,7 +289,9 @@ def _content(path: str) -> tuple:
 def _code(encoder: str) -> str:
     """Of the programs that decide what becomes of a row."""
     digest = hashlib.sha256()
-    for file in sorted({*Path(__file__).parent.glob("*.py"), Path(encoder)}):
+    here = Path(__file__).parent
+    scorers = here.parent / "models/reward_reader.py"  # sorts prompts out in step 3's encoder
+    for file in sorted({*here.glob("*.py"), scorers, Path(encoder)}):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -74,6 +74,11 @@ class Collected(list):
     def add(self, where: str, reason: str, data=None) -> None:
         self.append((where, reason, data))
 
+    def hand_on(self, bad) -> None:
+        for entry in self:
+            bad.add(*entry)
+        bad.seen += self.seen
+
 
 def encoded(
     source: Source, encode: Callable, layout: Layout, schema: str, rows: Iterable[Row]

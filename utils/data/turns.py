@@ -120,6 +120,8 @@ def _tool_calls(turn: dict, label: str) -> list[dict]:
             raise BadRow(f"the arguments of call {number} of {label}: not JSON: {error}") from None
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise BadRow(f"call {number} of {label} lacks a function's name or arguments")
+        if problem := text_problem(json.dumps(arguments, ensure_ascii=False, default=str)):
+            raise BadRow(f"the arguments of call {number} of {label}: {problem}")
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         function = {"name": name, "arguments": arguments}
         found.append({"type": "function", "function": function, **own})
