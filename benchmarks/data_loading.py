@@ -137,7 +137,7 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
     )
     tokenizer = chat_template.load_tokenizer(str(folder))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    examples, held, _ = load_data(config, tokenizer, Report())
+    examples, held = load_data(config, tokenizer, Report())
     rows = len(examples) + len(held)
     facts = speeds(rows, begun, resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     facts["most_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
