@@ -287,7 +287,6 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     """(prompts that the policy's template and the labeller's, if it has one, can render, their ids,
     Counts)."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-
     columns = columns_of(config.columns)
 
     def load(names, role):

@@ -244,12 +244,15 @@ def test_the_varlen_kernel_is_called_as_its_signature_says(monkeypatch, window, 
     ids, mask = torch.ones(3, 17, dtype=torch.long), torch.zeros(3, 17, dtype=torch.bool)
     for row, (n, (start, end)) in enumerate(zip(lengths, spans, strict=True)):
         mask[row, : n + end - start] = True
-    settings = packing.inputs(ids, mask, [(0, end) for _, end in spans])
+    shared = [(0, end) for _, end in spans]
+    settings = packing.inputs(ids, packing.own(mask, shared), shared)
     assert settings["row_lengths"] == ([20] if spans[2][1] else lengths)
     settings |= dict(scaling=0.3, sliding_window=window)
     for name in ("input_ids", "position_ids", "attention_mask"):
         del settings[name]
     on_cpu, _ = packing.attention(None, *tensors, None, **settings)
+    seen = [n + end for n, (_, end) in zip(lengths, spans, strict=True)]
+    settings |= packing.keys_of_rows([0, 7, 8, 20], seen, shared, torch.device("cpu"))
     on_gpu, _ = packing.attention(None, *(x.as_subclass(OnGPU) for x in tensors), None, **settings)
     torch.testing.assert_close(on_gpu.as_subclass(torch.Tensor), on_cpu, rtol=1e-4, atol=1e-5)
 

@@ -14,3 +14,8 @@ def visible(text: str) -> str:
         else repr(c)[1:-1]
         for c in text
     )
+
+
+def coloured(text: str, learned: bool) -> str:
+    """A text in green where it is learned, else in grey."""
+    return f"\033[{32 if learned else 90}m{text}\033[0m"

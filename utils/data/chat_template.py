@@ -8,7 +8,7 @@ from datetime import datetime
 
 from utils.data.turns import shows_tools
 from utils.model_files import refused
-from utils.terminal import visible
+from utils.terminal import coloured, visible
 
 CHATML = (
     "{% for message in messages %}"
@@ -327,7 +327,6 @@ def show(tokenizer, encoded: Encoded) -> str:
     """The text with supervised tokens in green, others grey, for a terminal."""
     parts = []
     for token, on in zip(encoded.ids, encoded.supervised, strict=True):
-        text = visible(tokenizer.decode([token]))
-        parts.append(f"\033[32m{text}\033[0m" if on else f"\033[90m{text}\033[0m")
+        parts.append(coloured(visible(tokenizer.decode([token])), on))
     count = sum(encoded.supervised)
     return "".join(parts) + f"\n{len(encoded.ids)} tokens, {count} supervised (green)"

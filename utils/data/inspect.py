@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from utils.config_values import columns_of
 from utils.data import chat_template, instructions, preferences, rows, schemas, splits
 from utils.data.bad_rows import SHOWN_PROBLEMS
-from utils.terminal import visible
+from utils.terminal import coloured, visible
 
 USES = {
     "demonstration": (instructions.load_conversations, instructions.SFT_SPLITS, "--sft_data"),
@@ -30,7 +30,6 @@ USES = {
 }
 LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LETTERS_READ = 500  # of a row, to tell its script
-GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
 
 def look(name: str, use: str, schema: str, columns: dict) -> tuple[list, str]:
@@ -164,8 +163,8 @@ def shown(item, tokenizer) -> str:
     if tokenizer is None:
         lines = []
         for turn in turns:
-            colour = GREEN if turn["role"] == "assistant" else GREY
-            lines.append(f"{turn['role']}: {colour}{visible(turn['content'])}{PLAIN}")
+            text = coloured(visible(turn["content"]), turn["role"] == "assistant")
+            lines.append(f"{turn['role']}: {text}")
         return "\n".join(lines)
     if turns[-1]["role"] == "assistant":
         return chat_template.show(tokenizer, chat_template.encode_conversation(tokenizer, turns))

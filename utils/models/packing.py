@@ -231,17 +231,17 @@ def inputs(
 ) -> dict:
     """Keyword arguments of one forward pass on (B,T) padded rows, laid end to end in (1,N).
 
-    shared: as shared_beginnings makes them; those tokens are left out, as `own` does, and rows must
-    be right-padded then. With a mask on the CPU, nothing waits for the device of `input_ids`.
+    shared: as shared_beginnings makes them; `mask` is then what `own` leaves of the rows'. With a
+    mask on the CPU, nothing waits for the device of `input_ids`.
     """
-    device, kept = input_ids.device, own(mask, shared).cpu()
-    rows = kept.sum(1).tolist()
+    device, mask = input_ids.device, mask.cpu()
+    rows = mask.sum(1).tolist()
     shared = shared or [(i, 0) for i in range(len(rows))]
     seen = [n + common for n, (_, common) in zip(rows, shared, strict=True)]
     positions = [torch.arange(k - n, k) for n, k in zip(rows, seen, strict=True)]
-    ends = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
     found = {
-        "input_ids": input_ids.flatten().index_select(0, places(kept, device))[None],
+        "input_ids": input_ids.flatten().index_select(0, places(mask, device))[None],
         "position_ids": host_memory.send(torch.cat(positions)[None], device),
         # A mask of four dimensions is one that transformers leaves alone; nothing reads it.
         "attention_mask": torch.empty(1, 1, 1, 1, device=device),
@@ -254,18 +254,26 @@ def inputs(
     found["cu_seq_lens_k"] = found["cu_seq_lens_q"]
     if seen == rows:
         return found
-    starts, keys = ends.tolist(), []
+    if device.type != "cpu":
+        return found | keys_of_rows(ends.tolist(), seen, shared, device)
+    groups = [list(g) for _, g in itertools.groupby(range(len(rows)), lambda i: shared[i][0])]
+    found["row_lengths"] = [sum(rows[i] for i in group) for group in groups]
+    found["trees"] = [_tree(group, positions, shared) for group in groups]
+    return found
+
+
+def keys_of_rows(starts: list[int], seen: list[int], shared, device) -> dict:
+    """What the varlen kernel is told of keys: each row's own behind those that it shares. starts:
+    of the rows among all tokens, and their end. seen: how many keys each row has."""
+    keys = []
     for row, (first, common) in enumerate(shared):
         keys.append(torch.arange(starts[first], starts[first] + common))
         keys.append(torch.arange(starts[row], starts[row + 1]))
     ends = F.pad(torch.tensor(seen).cumsum(0), (1, 0))
-    found["cu_seq_lens_k"] = host_memory.send(ends.int(), device)
-    found["key_places"] = host_memory.send(torch.cat(keys), device)
-    if device.type == "cpu":
-        groups = [list(g) for _, g in itertools.groupby(range(len(rows)), lambda i: shared[i][0])]
-        found["row_lengths"] = [sum(rows[i] for i in group) for group in groups]
-        found["trees"] = [_tree(group, positions, shared) for group in groups]
-    return found
+    return {
+        "cu_seq_lens_k": host_memory.send(ends.int(), device),
+        "key_places": host_memory.send(torch.cat(keys), device),
+    }
 
 
 def _tree(group: list[int], positions: list[torch.Tensor], shared) -> Tree | None:

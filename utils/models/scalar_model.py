@@ -48,12 +48,13 @@ class ScalarModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, shared=None) -> torch.Tensor:
         backbone, packed = self.classifier.base_model, packing.is_on(self.classifier)
         if packed:
+            mask = packing.own(mask, shared)
             inputs = packing.inputs(input_ids, mask, shared)
         else:
             inputs = language_model.forward_inputs(backbone, input_ids, mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         values = self.classifier.score(hidden).squeeze(-1) - self.bias
-        return packing.spread(values, packing.own(mask, shared)) if packed else values
+        return packing.spread(values, mask) if packed else values
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
