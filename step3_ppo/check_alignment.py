@@ -83,6 +83,7 @@ def _function_scores(check, rollout, prompts, seconds: float) -> str:
     before, in_order = rollout.function_scores, list(range(len(prompts)))
     # Prompt by prompt: a function may compare the answers to one prompt, which stand together.
     groups = [list(g) for _, g in itertools.groupby(in_order, lambda i: prompts[i].messages)]
+    groups = groups if len(groups) > 1 else [[i] for i in in_order]
     drawn = np.random.default_rng(0).permutation(len(groups))
     shuffled = [i for group in drawn for i in groups[group]]
     most = apart(before, ask(shuffled))[1]

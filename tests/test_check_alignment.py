@@ -202,6 +202,15 @@ def test_scores_of_a_function_that_are_another_rows_are_a_fault(function, said):
         check_alignment.scores_of_the_probe(Scored(function))
 
 
+def by_place(prompts, responses, rows):
+    return [float(i) for i in range(len(prompts))]
+
+
+def test_answers_to_one_prompt_alone_are_shuffled_too():
+    with pytest.raises(Fault, match="another row's"):
+        check_alignment.scores_of_the_probe(Scored(by_place, copies=8))
+
+
 def test_what_could_not_be_checked_of_a_function_is_said():
     said = check_alignment.scores_of_the_probe(Scored(at_random))
     assert "not checked" in said and "own.py:score gives the same rows other scores" in said
