@@ -14,18 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 from utils.data.bad_rows import BadRow
-from utils.data.demonstrations import prompt_in, spoken
+from utils.data.demonstrations import PROMPTS, asked, spoken
 from utils.data.reading import Reading, first_of
 from utils.data.turns import kind_of, split_answer, text_of, turns_of
 
-PAIR_PROMPTS = ("prompt", "question")
 PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-_pair_prompt = prompt_in(*PAIR_PROMPTS)
 
 
 def _side(data: dict, reading: Reading, name: str) -> tuple[list[dict], Any]:
@@ -34,14 +32,14 @@ def _side(data: dict, reading: Reading, name: str) -> tuple[list[dict], Any]:
     A text is the answer to the prompt column; a transcript, where there is no such column or it
     begins with it, and a list of turns are the whole conversation.
     """
-    value, column = data[name], first_of(PAIR_PROMPTS, data)
+    value, column = data[name], first_of(PROMPTS, data)
     if not isinstance(value, str):
         turns, last = split_answer(value, name)
         if last is None:
             turns_of(turns, name)
             raise BadRow(f"the last turn of {name} is not the assistant's")
         if not turns:
-            return _pair_prompt(data, reading) if column else [], last
+            return asked(data, reading) if column else [], last
         return turns_of(turns, name), last
     given = data.get(column)
     begins = isinstance(given, str) and given.strip() and value.strip().startswith(given.strip())
@@ -50,7 +48,7 @@ def _side(data: dict, reading: Reading, name: str) -> tuple[list[dict], Any]:
         if turns[-1]["role"] != "assistant":
             raise BadRow(f"the last turn of {name} is not the assistant's")
         return turns[:-1], turns[-1]
-    return _pair_prompt(data, reading), spoken(value, given, reading)
+    return asked(data, reading), spoken(value, given, reading)
 
 
 def _said(last: dict, name: str) -> str:

@@ -55,7 +55,7 @@ SCHEMAS = {
         rankings.pair_prompt,
         rankings.chosen_answer,
         rankings.pair,
-        optional=rankings.PAIR_PROMPTS,
+        optional=_PROMPT,
     ),
     "kwise": Schema(
         (("prompt",), ("responses",), ("scores", "ranks")),
