@@ -25,10 +25,10 @@ STEPS_A_CHECKPOINT = 6
 
 def engine_of(arguments, folder: Path):
     """(engine, tokenizer, config, device) of a random Llama with the embedded task's tokenizer."""
-    from utils import config as run_config
     from utils.data import chat_template, toy_tasks
     from utils.distributed import process_group, zero
     from utils.models import from_scratch, language_model
+    from utils.settings import fields as run_config
 
     device = process_group.init()
     torch.set_num_threads(1)  # training has one core; what other threads take is the writer's
@@ -63,8 +63,8 @@ def engine_of(arguments, folder: Path):
 def checkpoints_of(engine, tokenizer, config, device, how: str):
     import dataclasses
 
-    from utils.distributed import checkpoint
-    from utils.distributed.training_state import Checkpoints
+    from utils.checkpoints import model_folder as checkpoint
+    from utils.checkpoints.checkpoints import Checkpoints
 
     class Quiet:
         def say(self, text: str) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/digits.py --model_name_or_path output/tiny/step1_sft \\
         --data output/tiny/data [--output_dir output/digits] [--max_steps 60]
 
-Runs step 3 with `--reward_function step3_ppo.reward_functions:count_of_numbers`, once with a token
+Runs step 3 with `--reward_function step3_ppo.rewards.shipped:count_of_numbers`, once with a token
 as the action and once with the whole answer (a published attempt with the latter saw no growth in a
 day), and counts the numbers in sampled answers to held-out prompts, before and after.
 """
@@ -21,13 +21,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from step3_ppo.reward_functions import NUMBER  # noqa: E402
+from step3_ppo.rewards.shipped import NUMBER  # noqa: E402
 from utils.data import batches, chat_template  # noqa: E402
-from utils.models import generation  # noqa: E402
+from utils.generation import sampling as generation  # noqa: E402
 
 LENGTH = 24  # tokens an answer may have
 FLAGS = (
-    "--reward_function step3_ppo.reward_functions:count_of_numbers --missing_eos_penalty 1 "
+    "--reward_function step3_ppo.rewards.shipped:count_of_numbers --missing_eos_penalty 1 "
     "--learning_rate 6e-4 --critic_learning_rate 1e-3 --prompts_per_rollout 128 "
     "--global_batch_size 32 --micro_batch_size 16 --ppo_epochs 4 --kl_coef 0.005 "
     f"--max_prompt_length 64 --max_response_length {LENGTH} --eval_every 10 --log_every 10 "

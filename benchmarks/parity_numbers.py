@@ -20,7 +20,8 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.state import State
 from utils.data import chat_template, toy_tasks
 from utils.distributed import process_group
-from utils.models import from_scratch, generation, language_model, scalar_model
+from utils.generation import sampling as generation
+from utils.models import from_scratch, language_model, scalar_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # fp32 in another order of summing differs in the seventh digit. Relative to the spread.

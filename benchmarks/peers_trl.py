@@ -18,9 +18,9 @@ from trl.experimental.ppo import ppo_trainer
 
 from benchmarks import trl_runner
 from step3_ppo.config import PPOConfig
-from utils import config as run_config
 from utils import report as reporting
 from utils.data import chat_template
+from utils.settings import fields as run_config
 
 
 class TakeTurns(TrainerCallback):

@@ -168,10 +168,10 @@ def train_ppo(config, dtype: str, device) -> None:
     import torch
 
     from step3_ppo import rollout as rollouts
+    from step3_ppo.checks.watch import Watch
     from step3_ppo.models import build
     from step3_ppo.state import State
     from step3_ppo.update import train_on
-    from step3_ppo.watch import Watch
     from utils.data import chat_template
 
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
@@ -224,7 +224,8 @@ def measure(case: str, folder: Path) -> None:
 
 def run_case(case: str, folder: Path, device: str) -> dict:
     """{case, predicted, measured, ratio, phase}, bytes."""
-    from utils.distributed import planner, process_group
+    from utils.distributed import process_group
+    from utils.planner import plan as planner
 
     step, size, dtype, ranks, config = config_of(case, folder)
     found = planner.plan(step, config, dtype, ranks, device)

@@ -41,7 +41,7 @@ def sides(work, models: Path, output: Path, arguments) -> list[System]:
             argv = ppo_throughput.flags(work, models, file, folder, dtype)
             # Neither critic nor reward model: what follows the decode is not measured here.
             argv += ["--zero_stage", str(stage), "--algorithm", "reinforce", "--reward_model", ""]
-            argv += ["--reward_function", "step3_ppo.reward_functions:length_target"]
+            argv += ["--reward_function", "step3_ppo.rewards.shipped:length_target"]
             argv += ["--global_batch_size", str(work.prompts), *arguments.flags]
             found.append(System(name, "benchmarks.sides:rollout", {"argv": argv}, *where))
     return found

@@ -38,9 +38,9 @@ def rollout(turns, argv: list[str]) -> None:
     from step3_ppo import rollout as rollouts
     from step3_ppo.config import PPOConfig
     from step3_ppo.models import build
-    from utils import config as run_config
     from utils.data import batches, chat_template, instructions, rows
     from utils.distributed import process_group, zero
+    from utils.settings import fields as run_config
 
     config = run_config.build(PPOConfig, argv, world_size=1)
     reporting.quiet_libraries()

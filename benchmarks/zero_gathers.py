@@ -35,8 +35,8 @@ class Collectives(TorchDispatchMode):
 
 def engine_of(model, zero_stage: int = 3):
     """The training engine of one random model."""
-    from utils.config import RunConfig
     from utils.distributed import zero
+    from utils.settings.fields import RunConfig
 
     config = RunConfig(zero_stage=zero_stage, dtype="fp32", micro_batch_size=1)
     return zero.TrainEngine(
@@ -50,7 +50,7 @@ def rollout(hybrid, ids, mask, new_tokens: int) -> tuple[torch.Tensor, dict, dic
     Returns (responses, collectives of the whole rollout, collectives inside its decode loop).
     """
     from utils.distributed import process_group
-    from utils.models import generation
+    from utils.generation import sampling as generation
 
     settings = dict(stop_id=-1, pad_id=0, all_finished=hybrid.all_finished)
     with Collectives() as whole, hybrid.generating() as model:
@@ -71,7 +71,7 @@ def measure(arguments) -> None:
     import transformers
 
     from utils.distributed import process_group
-    from utils.distributed.hybrid_engine import HybridEngine
+    from utils.generation.hybrid_engine import HybridEngine
 
     process_group.init()
     config = transformers.LlamaConfig(

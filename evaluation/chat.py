@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from evaluation import checkpoints
-from utils import config as run_config
 from utils import report as reporting
 from utils import terminal
-from utils.config import setting
 from utils.data import rows
+from utils.settings import fields as run_config
+from utils.settings.fields import setting
 
 
 @dataclass

@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from evaluation import checkpoints, markdown, scores
-from utils import config as run_config
 from utils import report as reporting
 from utils import terminal, whole_files
-from utils.config import setting
 from utils.data import batches, chat_template, instructions, rows
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.data.turns import text_of
-from utils.models import generation
+from utils.generation import sampling as generation
+from utils.settings import fields as run_config
+from utils.settings.fields import setting
 
 BUILT_IN_PROMPTS = (
     "Explain the moon landing to a 6 year old in a few sentences.",

@@ -38,7 +38,7 @@ def verdicts(folder: Path, rows: list[dict], seed: int, max_new_tokens: int = 32
     from transformers import AutoModelForCausalLM
 
     from utils.data import batches, chat_template, toy_tasks
-    from utils.models import generation
+    from utils.generation import sampling as generation
 
     tokenizer = chat_template.load_tokenizer(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.config import RunConfig, setting
+from utils.settings.fields import RunConfig, setting
 
 
 @dataclass

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from step1_sft.config import SFTConfig
-from utils import config as run_config
 from utils import report as reporting
-from utils.config_values import columns_of
+from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints import resuming
+from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import (
     batches,
     chat_template,
@@ -27,20 +28,15 @@ from utils.data import (
     rows,
     splits,
 )
-from utils.distributed import (
-    checkpoint,
-    host_memory,
-    planner,
-    process_group,
-    resuming,
-    shared_files,
-    zero,
-)
-from utils.distributed.hybrid_engine import HybridEngine
-from utils.distributed.training_state import Checkpoints
-from utils.models import generation, language_model
-from utils.models.cpu_products import PRODUCTS
+from utils.distributed import host_memory, process_group, shared_files, zero
+from utils.generation import sampling as generation
+from utils.generation.hybrid_engine import HybridEngine
+from utils.kernels.cpu_products import PRODUCTS
+from utils.models import language_model
+from utils.planner import plan as planner
 from utils.seeding import seed_everything
+from utils.settings import fields as run_config
+from utils.settings.values import columns_of
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 

@@ -17,17 +17,19 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
 
-from utils import config as run_config
 from utils import report as reporting
 from utils import whole_files
-from utils.config import RunConfig, setting
-from utils.config_values import columns_of
+from utils.checkpoints import resuming
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
-from utils.distributed import process_group, resuming, shared_files, zero
-from utils.models import generation, language_model, reward_reader, scalar_model
-from utils.models.decoder import Decoder
+from utils.distributed import process_group, shared_files, zero
+from utils.generation import sampling as generation
+from utils.generation.decoder import Decoder
+from utils.models import language_model, reward_reader, scalar_model
 from utils.models.reward_reader import Reader
 from utils.seeding import seed_everything
+from utils.settings import fields as run_config
+from utils.settings.fields import RunConfig, setting
+from utils.settings.values import columns_of
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from utils.config import RunConfig, setting
+from utils.settings.fields import RunConfig, setting
 
 
 @dataclass

@@ -17,9 +17,10 @@ import torch
 
 from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
-from utils import config as run_config
 from utils import report as reporting
-from utils.config_values import columns_of
+from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints import resuming
+from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import (
     batches,
     chat_template,
@@ -31,19 +32,14 @@ from utils.data import (
     rows,
     splits,
 )
-from utils.distributed import (
-    checkpoint,
-    host_memory,
-    planner,
-    process_group,
-    resuming,
-    shared_files,
-    zero,
-)
-from utils.distributed.training_state import Checkpoints
-from utils.models import language_model, packing, scalar_model
-from utils.models.cpu_products import PRODUCTS
+from utils.distributed import host_memory, process_group, shared_files, zero
+from utils.kernels import packing
+from utils.kernels.cpu_products import PRODUCTS
+from utils.models import language_model, scalar_model
+from utils.planner import plan as planner
 from utils.seeding import seed_everything
+from utils.settings import fields as run_config
+from utils.settings.values import columns_of
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,7 @@ def score_all(engine, ranked: list[Ranked], config, pad_id: int, device) -> list
 def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
-    from utils.metrics import pair_accuracy
+    from utils.intervals import pair_accuracy
 
     scores = score_all(engine, ranked, config, pad_id, device)
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])

@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from utils.config import RunConfig, setting
 from utils.data.chat_template import READ_AT, READ_AT_HELP
+from utils.settings.fields import RunConfig, setting
 
 
 @dataclass

@@ -13,16 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 
 from step3_ppo import rollout as rollouts
-from step3_ppo import self_check
+from step3_ppo.checks import self_check
+from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build, parts
-from step3_ppo.reward_model import readers, reads_text
+from step3_ppo.rewards.model import readers, reads_text
 from step3_ppo.state import State
 from step3_ppo.update import train_on
-from step3_ppo.watch import Watch
-from utils import config as run_config
 from utils import report as reporting
-from utils.config_values import columns_of
+from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints import resuming
+from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import (
     batches,
     chat_template,
@@ -33,11 +34,13 @@ from utils.data import (
     splits,
     toy_tasks,
 )
-from utils.distributed import checkpoint, planner, process_group, resuming, shared_files, zero
-from utils.distributed.training_state import Checkpoints
+from utils.distributed import process_group, shared_files, zero
+from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model, reward_reader
-from utils.models.cpu_products import PRODUCTS
+from utils.planner import plan as planner
 from utils.seeding import seed_everything
+from utils.settings import fields as run_config
+from utils.settings.values import columns_of
 
 SHOWN = (
     "score",
@@ -130,7 +133,7 @@ def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> 
 
 
 def say_engines(models, config, device, report) -> None:
-    from utils.models import rollout_engines
+    from utils.generation import engine as rollout_engines
 
     rows = config.decoded_at_once(process_group.world_size())
     others = [models.critic] if models.critic is not None else []

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from step3_ppo import ptx, scoring
+from step3_ppo import ptx
 from step3_ppo.old_logprobs import OldLogprobs
-from step3_ppo.reward_model import RewardModel, differences, readers, reads_text
+from step3_ppo.rewards import functions as scoring
+from step3_ppo.rewards.model import RewardModel, differences, readers, reads_text
+from utils.checkpoints import model_folder as checkpoint
 from utils.data import chat_template
-from utils.distributed import checkpoint, zero
-from utils.distributed.frozen_offload import FrozenOffload
-from utils.distributed.hybrid_engine import HybridEngine
+from utils.distributed import zero
+from utils.distributed.offload import FrozenOffload
+from utils.generation.hybrid_engine import HybridEngine
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 
@@ -21,7 +23,7 @@ class Models:
 
     tokenizer: object
     actor: zero.TrainEngine
-    rollout_engine: object  # who samples: see utils/models/rollout_engines.py
+    rollout_engine: object  # who samples: see utils/generation/engine.py
     old_logprobs: OldLogprobs
     critic: zero.TrainEngine | None
     reference: object
@@ -38,7 +40,7 @@ class Models:
 
 
 def build(config, tokenizer, dtype: str, device) -> Models:
-    from utils.models import rollout_engines
+    from utils.generation import engine as rollout_engines
 
     reward_function = scoring.load(config.reward_function) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.

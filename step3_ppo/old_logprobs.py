@@ -20,10 +20,10 @@ class OldLogprobs:
         self.source = None if choice == "auto" else choice
         self.say = say
 
-    def carry(self) -> dict:
+    def state_dict(self) -> dict:
         return {"source": self.source}
 
-    def take_up(self, saved: dict) -> None:
+    def load_state_dict(self, saved: dict) -> None:
         self.source = saved["source"]  # what was seen on the first batch counts to the end
 
     def compare(self, decoded, scored) -> None:

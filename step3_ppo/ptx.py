@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.config_values import columns_of
 from utils.data import (
     batches,
     chat_template,
@@ -27,6 +26,7 @@ from utils.data import (
 from utils.data.reading import Reading
 from utils.distributed import host_memory, process_group
 from utils.models import language_model
+from utils.settings.values import columns_of
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Examples:
     counts: batches.Counts
     steps: int = 0
 
-    def carry(self) -> dict:
+    def state_dict(self) -> dict:
         return {"steps": self.steps}
 
-    def take_up(self, saved: dict) -> None:
+    def load_state_dict(self, saved: dict) -> None:
         self.steps = saved["steps"]
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from step3_ppo import algorithm, scoring
+from step3_ppo import algorithm
+from step3_ppo.rewards import functions as scoring
 from utils.data import batches
 from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
-from utils.models import generation, language_model
+from utils.generation import sampling as generation
+from utils.models import language_model
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def sample(models, prompt_ids, prompt_mask, noise, parts, config) -> list[torch.
     """(B,P) prompts, (B,·) noise → (B,R) responses, R the length of the longest, and (B,R) fp32
     log-probabilities and entropies as the decode loop saw them (None where the engine does not
     tell). parts: slices of the rows that are decoded together."""
-    from utils.models.rollout_engines import Request, Sampling
+    from utils.generation.engine import Request, Sampling
 
     stop_id = models.tokenizer.eos_token_id
     sampling = Sampling(

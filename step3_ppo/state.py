@@ -83,14 +83,14 @@ class State:
                 self.kl_coef, kl, config.kl_target, sequences, config.kl_horizon
             )
 
-    def carry(self) -> dict:
+    def state_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def take_up(self, saved: dict) -> None:
+    def load_state_dict(self, saved: dict) -> None:
         for name, value in saved.items():
             setattr(self, name, value)
 
     def gather(self, copy) -> Callable[[Path], None]:
-        """What writes the state as it is now: see utils/distributed/checkpoint.py."""
-        text = json.dumps(self.carry(), indent=2)
+        """What writes the state as it is now: see utils/checkpoints/model_folder.py."""
+        text = json.dumps(self.state_dict(), indent=2)
         return lambda folder: whole_files.write_text(Path(folder, "state.json"), text + "\n")

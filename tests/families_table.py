@@ -30,8 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import family_folders  # noqa: E402
-
+from tests.helpers import family_folders  # noqa: E402
 from utils import report as reporting  # noqa: E402
 from utils.distributed import process_group  # noqa: E402
 

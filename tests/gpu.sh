@@ -59,7 +59,7 @@ told() { # NAME SECONDS CODE
 
 # The walk takes the same tests with "cpu" for their device.
 chosen=(-m gpu tests)
-[ $walk = 0 ] || chosen=(-m "not gpu and not slow" tests/test_gpu.py)
+[ $walk = 0 ] || chosen=(-m "not gpu and not slow" tests/whole/test_gpu.py)
 cd "$ROOT" || exit
 part tests $((walk ? 600 : 300)) "$PYTHON" -m pytest -n 0 -rs "${chosen[@]}"
 if grep -q '^SKIPPED' "$OUTPUT/tests.log"; then # a test that did not run has not passed
@@ -81,7 +81,7 @@ run() { # NAME ZERO_STAGE TOOLKIT [FLAG …]
     [ "$toolkit" = yes ] || hide=(bash tests/without_toolkit.sh)
     part "$name" $((walk ? 1800 : 150)) "${hide[@]}" bash run_all.sh tiny --output_dir "$OUTPUT/$name" "${small[@]}" \
         --zero_stage "$stage" "$@" || return
-    "$PYTHON" tests/gpu_logs.py "$OUTPUT/$name.log" --zero_stage "$stage" --toolkit "$toolkit" \
+    "$PYTHON" tests/helpers/gpu_logs.py "$OUTPUT/$name.log" --zero_stage "$stage" --toolkit "$toolkit" \
         --tools "$tools" $([ $walk = 0 ] || echo --walk) | tee -a "$report"
     told "$name: no fallback" 0 "${PIPESTATUS[0]}"
 }

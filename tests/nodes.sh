@@ -28,4 +28,4 @@ END
 set_up_environment
 cd "$ROOT" || exit
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-"$PYTHON" -m pytest -n 0 -s -m nodes tests/test_nodes.py tests/test_slurm.py "$@"
+"$PYTHON" -m pytest -n 0 -s -m nodes tests/launch/test_nodes.py tests/launch/test_slurm.py "$@"

@@ -13,10 +13,10 @@ run=("$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal)
 "${run[@]}" "$@" || exit
 # What multiplies, attends and decodes once more, as a CPU without AVX-512 would: that reaches torch's
 # own kernels and oneDNN's. MKL, NumPy and what DeepSpeed compiles still see the real CPU.
-NUMERICAL=(algorithm algorithm_variants batches cpu_products decoder generation kl kv_cache
-    onednn_linear packed_linear packing ptx ranking_loss updates vocabulary_head)
+NUMERICAL=(tests/utils/kernels tests/utils/generation/test_{decoder,kv_cache,sampling}.py
+    tests/utils/data/test_batches.py tests/step2_reward/test_loss.py
+    tests/step3_ppo/test_{algorithm,algorithm_variants,kl,ptx,update}.py)
 if [ $# = 0 ] && [ -z "${ONEDNN_MAX_CPU_ISA:-}" ] && grep -qs avx512f /proc/cpuinfo; then
     echo "the numerical part as on a CPU without AVX-512:"
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 "${run[@]}" \
-        $(printf 'tests/test_%s.py ' "${NUMERICAL[@]}")
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 "${run[@]}" "${NUMERICAL[@]}"
 fi

@@ -111,10 +111,10 @@ class BadSteps:
         self.limit, self.say, self.save = limit, say, save
         self.total = self.in_a_row = 0
 
-    def carry(self) -> dict:
+    def state_dict(self) -> dict:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
-    def take_up(self, saved: dict) -> None:
+    def load_state_dict(self, saved: dict) -> None:
         self.total, self.in_a_row = saved["total"], saved["in_a_row"]
 
     def note(self, skipped: bool, what: str = "a loss or gradient that is not finite") -> None:

@@ -14,9 +14,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from utils.config_values import columns_of
 from utils.data import chat_template, instructions, preferences, rows, schemas, splits
 from utils.data.bad_rows import SHOWN_PROBLEMS
+from utils.settings.values import columns_of
 from utils.terminal import coloured, visible
 
 USES = {

@@ -34,13 +34,13 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from utils import whole_files
-from utils.config import folder_problem
 from utils.data import chat_template, row_tables
 from utils.data.loading import Source
 from utils.data.row_tables import Collected, Layout, Table, View
 from utils.data.rows import BadRows, DataError, files_behind
 from utils.data.splits import place
 from utils.distributed import process_group
+from utils.settings.fields import folder_problem
 
 SMALL = 8 * 2**20  # bytes of files, below which reading again costs less than keeping
 CHUNK = 1000  # rows that a worker gets at a time

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from utils.config_values import shares_of
 from utils.data.rows import DataError, has_split
+from utils.settings.values import shares_of
 
 T = TypeVar("T")
 

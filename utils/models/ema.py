@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import checkpoint
+from utils.checkpoints import model_folder as checkpoint
 
 
 class EMA:

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils import model_code
 from utils.distributed import host_memory, zero
-from utils.model_files import refused
-from utils.models import loading, onednn_linear, packing, vocabulary_head
-from utils.models.cpu_products import PRODUCTS
+from utils.kernels import onednn_linear, packing, vocabulary_head
+from utils.kernels.cpu_products import PRODUCTS
+from utils.models import loading, model_code
+from utils.models.model_files import refused
 
 
 def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> nn.Module:

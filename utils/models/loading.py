@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from utils.model_files import refused
+from utils.models.model_files import refused
 
 
 def load_whole(auto_class, path: str, finish: Callable | None = None, **how) -> nn.Module:

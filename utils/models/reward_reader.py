@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from utils.data import batches, chat_template, fitting
-from utils.model_files import refused
 from utils.models import scalar_model
+from utils.models.model_files import refused
 
 
 @dataclass(frozen=True)

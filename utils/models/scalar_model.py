@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from utils.distributed import host_memory
-from utils.models import language_model, packing
+from utils.kernels import packing
+from utils.models import language_model
 
 
 class Fp32Head(nn.Linear):

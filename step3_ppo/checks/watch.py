@@ -1,0 +1,226 @@
+"""What is watched while PPO runs: numbers that are not finite, and the known ways to go wrong.
+
+A warning is given once, with its likely cause and what mends it. Every rank sees the same metrics
+and so takes the same turn.
+"""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import torch
+
+from utils import report as reporting
+from utils import whole_files
+from utils.distributed import process_group
+
+MOST_DUMPS = 10  # a run that goes on skipping would fill the disk
+
+
+class Watch:
+    """Sees every rollout, update and step of the main loop. `save` is a collective."""
+
+    def __init__(self, config, say, save):
+        self.config, self.say = config, say
+        self.bad_steps = reporting.BadSteps(config.max_bad_steps, say, save)
+        self.history: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.warned: set[str] = set()
+
+    def state_dict(self) -> dict:
+        return {
+            "bad_steps": self.bad_steps.state_dict(),
+            "history": self.history,
+            "warned": sorted(self.warned),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.bad_steps.load_state_dict(saved["bad_steps"])
+        self.history, self.warned = saved["history"], set(saved["warned"])
+        self.evaluations = [m for m in self.history if "eval/score" in m]
+
+    def may_train_on(self, rollout, step: int) -> bool:
+        """False where the rollout holds a number that is not finite: no step may be taken on it."""
+        found = rollout.not_finite()
+        if found:
+            reason = f"rollout {step + 1}: not finite: {', '.join(found)}"
+            self.dump(rollout, reason, step)
+            self.bad_steps.note(True, reason)
+        return not found
+
+    def after_update(self, metrics: dict, experience, rows: list[int], step: int) -> None:
+        """Count an optimizer step that was skipped, and keep what it was to learn from."""
+        who = [w for w in ("actor", "critic") if metrics.get(f"{w}_skipped")]
+        reason = f"rollout {step + 1}: loss or gradient of the {' and the '.join(who)} not finite"
+        if who:
+            self.dump(experience.rollout, reason, step, rows, experience)
+        self.bad_steps.note(bool(who), reason)
+
+    def dump(self, rollout, reason: str, step: int, rows=(), experience=None) -> None:
+        """Write tensors, row numbers and reason to OUTPUT/bad_steps, for a repro."""
+        folder = Path(self.config.output_dir) / "bad_steps"
+        if not process_group.is_main() or self.bad_steps.total >= MOST_DUMPS:
+            return
+        path = folder / f"rollout{step + 1}_{self.bad_steps.total + 1}.pt"
+        found = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
+        if experience is not None:
+            found |= {n: getattr(experience, n) for n in ("advantages", "returns")}
+        config = dataclasses.asdict(self.config)
+        content = io.BytesIO()  # torch would tell of a full disk as an internal error
+        torch.save(found | {"rows": list(rows), "reason": reason, "config": config}, content)
+        with whole_files.placing(path) as beside:
+            beside.write_bytes(content.getbuffer())
+        self.say(f"kept for a repro: {path}")
+
+    def reason_to_stop(self, metrics: dict[str, float]) -> str:
+        """Why the run should save and end here; empty where it should not."""
+        if 0 < self.config.stop_at_kl < metrics["kl"]:
+            return f"kl {metrics['kl']:.2f} is above --stop_at_kl {self.config.stop_at_kl}"
+        return ""
+
+    def warn(self, step: int, metrics: dict[str, float]) -> None:
+        """Say what this rollout shows for the first time."""
+        self.history.append(metrics)
+        if "eval/score" in metrics:
+            self.evaluations.append(metrics)
+        for name, test in WARNINGS.items():
+            found = "" if name in self.warned else test(self)
+            if found:
+                self.warned.add(name)
+                self.say(f"warning at rollout {step + 1}: {name}: {found}")
+
+    def last(self, name: str, count: int) -> list[float]:
+        """The metric's last `count` values; empty before there are so many."""
+        values = [m[name] for m in self.history if name in m]
+        return values[-count:] if len(values) >= count else []
+
+    def mean(self, name: str, count: int) -> float | None:
+        values = self.last(name, count)
+        return sum(values) / len(values) if values else None
+
+
+def _kl_above_limit(watch: Watch) -> str:
+    kl, limit = watch.history[-1]["kl"], watch.config.kl_limit
+    if kl <= limit:
+        return ""
+    return (
+        f"{kl:.1f} nats a response (--kl_limit {limit}): the policy is far from the reference, "
+        "where the reward model was never asked. Raise --kl_coef, set --kl_target, lower "
+        "--learning_rate, or end the run there with --stop_at_kl"
+    )
+
+
+def _reward_flat_while_kl_grows(watch: Watch) -> str:
+    scores, kls = watch.last("score", 20), watch.last("kl", 20)
+    if not scores:
+        return ""
+    rise = (sum(scores[-5:]) - sum(scores[:5])) / 5
+    grown = (sum(kls[-5:]) - sum(kls[:5])) / 5
+    if grown < 1.0 or rise > 0.1 * watch.history[-1]["score_std"]:
+        return ""
+    return (
+        f"over 20 rollouts score {rise:+.3f} and kl {grown:+.2f}: the policy drifts for nothing. "
+        "Lower --learning_rate, raise --prompts_per_rollout, and look whether "
+        "explained_variance is above 0 and the reward model separates your answers"
+    )
+
+
+def _length_collapses_or_spikes(watch: Watch) -> str:
+    first, now = watch.history[0]["response_length"], watch.mean("response_length", 3)
+    if now is None or first / 3 <= now <= 3 * first:
+        return ""
+    return (
+        f"{first:.1f} tokens in the first rollout, {now:.1f} in the last three: the reward model "
+        "likely pays for length itself. Compare its accuracy with that of always choosing the "
+        "longer answer (step 2 prints both); raise --kl_coef, or balance the comparisons"
+    )
+
+
+def _eos_share_at_an_end(watch: Watch) -> str:
+    eos, length = watch.mean("eos_share", 3), watch.mean("response_length", 3)
+    if eos is not None and eos <= 0.02:
+        return (
+            f"{eos:.1%} of the responses end by themselves: raise --max_response_length, look "
+            "whether step 1's answers stop (its samples show it), and set --missing_eos_penalty 1 "
+            "with --score_normalisation running"
+        )
+    # All ending is as it should be, unless they end before they begin.
+    if eos is not None and eos >= 0.99 and length <= 2.0:
+        return (
+            f"{eos:.1%} of the responses end, after {length:.1f} tokens: the policy has learned to "
+            "say nothing. Raise --kl_coef; see whether the reward model scores empty answers high"
+        )
+    return ""
+
+
+def _critic_explains_nothing(watch: Watch) -> str:
+    values = watch.last("explained_variance", 10)
+    if not values or max(values) >= 0:
+        return ""
+    return (
+        f"explained_variance below 0 for 10 rollouts (now {values[-1]:.2f}): advantages are noise. "
+        "Raise --critic_learning_rate or --ppo_epochs, leave --clip_value at 0, or normalise the "
+        "scores (--score_normalisation running)"
+    )
+
+
+def _updates_are_clipped(watch: Watch) -> str:
+    share = watch.mean("clip_fraction", 3)
+    if share is None or share <= 0.4:
+        return ""
+    return (
+        f"clip_fraction {share:.2f} over 3 rollouts: most of what is learned is cut off. Lower "
+        "--learning_rate or --ppo_epochs, or raise --global_batch_size"
+    )
+
+
+def _scores_are_clipped(watch: Watch) -> str:
+    share, normalised = watch.mean("score_clipped", 3), watch.config.score_normalisation != "none"
+    if share is None or share <= 0.1:
+        return ""
+    mend = "raise --score_clip" if normalised else "set --score_normalisation running"
+    return (
+        f"{share:.1%} of the scores lie beyond ± {watch.config.score_clip} (--score_clip) over 3 "
+        f"rollouts, where one answer is as good as another: {mend}"
+    )
+
+
+def _entropy_collapses(watch: Watch) -> str:
+    first, now = watch.history[0]["entropy"], watch.mean("entropy", 3)
+    if now is None or now >= 0.1 * first:
+        return ""
+    return (
+        f"{first:.3f} nats a token in the first rollout, {now:.3f} in the last three: the policy "
+        "says the same always and no longer explores. Raise --kl_coef, lower --learning_rate"
+    )
+
+
+def _proxy_rises_while_the_judge_falls(watch: Watch) -> str:
+    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
+    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
+        seen = [m for m in watch.evaluations if (deviation or name) in m]
+        if len(seen) < 2:
+            continue
+        best, now = max(seen, key=lambda m: m[name]), seen[-1]
+        spread = best[deviation] if deviation else 1.0
+        if now["eval/score"] > best["eval/score"] and now[name] < best[name] - 0.04 * spread:
+            return (
+                f"held-out score {best['eval/score']:.3f} → {now['eval/score']:.3f} while "
+                f"{name.removeprefix('eval/')} {best[name]:.3f} → {now[name]:.3f}: the reward "
+                "model is over-optimised. Stop earlier (--max_steps, --stop_at_kl), raise "
+                "--kl_coef, or train it on new comparisons of this policy (--rounds)"
+            )
+    return ""
+
+
+WARNINGS = {
+    "kl above its limit": _kl_above_limit,
+    "reward flat while kl grows": _reward_flat_while_kl_grows,
+    "response length collapses or spikes": _length_collapses_or_spikes,
+    "eos_share at an end": _eos_share_at_an_end,
+    "the critic explains nothing": _critic_explains_nothing,
+    "updates are clipped": _updates_are_clipped,
+    "scores are clipped": _scores_are_clipped,
+    "entropy collapses": _entropy_collapses,
+    "the score rises and the judge falls": _proxy_rises_while_the_judge_falls,
+}

@@ -1,0 +1,118 @@
+"""A policy and a reward model of a few thousand random weights, for evaluation and the chat."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from evaluation import prompt_eval
+from evaluation.prompt_eval import Answer, PromptEvalConfig
+from utils.models import from_scratch
+from utils.settings import fields as run_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "Why does the sun rise in the east? Because the earth turns towards it every morning.",
+    "Write a short letter to a friend who moved to another town last year.",
+    "今天天气很好,我们去公园散步吧。请写一首关于秋天的诗。",
+    "Seven plus eight is fifteen; nine times six is fifty-four.",
+] * 4
+PROMPTS = [
+    "Hi!",
+    "Why does the sun rise in the east?",
+    "Write a letter to a friend who moved to another town, and tell him of the lazy dog.",
+    "请写一首关于秋天的诗。",
+    "Seven plus eight?",
+]
+BIAS = 0.75
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "policy"
+    from_scratch.build(
+        folder,
+        TEXTS,
+        vocab_size=400,
+        hidden_size=32,
+        layers=2,
+        heads=2,
+        intermediate_size=64,
+        max_positions=512,
+        seed=0,
+    )
+    # At the usual scale an untrained model repeats the last token whatever was asked.
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.mul_(12)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reward_model(policy) -> str:
+    folder = Path(policy).with_name("reward")
+    base = LlamaConfig.from_pretrained(policy)
+    base.num_labels = 1
+    base.reward_bias = BIAS
+    torch.manual_seed(1)
+    model = LlamaForSequenceClassification(base)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(10)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def prompt_file(tmp_path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def configured(**settings) -> PromptEvalConfig:
+    config = PromptEvalConfig(**{"dtype": "fp32", "max_new_tokens": 12} | settings)
+    assert not config.problems(1)
+    return config
+
+
+def answers_of(policy, prompts, **settings) -> list[list[Answer]]:
+    config = configured(checkpoints=[policy], prompts=prompts, **settings)
+    return prompt_eval.answer_all(config, policy, prompt_eval.load_questions(config))[0]
+
+
+def texts_of(groups) -> list[list[str]]:
+    return [[a.answer for a in group] for group in groups]
+
+
+def problems_of(*flags: str, of=PromptEvalConfig, world_size=1) -> str:
+    with pytest.raises(run_config.ConfigError) as caught:
+        run_config.build(of, list(flags), world_size)
+    return str(caught.value)
+
+
+def run_script(script, *flags, cwd=ROOT, **settings):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "evaluation" / script), *flags],
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        **settings,
+    )

@@ -1,0 +1,291 @@
+"""The commands a user types: launchers, run_all.sh, launch/ scripts, and what the README says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from step1_sft.config import SFTConfig
+from step2_reward.collect import CollectConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
+from tests.helpers.running import ROOT, files_of
+from tests.whole.test_steps import sft
+from utils.distributed.process_group import free_port
+
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+# Ports are asked for when they are used: minutes earlier another program may have taken them.
+LAUNCHERS = {
+    "deepspeed": lambda: [BIN / "deepspeed", "--num_accelerators", 2, *at_a_free_port()],
+    "torchrun": lambda: [BIN / "torchrun", "--nproc_per_node", 2, *at_a_free_port()],
+    "python": lambda: [sys.executable],
+}
+
+
+def at_a_free_port():
+    return "--master_port", free_port()
+
+
+def run(command, cwd, **environment):
+    shared = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # conftest.py's
+    shared |= {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=shared | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,  # a shared machine may take six times as long as a free one
+    )
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_step_runs_from_any_directory(tiny, tmp_path, launcher):
+    program, argv = sft(tiny, tmp_path / "out", "--max_steps", 2)
+    code, output = run([*LAUNCHERS[launcher](), ROOT / program, *argv], cwd=tmp_path)
+    assert code == 0, output
+    assert "accumulation" in output and (tmp_path / "out/model.safetensors").exists()
+    ranks = 1 if launcher == "python" else 2
+    assert f"× ranks {ranks}" in output
+
+
+def test_a_launch_script_keeps_output_and_exit_code(tiny, tmp_path):
+    script = ROOT / "step1_sft/launch/zero3.sh"
+    small = [
+        "--dtype",
+        "fp32",
+        "--max_steps",
+        "1",
+        "--global_batch_size",
+        "4",
+        "--micro_batch_size",
+        "2",
+        "--max_length",
+        "96",
+    ]
+    environment = {
+        "LAUNCH": f"--num_accelerators 2 --master_port {free_port()}",
+        "MODEL": str(tiny / "base_model"),
+        "DATA": str(tiny / "data/sft.jsonl"),
+        "OUTPUT": str(tmp_path / "out"),
+    }
+    code, output = run(["bash", script, *small], tmp_path, **environment)
+    assert code == 0, output
+    assert "ZeRO-3" in output and "ZeRO-3" in (tmp_path / "out/log.txt").read_text()
+    code, output = run(["bash", script, "--dtype", "fp64"], tmp_path, **environment)
+    assert code != 0 and "dtype=fp64 is not one of auto, fp32, bf16, fp16" in output
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("step*/launch/*.sh")), ids=lambda p: p.name)
+def test_launch_scripts_are_short_and_name_real_flags(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= 15 and os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    config = {"step1_sft": SFTConfig, "step2_reward": RewardConfig, "step3_ppo": PPOConfig}
+    known = {f.name for f in fields(config[script.parent.parent.name])}
+    known |= {"num_gpus", "hostfile", "data"} | {f.name for f in fields(CollectConfig)}
+    known |= set("signal requeue open nodes ntasks gpus".split())  # sbatch's
+    assert set(re.findall(r"--([a-z_0-9]+)", text)) <= known
+    assert {p.name for p in script.parent.iterdir()} == {
+        "tiny.sh",
+        "single_gpu.sh",
+        "zero2.sh",
+        "zero3.sh",
+        "zero3_offload.sh",
+        "multi_node.sh",
+        "slurm.sh",
+    }
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").iterdir()), ids=lambda p: p.stem)
+def test_recipes_name_real_settings(recipe):
+    text = recipe.read_text()
+    assert subprocess.run(["bash", "-n", recipe]).returncode == 0
+    classes = {
+        "SFT": [SFTConfig],
+        "REWARD": [RewardConfig],
+        "PPO": [PPOConfig],
+        "COLLECT": [CollectConfig],
+        "COMMON": [SFTConfig, RewardConfig, PPOConfig],
+    }
+    found = re.findall(r"([A-Z]+)_FLAGS=\((.*?)\)", text, re.S)
+    assert {name for name, _ in found} >= {"SFT", "REWARD", "PPO"}
+    for name, flags in found:
+        for config in classes.get(name, []):
+            assert set(re.findall(r"--([a-z_0-9]+)", flags)) <= {f.name for f in fields(config)}
+
+
+# Two rounds for real take half as long again, and each part of the second has a test: what it is
+# given in the next one here, that it works in test_steps.py.
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_run_all_walks_the_whole_way(tmp_path, rounds):
+    """The main job with a few steps each: every stage runs and the summary holds its numbers."""
+    out = tmp_path / "out"
+    flags = ["--output_dir", out, "--rounds", rounds, "--seed", 3, "--sft.max_steps", 60]
+    flags += ["--collect.num_prompts", 100, "--reward.max_steps", 6, "--ppo.max_steps", 2]
+    flags += ["--ppo.ppo_epochs", 1, "--ppo.max_eval_rows", 16]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0, output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["sft"]["eval_loss_after"] < summary["sft"]["eval_loss_before"] - 1
+    assert 0 <= summary["reward"]["accuracy"] <= 1
+    assert 0 <= summary["reward"]["accuracy_longer_answer"] <= 1
+    assert {"score_before", "score_after", "kl"} <= summary["ppo"].keys()
+    assert {"sft", "ppo", "ppo_ema"} <= summary["verifier"].keys()
+    assert summary["verifier"]["prompts"] >= 256
+    assert {"sft", "reward", "ppo", "total"} <= summary["seconds"].keys()
+    for folder in ("step1_sft", "step2_reward", "step3_ppo"):
+        for name in ("metrics.jsonl", "config.yaml", "log.txt", "result.json"):
+            assert (out / folder / name).stat().st_size > 0, f"{folder}/{name}"
+    for folder in ("actor", "actor_ema", "critic"):
+        names = {p.name for p in (out / "step3_ppo" / folder).iterdir()}
+        assert {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "config.yaml",
+            "chat_template.jinja",
+        } <= names
+    assert (out / "round1/step3_ppo/actor/model.safetensors").exists() == (rounds == 2)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "verifier, 512 held-out prompts" in output
+
+
+# Stands for Python: answers run_all.sh's questions about the machine, writes down all else.
+RECORDER = """#!/bin/bash
+[ "$1" = - ] || [ "$1" = -c ] && exec {python} "$@"
+echo "$*" >>{commands}
+while [ $# -gt 0 ]; do
+    [ "$1" = --output_dir ] && mkdir -p "$2"
+    shift
+done
+"""
+
+
+def stages_of_run_all(folder, *flags) -> list[tuple[str, dict[str, str]]]:
+    """(program, its flags' values) of each stage, in its turn; nothing is run."""
+    (folder / "bin").mkdir()
+    python, commands = folder / "bin/python3", folder / "commands"
+    python.write_text(RECORDER.format(python=sys.executable, commands=commands))
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], folder, PATH=path)
+    assert code == 0, output
+    stages = []
+    for line in commands.read_text().splitlines():
+        if "--check_config" not in line:
+            words = line.split()
+            program = next((w for w in words if w.endswith(".py")), words[1])
+            found = re.findall(r" --(\w+)((?: (?!--)\S+)*)", line.partition(program)[2])
+            stages.append((program, {flag: values.strip() for flag, values in found}))
+    return stages
+
+
+def test_run_all_gives_each_round_what_the_last_one_made(tmp_path):
+    """In the tiny recipe, which has two."""
+    out, found = tmp_path / "out", []
+    for program, flags in stages_of_run_all(tmp_path, "--output_dir", out):
+        short = {k: v.replace(f"{out}/", "") for k, v in flags.items()}
+        found.append((program.removeprefix(f"{ROOT}/"), short))
+    first = "data/comparisons_1.jsonl"
+    both = f"{first} data/comparisons_2.jsonl"
+    expected = [
+        ("utils.data.toy_tasks", "output_dir=data.writing"),
+        ("utils.models.from_scratch", "data=data/sft.jsonl"),
+        ("step1_sft/main.py", "model_name_or_path=base_model"),
+        ("step2_reward/collect.py", f"policy=step1_sft, output_file={first}"),
+        ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={first}"),
+        ("step3_ppo/main.py", "model_name_or_path=step1_sft, reward_model=round1/step2_reward")
+        + (f"preference_data={first}, reference_model=step1_sft, output_dir=round1/step3_ppo",)
+        + ("max_steps=25",),
+        ("step2_reward/collect.py", "policy=round1/step3_ppo/actor"),
+        ("step2_reward/main.py", f"model_name_or_path=step1_sft, preference_data={both}"),
+        ("step3_ppo/main.py", "model_name_or_path=round1/step3_ppo/actor")
+        + (f"preference_data={both}, reference_model=step1_sft, output_dir=step3_ppo",)
+        + ("reward_model=step2_reward, prompt_data=data/prompts.jsonl, max_steps=32",),
+        ("evaluation.summary", "verifier_data=data/held_out.jsonl"),
+    ]
+    assert [program for program, _ in found] == [program for program, *_ in expected]
+    for (program, flags), (_, *wanted) in zip(found, expected, strict=True):
+        for flag, value in (pair.split("=") for pair in ", ".join(wanted).split(", ")):
+            assert flags[flag] == value, f"{program} --{flag}"
+
+
+def test_a_flag_of_the_users_wins_in_every_round(tmp_path):
+    stages = stages_of_run_all(tmp_path, "--output_dir", tmp_path / "out", "--ppo.max_steps", 7)
+    steps = [
+        flags["max_steps"] for program, flags in stages if program.endswith("step3_ppo/main.py")
+    ]
+    assert steps == ["7", "7"]
+
+
+def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "output": ""}\n')
+    command = [
+        "bash",
+        ROOT / "run_all.sh",
+        "--sft_data",
+        bad,
+        "--preference_data",
+        bad,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    code, output = run(command, tmp_path)
+    assert code == 1 and f"{bad}:1: " in output and "failed with exit code 1" in output
+    assert "step 1" not in output
+    for words, message in (
+        (["--ppo.bogus", "1"], "unknown flag --bogus"),
+        (["--output_dir"], "--output_dir takes one value, not 0"),
+        (["--rounds", "x"], "--rounds x"),
+        (["--micro_batch_size=5"], "not divisible by micro_batch_size"),
+    ):
+        code, output = run(["bash", ROOT / "run_all.sh", *words], tmp_path)
+        assert code == 2 and message in output and "===" not in output, output
+    assert not (tmp_path / "output").exists()
+    code, output = run(["bash", ROOT / "run_all.sh", "nope"], tmp_path)
+    assert code == 2 and "no recipe nope" in output and "tiny" in output
+
+
+def test_readme_names_real_flags_and_files():
+    known = {f.name for c in (SFTConfig, RewardConfig, PPOConfig, CollectConfig) for f in fields(c)}
+    known |= {"help", "config", "num_accelerators", "rounds", "hostfile", "wat", "settings"}
+    known |= {
+        "check_config",
+        "strategy",
+        "master_port",
+        "checkpoints",
+        "checkpoint",
+        "prompts",
+        "tokenizer",
+        "data",
+        "row",
+        "step",  # the planner's
+    }
+    known |= set("nodes ntasks gpus signal".split())  # sbatch's
+    known |= set("nnodes node_rank nproc_per_node master_addr".split())  # torchrun's
+    assert "@@" not in README, "a figure is still to be filled in"
+    flags = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
+    assert flags - known - {"sft", "reward", "ppo", "collect"} == set()
+    tree = README[README.index("## The house") :].split("```")[1]
+    for name in re.findall(r"[\w/]+\.(?:py|sh)", tree):
+        assert files_of(ROOT, Path(name).name), f"{name} is not in the repository"
+
+
+def test_readme_shows_the_refusal_as_it_is(tmp_path):
+    block = next(b for b in README.split("```") if "these settings cannot work" in b)
+    command, expected = block.strip().split("\n", 1)
+    words = command.removeprefix("$ python ").split()
+    code, output = run([sys.executable, ROOT / words[0], *words[1:]], tmp_path)
+    assert code == 2
+    assert output.strip().splitlines()[-len(expected.splitlines()) :] == expected.splitlines()

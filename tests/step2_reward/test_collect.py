@@ -1,0 +1,71 @@
+"""Comparisons from a policy: labellers, agreement, ties, provenance."""
+
+import json
+import random
+
+import pytest
+
+from step2_reward.collect import agreeing_scores, share_agreeing
+from tests.helpers.running import run_ranks
+from tests.whole.test_steps import collect
+from utils.data.preferences import load_comparisons
+from utils.data.rows import BadRows
+
+
+@pytest.mark.parametrize("rate", [0.6, 0.73, 0.9])
+def test_a_labeller_agrees_as_often_as_asked(rate):
+    draw = random.Random(0)
+    truth = [[draw.choice([0.0, 0.1, 0.3, 1.0]) for _ in range(4)] for _ in range(800)]
+    labels = agreeing_scores(truth, rate, seed=1)
+    same = pairs = 0
+    for t, o in zip(truth, labels, strict=True):
+        for i in range(4):
+            for j in range(4):
+                if t[i] > t[j]:
+                    pairs, same = pairs + 1, same + (o[i] > o[j])
+    assert same / pairs == pytest.approx(rate, abs=0.005)
+    assert share_agreeing(truth, labels) == pytest.approx(same / pairs)
+    assert agreeing_scores(truth, 1.0, seed=1) == truth
+
+
+def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, chain, tmp_path):
+    files = [tiny / "data/comparisons.jsonl", tmp_path / "2.jsonl"]
+    program, argv = collect(tiny, chain / "sft")  # which wrote the first file on one rank
+    run_ranks([(program, [*argv, "--output_file", files[-1]])], 2)
+    first, second = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    # Padding differs between the ranks' batches, so now and then a draw falls the other way.
+    same = sum(a in second for a in first)
+    assert same >= 0.95 * len(first) and abs(len(first) - len(second)) <= 3
+    row = first[0]
+    assert len(set(row["responses"])) == len(row["responses"]) >= 2
+    assert len(set(row["scores"])) >= 2 and all(r.strip() for r in row["responses"])
+    assert row["provenance"]["labeller"] == "verifier" and "prompts.jsonl" in str(row["provenance"])
+
+
+def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):
+    scored, unranked = tmp_path / "scored.jsonl", tmp_path / "unranked.jsonl"
+    program, argv = collect(tiny, chain / "sft")
+    asked = ["--labeller", "reward_model", "--reward_model", chain / "reward"]
+    run_ranks(
+        [
+            (program, [*argv, *asked, "--output_file", scored]),
+            (program, [*argv, "--labeller", "none", "--output_file", unranked]),
+        ],
+        1,
+    )
+    found = load_comparisons([str(scored)], bad=BadRows())
+    assert len(found) > 50 and all(len(set(c.scores)) > 1 for c in found)
+    rows = [json.loads(line) for line in unranked.read_text().splitlines()]
+    assert rows and all("scores" not in row for row in rows)
+
+    # People rank by length, say; their file comes back as comparisons.
+    ranked, people = tmp_path / "ranked.jsonl", tmp_path / "people.jsonl"
+    with open(ranked, "w") as f:
+        for row in rows:
+            order = sorted(row["responses"], key=len)
+            row["ranks"] = [order.index(r) + 1 for r in row["responses"]]
+            f.write(json.dumps(row) + "\n")
+    run_ranks([(program, ["--labeller", "file", "--rankings", ranked, "--output_file", people])], 1)
+    for c in load_comparisons([str(people)], bad=BadRows()):
+        best = max(range(len(c.scores)), key=lambda k, c=c: c.scores[k])
+        assert len(c.responses[best]) == min(map(len, c.responses))

@@ -1,0 +1,287 @@
+"""One optimizer step against losses written answer by answer: whole answers as actions, the
+pretraining loss, and that no split into ranks and micro-batches changes a gradient."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from step3_ppo import ptx, update
+from step3_ppo.rollout import make_experience
+from step3_ppo.state import State
+from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
+from utils.data import batches
+from utils.data.chat_template import Encoded
+from utils.distributed import process_group
+from utils.models.scalar_model import ScalarModel
+
+VOCABULARY, KL_COEF = 20, 0.3
+CPU = torch.device("cpu")
+MINIBATCH = [7, 2, 11, 0, 5, 9, 4, 10]  # of a rollout of twelve
+
+
+def build_llama(seed: int, labels: int | None = None):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    settings = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=0,
+        num_labels=labels or 2,
+    )
+    torch.manual_seed(seed)
+    auto = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    return auto.from_config(settings)
+
+
+@pytest.fixture
+def models():
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        actor=Engine(build_llama(1)),
+        critic=Engine(ScalarModel(build_llama(2, labels=1))),
+        ptx=None,
+        ema=None,
+    )
+
+
+def on_its_own(model, ids):
+    """(T,V) log-probabilities of the next token after each of `ids`, one row without padding."""
+    return log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+
+
+def answer_logprobs(model, row):
+    ids = row["prompt"] + row["response"]
+    logs, start = on_its_own(model, ids), len(row["prompt"])
+    return [logs[start + t - 1, x] for t, x in enumerate(row["response"])]
+
+
+def values_of(critic, row):
+    """V before each response token: read where the token before it is the last."""
+    ids = row["prompt"] + row["response"]
+    hidden = critic.classifier.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    values = hidden.double() @ critic.classifier.score.weight[0].double()
+    return list(values[len(row["prompt"]) - 1 : -1])
+
+
+def rows_near(models):
+    """Twelve rows whose stored numbers are a little off what the models now say."""
+    rows = drawn_rows(12, VOCABULARY, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for row in rows:
+            for name, now in (
+                ("logprobs", answer_logprobs(models.actor.module, row)),
+                ("values", values_of(models.critic.module, row)),
+            ):
+                noise = 0.15 * torch.randn(len(now), generator=generator)
+                row[name] = [float(x) + e for x, e in zip(now, noise.tolist(), strict=True)]
+            moves = 0.5 * torch.randn(len(row["logprobs"]), generator=generator)
+            row["ref_logprobs"] = (torch.tensor(row["logprobs"]) + moves).tolist()
+    return rows
+
+
+def gradients(models, rows, world=1, **settings):
+    """One optimizer step's gradients of actor and critic, and its metrics, as `world` ranks add
+    them up, each in its turn."""
+    config = config_of(prompts_per_rollout=len(rows), global_batch_size=len(MINIBATCH), **settings)
+    experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=KL_COEF))
+    totals: dict[str, float] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group, "world_size", lambda: world)
+        patch.setattr(process_group, "sum_over_ranks", lambda values, device: list(values))
+        for rank in range(world):
+            patch.setattr(process_group, "rank", lambda rank=rank: rank)
+            if models.ptx is not None:
+                models.ptx.steps = 0
+            found = update.step_actor(models, experience, MINIBATCH, config, CPU)
+            if models.critic is not None:
+                found |= update.step_critic(models.critic, experience, MINIBATCH, config, CPU)
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + value
+    critic = models.critic.gradient() if models.critic is not None else None
+    return models.actor.gradient(), critic, totals
+
+
+def gradient_by_hand(loss, module):
+    found = torch.autograd.grad(loss, list(module.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+def assert_equal(actual, expected):
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+# A whole answer as one action.
+
+
+def bandit(rows, whiten):
+    """InstructGPT's text as a bandit: advantage = score − β KL − V(prompt), of each answer."""
+    returns = [
+        row["score"]
+        - KL_COEF * sum(a - b for a, b in zip(row["logprobs"], row["ref_logprobs"], strict=True))
+        for row in rows
+    ]
+    advantages = [r - row["values"][0] for r, row in zip(returns, rows, strict=True)]
+    if whiten:
+        mean = sum(advantages) / len(rows)
+        deviation = math.sqrt(sum((a - mean) ** 2 for a in advantages) / len(rows))
+        advantages = [(a - mean) / deviation for a in advantages]
+    return advantages, returns
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "reinforce"])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_a_whole_answer_as_one_action_is_a_bandit(models, algorithm, whiten):
+    rows = rows_near(models)
+    critic = models.critic.module
+    if algorithm == "reinforce":
+        models.critic = None
+        rows = [row | {"values": [0.0] * len(row["values"])} for row in rows]
+    advantages, returns = bandit(rows, whiten)
+    policy, value, ratios = 0.0, 0.0, []
+    for i in MINIBATCH:
+        row, a = rows[i], advantages[i]
+        new = sum(answer_logprobs(models.actor.module, row))
+        ratio = (new - sum(row["logprobs"])).exp()
+        ratios.append(ratio.item())
+        if algorithm == "ppo":
+            policy -= min(ratio * a, clip(ratio, 0.8, 1.2) * a)
+        else:
+            policy -= new * a
+        v, old = values_of(critic, row)[0], row["values"][0]
+        near = clip(v, old - 0.2, old + 0.2) if algorithm == "ppo" else v
+        value += max((v - returns[i]) ** 2, (near - returns[i]) ** 2) / 2
+    # Per answer, not per token.
+    policy, value = policy / len(MINIBATCH), value / len(MINIBATCH)
+    assert min(ratios) < 0.8 and max(ratios) > 1.2, "both clips are tried"
+    settings = dict(action_level="sequence", whiten_advantages=whiten, clip_value=0.2)
+    actor, critics, metrics = gradients(models, rows, algorithm=algorithm, **settings)
+    assert_equal(actor, gradient_by_hand(policy, models.actor.module).float())
+    assert metrics["policy_loss"] == pytest.approx(policy.item(), rel=1e-4, abs=1e-5)
+    assert metrics["ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    if algorithm == "ppo":
+        share = sum(r < 0.8 or r > 1.2 for r in ratios) / len(ratios)
+        assert metrics["clip_fraction"] == pytest.approx(share)
+    if algorithm != "reinforce":
+        assert_equal(critics, gradient_by_hand(value, critic).float())
+        assert metrics["value_loss"] == pytest.approx(value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("clip_value", [0.2, 0.0])
+def test_tokens_as_actions_by_hand(models, clip_value):
+    """The same of the default: a loss per token, over all tokens of the minibatch."""
+    room = clip_value or math.inf
+    rows = rows_near(models)
+    config = config_of(prompts_per_rollout=len(rows))
+    experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=KL_COEF))
+    policy, value, count = 0.0, 0.0, 0
+    for i in MINIBATCH:
+        row = rows[i]
+        values = values_of(models.critic.module, row)
+        for t, new in enumerate(answer_logprobs(models.actor.module, row)):
+            a, target = (x[i, t].item() for x in (experience.advantages, experience.returns))
+            ratio = (new - row["logprobs"][t]).exp()
+            policy -= min(ratio * a, clip(ratio, 0.8, 1.2) * a)
+            near = clip(values[t], row["values"][t] - room, row["values"][t] + room)
+            value += max((values[t] - target) ** 2, (near - target) ** 2) / 2
+            count += 1
+    actor, critic, metrics = gradients(models, rows, clip_value=clip_value)
+    assert_equal(actor, gradient_by_hand(policy / count, models.actor.module).float())
+    assert_equal(critic, gradient_by_hand(value / count, models.critic.module).float())
+    assert metrics["policy_loss"] == pytest.approx(policy.item() / count, rel=1e-4, abs=1e-5)
+
+
+# The pretraining loss beside PPO's.
+
+
+def examples():
+    """Nine rows of several lengths: a third supervised throughout, the others in their answers."""
+    generator = torch.Generator().manual_seed(7)
+    rows = []
+    for i in range(9):
+        length = 3 + 2 * i % 7
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append(Encoded(ids, [i % 3 == 0 or t >= 2 for t in range(length)]))
+    return ptx.Examples(rows, batches.Counts())
+
+
+def test_the_ptx_gradient_is_the_coefficient_times_that_of_the_mean_nll(models):
+    rows, coefficient = rows_near(models), 1.7
+    without, critic, _ = gradients(models, rows)
+    models.ptx = examples()
+    together, same, metrics = gradients(models, rows, ptx_coef=coefficient, ptx_data=["-"])
+    chosen = batches.rows_of_step(0, len(MINIBATCH), 9, config_of().seed)
+    losses = []
+    for i in chosen:
+        row = models.ptx.rows[i]
+        logs = on_its_own(models.actor.module, row.ids)
+        # The first token follows nothing, so nothing predicts it.
+        losses += [-logs[t - 1, row.ids[t]] for t in range(1, len(row.ids)) if row.supervised[t]]
+    mean = sum(losses) / len(losses)
+    expected = coefficient * gradient_by_hand(mean, models.actor.module)
+    assert_equal(together - without, expected.float())
+    assert torch.equal(critic, same)
+    assert metrics["ptx_loss"] == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_each_optimizer_step_takes_the_next_ptx_rows(models):
+    models.ptx = examples()
+    config = config_of(global_batch_size=4, ptx_coef=1.0, ptx_data=["-"], micro_batch_size=2)
+    for step in range(4):
+        ptx.add_gradient(models.actor, models.ptx, config, 0, CPU)
+        actual = models.actor.gradient()
+        chosen = [models.ptx.rows[i] for i in batches.rows_of_step(step, 4, 9, config.seed)]
+        ptx.add_gradient(models.actor, ptx.Examples(chosen, batches.Counts()), config, 0, CPU)
+        assert_equal(actual, models.actor.gradient())
+
+
+# Splits.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"action_level": "sequence"},
+        {"algorithm": "a2c"},
+        {"ptx_coef": 2.0, "ptx_data": ["-"]},
+        {"action_level": "sequence", "clip_ratio_high": 0.28, "dual_clip": 3.0, "ptx_coef": 2.0},
+    ],
+    ids=lambda s: "+".join(s) or "defaults",
+)
+def test_no_split_into_ranks_and_micro_batches_changes_a_gradient(models, settings):
+    rows = rows_near(models)
+    if "ptx_coef" in settings:
+        models.ptx = examples()
+    found = {
+        (world, micro): gradients(models, rows, world=world, micro_batch_size=micro, **settings)
+        for world, micro in itertools.product((1, 2, 4), (1, 2, 8))
+        if world * micro <= len(MINIBATCH)
+    }
+    actor, critic, metrics = found[1, 8]
+    # By tokens: one row each, some of several, all at once.
+    for world, tokens in itertools.product((1, 2), (1, 15, 999)):
+        found[world, f"{tokens} tokens"] = gradients(
+            models, rows, world=world, micro_batch_tokens=tokens, **settings
+        )
+    assert len(found) == 13 and actor.abs().max() > 1e-3 and critic.abs().max() > 1e-3
+    for split, (other_actor, other_critic, others) in found.items():
+        message = f"{split[0]} ranks, micro-batches of {split[1]}"
+        torch.testing.assert_close(other_actor, actor, rtol=1e-4, atol=2e-6, msg=message)
+        torch.testing.assert_close(other_critic, critic, rtol=1e-4, atol=2e-6, msg=message)
+        for name in ("policy_loss", "value_loss", "ratio", "value_gap"):
+            assert others[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), message

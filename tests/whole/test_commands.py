@@ -1,0 +1,238 @@
+"""Every command of README.md and every recipe: parsed by the real parsers, and (slow) walked for a
+few steps from a folder in which hub names are folders of the hub's layout."""
+
+import json
+import os
+import re
+import shlex
+import sys
+
+import pytest
+
+from evaluation.chat import ChatConfig
+from evaluation.prompt_eval import PromptEvalConfig
+from step1_sft.config import SFTConfig
+from step2_reward.collect import CollectConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
+from tests.helpers.running import ROOT
+from tests.launch.test_launch import LAUNCHERS, README, RECORDER, run
+from utils.settings import fields as run_config
+
+CONFIGS = {
+    "step1_sft/main.py": SFTConfig,
+    "step2_reward/main.py": RewardConfig,
+    "step2_reward/collect.py": CollectConfig,
+    "step3_ppo/main.py": PPOConfig,
+    "evaluation/prompt_eval.py": PromptEvalConfig,
+    "evaluation/chat.py": ChatConfig,
+}
+SET = "HuggingFaceH4/ultrafeedback_binarized"
+# The other recipes are those of README's commands.
+NODES = {path.stem for path in (ROOT / "recipes").iterdir()} - {"tiny", "scratch", "qwen2.5-0.5b"}
+NODES = sorted(NODES)
+STEPS = {"step1_sft/main.py", "step2_reward/main.py", "step3_ppo/main.py"}
+
+
+def readme_commands() -> list[list[str]]:
+    """The words of each command that README gives, but of those for several nodes (tests/nodes.sh
+    runs them) and the one that shows a refusal (test_launch.py)."""
+    found, given = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
+    for block in README.split("```")[1::2]:
+        lines = [] if "HOSTS" in block else block.replace("\\\n", " ").splitlines()
+        for line in lines:
+            if re.match(r"(bash run_all|deepspeed|python) ?", line):
+                found.append([given.get(w, w) for w in shlex.split(line, comments=True)])
+    return found
+
+
+def named(commands) -> list:
+    return [pytest.param(c, id=f"{n}_{re.sub(r'.*/', '', c[1])}") for n, c in enumerate(commands)]
+
+
+RUN_ALL = [c for c in readme_commands() if c[1] == "run_all.sh"]
+OTHERS = [c for c in readme_commands() if c[1] != "run_all.sh"]
+
+
+def check(program: str, argv: list[str], ranks: int) -> None:
+    """The program takes these flags, whether or not the folders are there."""
+    if program not in CONFIGS:
+        return
+    try:
+        run_config.build(CONFIGS[program], argv, ranks)
+    except run_config.ConfigError as error:
+        problems = [x for x in str(error).split("\n") if "does not exist" not in x]
+        assert not problems, f"{program} {' '.join(argv)}"
+
+
+def recorded(folder, command, **environment) -> list[tuple[str, list[str]]]:
+    """(program, its flags) of what a shell script starts; nothing of it is run."""
+    (folder / "bin").mkdir(exist_ok=True)
+    python, commands = folder / "bin/python3", folder / "commands"
+    commands.write_text("")
+    python.write_text(RECORDER.format(python=sys.executable, commands=commands))
+    python.chmod(0o755)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    code, output = run(command, folder, PATH=path, **environment)
+    assert code == 0, output
+    found = []
+    for line in commands.read_text().splitlines():
+        program = re.search(r"(?:^| )(?:-m )?(\S+\.py|utils\S+|evaluation\S+)", line)
+        found.append((program[1].removeprefix(f"{ROOT}/"), line[program.end() :].split()))
+    return found
+
+
+@pytest.mark.parametrize("command", named(OTHERS))
+def test_readme_commands_are_what_the_programs_take(command):
+    assert command[1] in CONFIGS or command[1] == "-m"
+    check(command[1], command[2:], ranks=1)
+
+
+@pytest.mark.parametrize("command", named(RUN_ALL + [["bash", "run_all.sh", r] for r in NODES]))
+def test_run_all_starts_programs_with_flags_they_take(tmp_path, command):
+    started = recorded(tmp_path, ["bash", ROOT / "run_all.sh", *command[2:]])
+    assert STEPS - {program for program, _ in started} == set()
+    ranks = 8 if command[-1] in NODES else 2
+    for program, argv in started:
+        check(program, [a for a in argv if a != "--check_config"], ranks)
+
+
+def test_launch_scripts_start_programs_with_flags_they_take(tmp_path):
+    (tmp_path / "hosts").write_text("localhost slots=8\n")
+    scripts = [s for s in ROOT.glob("step*/launch/*.sh") if s.stem not in ("tiny", "slurm")]
+    found = [recorded(tmp_path, ["bash", script]) for script in sorted(scripts)]
+    assert len(found) == 15 and all(len(started) == 1 for started in found)
+    for ((program, argv),) in found:
+        check(program, argv, ranks=8)
+
+
+# Walked.
+
+
+def rows_of(first: int, count: int) -> list[dict]:
+    """Rows of HuggingFaceH4/ultrafeedback_binarized, whose columns each of its splits has."""
+    found = []
+    for n in range(first, first + count):
+        prompt = f"What comes after the number {n}?"
+        talks = [
+            [{"content": prompt, "role": "user"}, {"content": text, "role": "assistant"}]
+            for text in (f"After {n} comes {n + 1}.", f"{n}")
+        ]
+        found.append(
+            {"prompt": prompt, "prompt_id": f"{n:064x}", "chosen": talks[0], "rejected": talks[1]}
+            | {"messages": talks[0], "score_chosen": 8.0, "score_rejected": 4.5}
+        )
+    return found
+
+
+EMPTY = (17, 140)  # as 28 of Alpaca's 52,002 outputs are
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The repository with what its commands name: data as the hub lays it out, models."""
+    from datasets import Dataset
+
+    from utils.models import from_scratch
+
+    root = tmp_path_factory.mktemp("walked")
+    for path in ROOT.iterdir():
+        if path.name not in ("output", ".git"):
+            (root / path.name).symlink_to(path)
+    for kind, first, count in (("train", 0, 96), ("test", 96, 16)):
+        for use in ("prefs", "sft", "gen"):
+            file = root / SET / f"data/{kind}_{use}-00000-of-00001.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_list(rows_of(first, count)).to_parquet(file)
+    (root / "ultrafeedback_binarized").symlink_to(root / SET)
+    alpaca = [
+        {"instruction": f"Name a number above {n}.", "input": "", "output": f"{n + 2}"}
+        for n in range(240)
+    ]
+    for n in EMPTY:
+        alpaca[n]["output"] = ""
+    file = root / "tatsu-lab/alpaca/data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
+    file.parent.mkdir(parents=True)
+    Dataset.from_list([r | {"text": str(r)} for r in alpaca]).to_parquet(file)
+    (root / "alpaca_en.json").write_text(json.dumps(alpaca))
+    lines = [
+        json.dumps(r | {"instruction": f"说出一个大于{n}的数。"}) for n, r in enumerate(alpaca)
+    ]
+    (root / "Belle_open_source_zh.json").write_text("\n".join(lines))
+    (root / "my_rewards.py").write_text(
+        " ".join(re.search(r"`(def brevity.*?)`", README, re.S)[1].split())
+    )
+    from_scratch.build(
+        root / "Qwen/Qwen2.5-0.5B",
+        (f"{r['prompt']} {r['chosen'][1]['content']}" for r in rows_of(0, 96)),
+        vocab_size=400,
+        hidden_size=32,
+        layers=2,
+        heads=4,
+        intermediate_size=64,
+        max_positions=2048,
+        seed=0,
+    )
+    for size in ("7B", "72B"):
+        (root / f"Qwen/Qwen2.5-{size}").symlink_to(root / "Qwen/Qwen2.5-0.5B")
+    return root
+
+
+# The same commands in a few steps of few rows.
+SHORT = "--dtype fp32 --global_batch_size 8 --micro_batch_size 2 --max_eval_rows 8".split()
+FEW = {
+    "run_all.sh": "--sft.max_steps 3 --reward.max_steps 3 --collect.num_prompts 40 "
+    "--ppo.max_steps 2 --ppo.prompts_per_rollout 8 --ppo.ppo_epochs 1 "
+    "--ppo.max_response_length 16 --ppo.self_check warn",
+    "step1_sft/main.py": "--max_steps 3",
+    "step2_reward/main.py": "--max_steps 3",
+    "step2_reward/collect.py": "--num_prompts 8 --max_response_length 16",
+    "step3_ppo/main.py": "--max_steps 2 --prompts_per_rollout 8 --max_response_length 16 "
+    "--self_check warn",
+}
+
+
+def walk(folder, command) -> str:
+    program, *rest = command[1:]
+    launcher = {"deepspeed": LAUNCHERS["deepspeed"](), "python": [sys.executable]}
+    start = [*launcher.get(command[0], ["bash"]), program]
+    short = [*SHORT, *FEW[program].split()] if program in FEW else []
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    code, output = run([*start, *rest, *short], folder, **environment)
+    assert code == 0, f"{' '.join(command)}\n{output}"
+    return output
+
+
+def ranked_by_people(folder) -> None:
+    rows = [json.loads(line) for line in (folder / "to_rank.jsonl").read_text().splitlines()]
+    ranked = [r | {"ranks": list(range(1, len(r["responses"]) + 1))} for r in rows]
+    (folder / "to_rank.jsonl").write_text("\n".join(map(json.dumps, ranked)))
+    (folder / "comparisons.jsonl").unlink()  # the reward model's, of the command before
+
+
+@pytest.mark.slow
+def test_readme_commands_walk(folder):
+    for command in RUN_ALL + OTHERS:
+        if "--rankings" in command:
+            ranked_by_people(folder)
+        walk(folder, command)
+    for name in ("tiny", "qwen2.5-0.5b", "scratch"):
+        assert (folder / f"output/{name}/summary.json").stat().st_size > 0
+    left_out = folder / "output/scratch/step1_sft/bad_rows.jsonl"
+    assert len(left_out.read_text().splitlines()) == 2 * len(EMPTY), "of Alpaca and Belle"
+    assert len((folder / "comparisons.jsonl").read_text().splitlines()) == 8
+    assert (folder / "output/brevity/actor/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", NODES)
+def test_recipes_of_nodes_walk(folder, recipe):
+    """With Alpaca for demonstrations, whose empty answers are left out, counted and kept."""
+    command = ["bash", "run_all.sh", recipe, "--sft_data", "tatsu-lab/alpaca"]
+    output = walk(folder, command)
+    assert "left out 2 bad row(s) of 240" in output and "PPO score, " in output
+    out = folder / "output" / recipe
+    kept = [json.loads(x) for x in (out / "step1_sft/bad_rows.jsonl").read_text().splitlines()]
+    assert len(kept) == len(EMPTY) and "output is empty" in str(kept[0])
+    last = json.loads((out / "step3_ppo/metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["score_clipped"] <= 1

@@ -1,0 +1,122 @@
+"""Which library multiplies matrices on this CPU: measured once a run, not guessed.
+
+torch gives fp32 products to MKL, which on AMD uses half of AVX-512's width; oneDNN uses all of it.
+With AVX2 alone the two are about equal, and on some CPUs MKL is ahead. In bf16 oneDNN lays weights
+out only on CPUs that know how. Measured on one core of a Zen 5, oneDNN ÷ torch's own, and the same
+core limited to AVX2 (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), by CPU time, so that a core shared
+with other work says the same (1.08 to 1.11 in six runs beside it):
+
+                                                       AVX-512   AVX2
+    training: 512 rows, a layer of 256 × 688              2.0    1.09
+    decoding: 32 rows, 24 layers laid out beforehand      2.0    1.21
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from utils.distributed import process_group
+
+# How much faster oneDNN must be: by more than two measurements on one machine differ. Another
+# choice rounds otherwise, and a second run would not equal the first.
+MARGIN = 1.05
+USES = ("training", "decoding")
+ROUNDS = 15
+LAYER = (688, 256)  # weights that are measured, (out, in)
+LAYERS = 24  # so many while decoding, which finds no weight in the innermost cache
+PACKED_ROWS = 32  # for how many rows oneDNN lays weights out; any number may come
+
+
+class Products:
+    """Answers `onednn(use, dtype)`; a run keeps its answers when it is resumed."""
+
+    def __init__(self):
+        self._gains: dict[str, float] = {}
+
+    def onednn(self, use: str, dtype: torch.dtype) -> bool:
+        """Is oneDNN to be called directly for `use` ("training", "decoding")?"""
+        return self._gain(use, dtype) >= MARGIN
+
+    def _gain(self, use: str, dtype: torch.dtype) -> float:
+        key = f"{use} {dtype}"
+        if key not in self._gains:
+            self._gains[key] = measure(use, dtype)
+        return self._gains[key]
+
+    def agree(self, dtype: torch.dtype) -> None:
+        """Measure every use; the rank that gains least decides for all. Every rank must call it,
+        once the group stands and before the first product."""
+        ours = {use: self._gain(use, dtype) for use in USES}
+        for theirs in process_group.gather_objects(ours):
+            for use in USES:
+                key = f"{use} {dtype}"
+                self._gains[key] = min(self._gains[key], theirs[use])
+
+    def state_dict(self) -> dict:
+        return dict(self._gains)
+
+    def load_state_dict(self, saved: dict) -> None:
+        """What was measured when the run began counts, but where this machine cannot at all."""
+        for key, gain in saved.items():
+            if self._gains.get(key) != 0.0:
+                self._gains[key] = gain
+
+
+PRODUCTS = Products()
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
+    """(…,I) @ (O,I)ᵀ + (O,) → (…,O) by oneDNN. Either matrix may be a transposed view; weight may
+    also be one that `pack` has laid out."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """(O,I) → a copy that oneDNN multiplies with as it lies."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+
+
+def measure(use: str, dtype: torch.dtype) -> float:
+    """How many times faster oneDNN is than torch's own choice, 0 where it cannot; about 0.1 s."""
+    if not torch.backends.mkldnn.is_available():
+        return 0.0
+    if use == "training":
+        if dtype != torch.float32:
+            return 0.0  # goes to oneDNN by itself
+        x, weight, slope = _numbers(512, LAYER[1]), _numbers(*LAYER), _numbers(512, LAYER[0])
+
+        def forward_and_backward(product: Callable) -> None:
+            product(x, weight)
+            product(slope, weight.t())
+            product(slope.t(), x.t())
+
+        return _ratio(
+            lambda: forward_and_backward(F.linear), lambda: forward_and_backward(multiply)
+        )
+    x = _numbers(PACKED_ROWS, LAYER[1]).to(dtype)
+    weights = [_numbers(*LAYER).to(dtype) for _ in range(LAYERS)]
+    try:
+        laid_out = [pack(w) for w in weights]
+    except RuntimeError:  # this CPU has no kernel for the dtype
+        return 0.0
+    return _ratio(
+        lambda: [F.linear(x, w) for w in weights], lambda: [multiply(x, w) for w in laid_out]
+    )
+
+
+def _numbers(rows: int, columns: int) -> torch.Tensor:
+    # Not drawn: a run's generators are not to move. Not zeros, which some CPUs multiply faster.
+    return (torch.arange(rows * columns) % 17 / 17 + 0.1).view(rows, columns)
+
+
+def _ratio(plain: Callable, ours: Callable) -> float:
+    best = {plain: float("inf"), ours: float("inf")}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for product in best:
+                started = time.process_time()
+                product()
+                best[product] = min(best[product], time.process_time() - started)
+    return best[plain] / best[ours]

@@ -1,0 +1,180 @@
+"""The head that a language model turns hidden states into words with, asked for log-probabilities.
+
+Logits are the largest tensor of training: 2,048 tokens of a vocabulary of 152,000 take 1.2 GB in
+fp32, and autograd keeps two or three of that size. Here they exist a chunk of tokens at a time,
+forward and backward, whatever the batch.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils.kernels import onednn_linear
+from utils.kernels.cpu_products import multiply
+
+# Logits that exist at once, forward or backward: on a CPU 4 MB, which stay in its cache; on a GPU
+# 256 MB, 440 rows of a matrix product at the largest vocabularies.
+CHUNK = {"cpu": 2**20, "cuda": 2**26}
+# Up to so many (64 MB in fp32) the forward pass keeps the probabilities for the backward pass;
+# above, the backward pass computes them once more, a fourth of the head's arithmetic.
+KEPT = 2**24
+
+
+class _LogProbs(torch.autograd.Function):
+    """hidden (N,H), weight (V,H), bias (V,) or None, targets (N,) → fp32 log-probabilities (N,)
+    and, where asked for, entropies (N,), which have no gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropies):
+        logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        entropies = torch.empty_like(logprobs) if with_entropies else None
+        keep = any(ctx.needs_input_grad) and targets.numel() * len(weight) <= KEPT
+        kept = hidden.new_empty(len(targets), len(weight)) if keep else None
+        for rows in _chunks(hidden, weight):
+            logits = _logits(hidden[rows], weight, bias, temperature)
+            most = logits.amax(-1)
+            chosen = logits.gather(1, targets[rows, None]).squeeze(1)
+            if kept is None or kept.dtype != torch.float32:
+                p = torch.softmax(logits, -1)
+            else:
+                p = torch.softmax(logits, -1, out=kept[rows])
+            if kept is not None and p.dtype != kept.dtype:
+                kept[rows] = p
+            # The likeliest token's probability is at least 1/V, so its logarithm is safe.
+            normaliser = most - p.amax(-1).log()
+            logprobs[rows] = chosen - normaliser
+            if with_entropies:
+                # −Σ p log p with log p = logit − normaliser, and Σ p = 1.
+                entropies[rows] = normaliser - torch.linalg.vecdot(p, logits)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.kept, ctx.temperature = kept, temperature
+        if with_entropies:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        # One buffer for all chunks; sums of many in bf16 would lose the small ones.
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        scale = grad.float() / ctx.temperature
+        for rows in _chunks(hidden, weight):
+            if ctx.kept is not None:
+                p = ctx.kept[rows]
+            else:
+                p = torch.softmax(_logits(hidden[rows], weight, bias, ctx.temperature), -1)
+            # d logprob(y) / d logit = (1 at y) − p, over the temperature.
+            slope = (p * -scale[rows, None]).to(hidden.dtype)
+            slope.scatter_add_(1, targets[rows, None], scale[rows, None].to(hidden.dtype))
+            if wants_hidden:
+                if onednn_linear.suits(slope):
+                    grad_hidden[rows] = multiply(slope, weight.t())
+                else:
+                    torch.mm(slope, weight, out=grad_hidden[rows])
+            if wants_weight:
+                _add_product(grad_weight, slope.T, hidden[rows])
+            if wants_bias:
+                grad_bias += slope.sum(0, dtype=torch.float32)
+        if wants_weight:
+            grad_weight = grad_weight.to(weight.dtype)
+        if wants_bias:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
+    """Slices of the rows of `hidden`, each so short that its logits fit CHUNK."""
+    rows = max(1, CHUNK[hidden.device.type] // len(weight))
+    for start in range(0, len(hidden), rows):
+        yield slice(start, min(start + rows, len(hidden)))
+
+
+def _logits(hidden, weight, bias, temperature: float) -> torch.Tensor:
+    if onednn_linear.suits(hidden):
+        logits = multiply(hidden, weight, bias)
+    else:
+        logits = F.linear(hidden, weight, bias).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total (V,H) fp32 += a (V,n) @ b (n,H), without a temporary of V × H."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    rows = max(1, CHUNK[total.device.type] // total.shape[1])
+    for start in range(0, len(total), rows):
+        total[start : start + rows] += a[start : start + rows] @ b
+
+
+@dataclass
+class Question:
+    """Which log-probabilities one forward pass shall give.
+
+    sources: (N,) int64, the positions of B × T that predict. targets: (N,) int64, the token after
+    each.
+    """
+
+    sources: torch.Tensor
+    targets: torch.Tensor
+    temperature: float = 1.0
+    with_entropies: bool = False
+    entropies: torch.Tensor | None = None  # (N,), the answer's
+    answer: tuple[int, ...] = ()  # what tells its (N,) numbers from others
+
+    def answered_by(self, output: torch.Tensor) -> bool:
+        """Is what the model gave back what its head had answered, and unchanged?"""
+        return self.answer == _identity(output)
+
+
+def _identity(x: torch.Tensor) -> tuple[int, ...]:
+    """Equal for what lies in one place and was not written to in between. (ZeRO-3 wraps what a
+    layer returns in another tensor object.)"""
+    return x.data_ptr(), x.numel(), x._version
+
+
+class VocabularyHead(nn.Linear):
+    """The head as ever, (…,H) → (…,V) logits; while a question is put, (B,T,H) → (N,) fp32
+    log-probabilities."""
+
+    question: Question | None = None
+    changes_logits = False  # does the model scale or cap the logits after the head?
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        asked = self.question
+        if asked is None:
+            return F.linear(hidden, self.weight, self.bias)
+        logprobs, asked.entropies = _LogProbs.apply(
+            hidden.flatten(0, 1).index_select(0, asked.sources),
+            self.weight,
+            self.bias,
+            asked.targets,
+            asked.temperature,
+            asked.with_entropies,
+        )
+        asked.answer = _identity(logprobs)
+        return logprobs
+
+    @contextlib.contextmanager
+    def asked(self, question: Question):
+        self.question = question
+        try:
+            yield
+        finally:
+            self.question = None
+
+
+def of(model: nn.Module) -> VocabularyHead | None:
+    """The model's head, able to answer; None where it is not a plain linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) in (nn.Linear, onednn_linear.OneDNNLinear):
+        # The class is swapped in place: the parameter, its name and ZeRO's hooks stay.
+        head.__class__ = VocabularyHead
+    return head if isinstance(head, VocabularyHead) else None

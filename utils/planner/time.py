@@ -1,0 +1,80 @@
+"""How long an iteration takes, from what this device was measured to do a second.
+
+Counted are matrix products and the reading of weights and caches. Not counted: communication
+between ranks, traffic of offloading, Python. So the estimate is a floor, near the truth where
+models are large and ranks share fast links.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from utils.planner.memory import SIZE
+from utils.planner.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one rank. flops: multiply-adds count two. bandwidth: bytes read a second."""
+
+    flops: float
+    bandwidth: float
+    measured: bool
+
+
+def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> Speed:
+    """Matrix products and copies on this rank's device, each for about `seconds`."""
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    # Larger than any cache: 256 MB on CPUs, 2 GB on GPUs.
+    block = torch.zeros(2**29 if device.type == "cuda" else 2**26, device=device)
+    products = _per_second(lambda: a @ a, device, seconds)
+    # A sum only reads. (A copy would also write, and on CPUs read what it writes.)
+    sums = _per_second(block.sum, device, seconds)
+    return Speed(2 * size**3 * products, block.nbytes * sums, measured=True)
+
+
+def _per_second(work, device: torch.device, seconds: float) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work(), wait()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        work(), wait()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def forward_flops(shape: Shape, tokens: float, length: int, head_tokens: float) -> float:
+    """Of one forward pass: 2 a weight and token, the head at `head_tokens` only, and attention
+    over on average half of `length`."""
+    head = 0 if shape.scalar else shape.vocabulary * shape.hidden
+    attention = 2 * shape.layers * shape.hidden * length
+    return tokens * (2 * (shape.multiplied - head) + attention) + 2 * head_tokens * head
+
+
+def training_seconds(shape: Shape, tokens, length, head_tokens, checkpointing, speed) -> float:
+    """Forward and backward (twice the forward), and the forward once more with checkpointing."""
+    times = 4 if checkpointing else 3
+    return times * forward_flops(shape, tokens, length, head_tokens) / speed.flops
+
+
+def decoding_seconds(
+    shape: Shape, rows: int, at_once: int, prompt: int, response: int, dtype: str, speed: Speed
+) -> float:
+    """`rows` prompts of a rank, `at_once` at a time: one pass over the prompts, then a token at a
+    time, for which every weight and the cache so far is read."""
+    size, batches = SIZE[dtype], -(-rows // at_once)
+    prefill = forward_flops(shape, rows * prompt, prompt, rows) / speed.flops
+    cache = size * shape.cache * at_once * (prompt + response / 2)
+    reading = (size * shape.multiplied + cache) / speed.bandwidth
+    computing = forward_flops(shape, at_once, 2 * prompt + response, at_once) / speed.flops
+    return prefill + batches * response * max(reading, computing)
+
+
+def optimizer_seconds(shape: Shape, ranks: int, stage: int, speed: Speed) -> float:
+    """AdamW reads and writes weights and moments and reads gradients: 28 bytes a weight."""
+    return 28 * shape.parameters / (ranks if stage else 1) / speed.bandwidth
