@@ -29,8 +29,8 @@ from utils.data import (
     splits,
 )
 from utils.distributed import host_memory, process_group, shared_files, zero
-from utils.generation import sampling as generation
-from utils.generation.hybrid_engine import HybridEngine
+from utils.generation import engines
+from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model
 from utils.planner import plan as planner
@@ -104,10 +104,11 @@ def load_data(config, tokenizer, report):
     return examples, eval_examples
 
 
-def sample_answers(model, tokenizer, examples, config, device, all_finished) -> str:
-    """Greedy answers to the first held-out prompts, as text for people."""
+def sample_answers(engine, tokenizer, examples, config) -> str:
+    """Greedy answers of a rollout engine to the first held-out prompts, as text for people."""
     lines = []
     length = min(64, config.max_length // 2)
+    sampling = Sampling(length, tokenizer.eos_token_id, tokenizer.pad_token_id)
     for i in range(min(config.sample_answers, len(examples))):
         row = examples.item(i)
         ids, _ = fitting.encode_prompt(
@@ -115,19 +116,12 @@ def sample_answers(model, tokenizer, examples, config, device, all_finished) -> 
         )
         if ids is None:
             continue
-        prompt = torch.tensor([ids], device=device)
-        answer = generation.generate(
-            model,
-            prompt,
-            torch.ones_like(prompt, dtype=torch.bool),
-            max_new_tokens=length,
-            stop_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            all_finished=all_finished,
-        )
+        prompt = torch.tensor([ids])
+        request = Request(prompt, torch.ones_like(prompt, dtype=torch.bool))
+        answer = engine.generate(request, sampling).response_ids[0]
         lines.append(
             f"  {row.messages[-2]['content'][:120]!r}\n"
-            f"    → {tokenizer.decode(answer[0], skip_special_tokens=True)[:120]!r}"
+            f"    → {tokenizer.decode(answer, skip_special_tokens=True)[:120]!r}"
         )
     return "\n".join(lines)
 
@@ -195,18 +189,16 @@ def main() -> None:
     tokenizer, examples, eval_examples, engine, steps = build(config, device, report)
     report.expect(steps)
     run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
-    hybrid = HybridEngine(engine)
-    how = hybrid.choose_gather(config.rollout_gather, rows=1, length=config.max_length)
+    setup = Setup(engine, tokenizer, gather=config.rollout_gather, longest=config.max_length)
+    sampler = engines.build("native", setup)
     if config.sample_answers:
-        report.say(f"sampled answers: {how}")
+        report.say(f"sampled answers: {sampler.description}")
 
     def show_answers(when: str) -> None:
         if config.sample_answers == 0:
             return
-        with hybrid.generating() as generator:
-            answers = sample_answers(
-                generator, tokenizer, eval_examples, config, device, hybrid.all_finished
-            )
+        with synced(sampler, engine):
+            answers = sample_answers(sampler, tokenizer, eval_examples, config)
         report.say(f"answers {when}:\n{answers}")
 
     parts = {".": checkpoint.ModelFolder(engine.module, tokenizer, config)}

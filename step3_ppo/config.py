@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from utils.data.chat_template import READ_AT, READ_AT_HELP
+from utils.generation import engines
 from utils.settings.fields import RunConfig, setting
 
 
@@ -45,9 +46,9 @@ class PPOConfig(RunConfig):
     )
     hybrid_engine: str = setting(
         "auto",
-        "who samples: our decode loop (native), DeepSpeed's rollout class where it passes a check, "
-        "the fastest that passes, or our loop on the module as it stands (off, for debugging)",
-        choices=("auto", "deepspeed", "native", "off"),
+        "who samples: our decode loop (native, auto), DeepSpeed's rollout class (deepspeed), or "
+        "our loop on the module as it stands (off, for debugging)",
+        choices=engines.CHOICES,
     )
     offload_frozen: bool = setting(
         False, "reference and reward models in CPU memory between their uses (CUDA)"

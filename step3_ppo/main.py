@@ -133,11 +133,7 @@ def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> 
 
 
 def say_engines(models, config, device, report) -> None:
-    from utils.generation import engine as rollout_engines
-
-    rows = config.decoded_at_once(process_group.world_size())
-    others = [models.critic] if models.critic is not None else []
-    report.say(rollout_engines.settle(models.rollout_engine, config, rows, others))
+    report.say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and device.type != "cuda":
         report.say("offload_frozen: the models are in CPU memory anyway")
 

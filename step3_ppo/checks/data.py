@@ -99,7 +99,7 @@ def stop_token(check) -> str:
             f"{int((ends != probe.finished).sum())} of {len(ends)} sampled answers are called "
             "finished without a stop token in their mask, or the other way round"
         )
-    expected = check.models.hybrid.train_engine.module.config.eos_token_id
+    expected = check.models.actor.module.config.eos_token_id
     if expected != stop:
         raise Fault(f"the model's config stops at {expected}, the tokenizer at {stop}")
     share = float(probe.finished.float().mean())

@@ -12,6 +12,7 @@ import torch
 from step3_ppo.rollout import Rollout
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
+from utils.generation.engine import Request, Sampling, synced
 from utils.models import language_model, scalar_model
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -135,22 +136,22 @@ def generator_equals_model(check) -> str:
     limit = min(check.config.max_response_length, PROBE_TOKENS)
     shape = (len(check.probe.scores), limit, check.config.seed, PROBE_NOISE + 1)
     noise = generation.uniform_noise(*shape)[process_group.rank() :: process_group.world_size()]
-    drawn, engine = {}, models.rollout_engine
-    with models.hybrid.generating() as generator:
-        stale = _stale_weights(models.actor.module, generator)
-        drawn["greedy"] = _decode(check, probe, limit, None)
-        drawn["sampled"] = _decode(check, probe, limit, noise)
+    tokenizer = models.tokenizer
+    ids = tokenizer.eos_token_id, tokenizer.pad_token_id
+    sampling = Sampling(limit, *ids, check.config.temperature, logprobs=True)
+    prompts = probe.prompt_ids, probe.prompt_mask
+    with synced(models.rollout_engine, models.actor) as engine:
+        stale = _stale_weights(models.actor.module, engine.generator)
+        greedy = engine.generate(Request(*prompts), sampling)
+        sampled = engine.generate(Request(*prompts, noise), sampling)
     stale = sorted(set().union(*process_group.gather_objects(stale)))
     if stale:
         raise Fault(
             f"{len(stale)} weights of the generator are not those of the trained model (first "
-            f"{stale[0]}): it is stale or damaged; see utils/generation/hybrid_engine.py"
+            f"{stale[0]}): it is stale or damaged; see utils/generation/weights.py"
         )
-    responses, _ = drawn["greedy"]
-    kept = generation.mask_through_stop(responses, models.tokenizer.eos_token_id)
-    seen = distributions(
-        check, dataclasses.replace(probe, response_ids=responses, response_mask=kept)
-    )
+    kept = greedy.response_mask.to(check.device)
+    seen = distributions(check, _answered(probe, greedy))
     short = worst(float((seen.best - seen.logprobs)[kept].max()))[0]
     # Written so that nan fails.
     if not short <= 10 * check.tolerance:
@@ -159,54 +160,33 @@ def generator_equals_model(check) -> str:
             "token of the training forward: cache, position ids or left padding are wrong "
             "for this model; see utils/generation/sampling.py"
         )
-    responses, logprobs = drawn["sampled"]
-    if logprobs is None:
+    if sampled.logprobs is None:
         return (
             f"greedy tokens equal up to {short:.1e} nats ({engine.name} tells no log-probabilities)"
         )
-    kept = generation.mask_through_stop(responses, models.tokenizer.eos_token_id)
-    sampled = dataclasses.replace(probe, response_ids=responses, response_mask=kept)
+    kept = sampled.response_mask
     found = must_agree(
         check,
-        train_forward(check, sampled)[kept],
-        logprobs[kept],
+        train_forward(check, _answered(probe, sampled)).cpu()[kept],
+        sampled.logprobs[kept],
         "log-probabilities of sampled tokens, decode loop and training forward,",
         "cache, position ids, left padding or temperature; see utils/generation/sampling.py",
     )
     return f"greedy tokens equal up to {short:.1e} nats, {found}"
 
 
-def _decode(check, probe, limit: int, noise: torch.Tensor | None):
-    """(B,P) prompts of `probe` → (B,R) responses and their log-probabilities (or None), in batches
-    as large as a rollout's. noise: (B,R), or None for greedy tokens."""
-    from utils.generation.engine import Request, Sampling
-
-    tokenizer = check.models.tokenizer
-    ids, mask = probe.prompt_ids.to(check.device), probe.prompt_mask.to(check.device)
-    settings = Sampling(
-        limit,
-        check.config.temperature,
-        stop_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        logprobs=True,
-    )
-    widths, found = probe.prompt_mask.sum(1).tolist(), []
-    for rows in generation.batches_of(widths, limit, check.config.generation_tokens):
-        left = ids.shape[1] - max(widths[rows])  # pads that none of them needs
-        request = Request(
-            ids[rows, left:], mask[rows, left:], None if noise is None else noise[rows]
-        )
-        batch = check.models.rollout_engine.generate(request, settings)
-        found.append((batch.response_ids, batch.logprobs))
-    return [None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)]
+def _answered(probe: Rollout, samples) -> Rollout:
+    """The probe's prompts with other answers."""
+    answers = {"response_ids": samples.response_ids, "response_mask": samples.response_mask}
+    return dataclasses.replace(probe, **answers)
 
 
 @torch.no_grad()
 def _stale_weights(module, generator) -> list[str]:
     """Names of the generator's weights that are not bit for bit those of `module`."""
+    if generator is module or generator is None:  # None: it is in another process
+        return []
     twins, found = dict(generator.named_parameters()), []
-    if generator is module:
-        return found
     for name, p in module.named_parameters():
         with zero.gathered([p]):
             if not torch.equal(p.detach(), twins[name].detach()):

@@ -97,25 +97,6 @@ def test_impossible_tokens_leave_the_sums_finite(monkeypatch):
     assert found.entropies.isfinite().all() and found.variances.isfinite().all()
 
 
-def test_the_probe_is_decoded_in_batches_of_generation_tokens(monkeypatch):
-    new, check = 6, check_of(1, monkeypatch, generation_tokens=50, max_response_length=6)
-    asked = []
-
-    def generate(request, settings):
-        rows, width = request.prompt_ids.shape
-        asked.append((rows, width))
-        tokens = request.prompt_ids[:, -1:].expand(rows, settings.max_new_tokens)
-        return SimpleNamespace(response_ids=tokens, logprobs=tokens.float())
-
-    check.models.rollout_engine = SimpleNamespace(generate=generate)
-    noise = torch.rand(ROWS_A_RANK, new)
-    responses, logprobs = check_models._decode(check, check.probe, new, noise)
-    assert all(rows * (width + new) <= 50 for rows, width in asked) and len(asked) > 3
-    # In their order, each behind its own prompt, whatever was cut off at the left.
-    assert torch.equal(responses, check.probe.prompt_ids[:, -1:].expand(-1, new))
-    assert torch.equal(logprobs, responses.float())
-
-
 def test_what_ranks_have_drawn_counts_together(monkeypatch):
     """Two ranks' sums, as the collective would add them, say what one rank says of all rows."""
     sums = []
