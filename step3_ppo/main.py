@@ -219,7 +219,7 @@ def main() -> None:
     watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
     carried |= {"products": PRODUCTS} | ({"ptx": models.ptx} if models.ptx is not None else {})
-    done = run.follow(check.trained(), carried, saved, prompts.fingerprint(), models.ema)
+    done = run.follow(models.trained(), carried, saved, prompts.fingerprint(), models.ema)
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check.before_the_first_step(done)
