@@ -9,18 +9,11 @@ from transformers import AutoModelForSequenceClassification
 from step2_reward.config import RewardConfig
 from step3_ppo.rewards.model import RewardModel, differences
 from step3_ppo.rollout import Prompt
+from tests.helpers.jobs import ppo
 from tests.helpers.running import metrics_of, run_ranks
-from tests.whole.test_steps import ppo
 from utils.data import chat_template
 from utils.models import scalar_model
 from utils.models.reward_reader import Reader
-
-# Turns meet at special tokens: by hand a text is encoded whole, in the code turn by turn.
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role + '<|im_start|>' + m.content }}"
-    "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant<|im_start|>' }}{% endif %}"
-)
 
 
 def test_scores_are_those_of_the_text_in_its_own_template(tiny, other):
