@@ -2,7 +2,7 @@
 it was trained to be read."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,19 +86,6 @@ class Reader:
         except chat_template.TemplateError as error:
             return f"as {self.name} reads it: {error}"
         return None
-
-
-def readable(prompts: Sequence, readers: Iterable[Reader], bad) -> list:
-    """Those of `prompts` (with messages and where) an answer to which every reader can read; the
-    others go to `bad` (rows.BadRows), so that no run is ended by one when it is scored."""
-    readers, kept = list(readers), []
-    for prompt in prompts:
-        refusals = [why for r in readers if (why := r.refusal(prompt.messages))]
-        if refusals:
-            bad.add(prompt.where, "; ".join(refusals), list(prompt.messages))
-        else:
-            kept.append(prompt)
-    return kept
 
 
 @torch.no_grad()
