@@ -16,8 +16,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
-from step3_ppo.models import build, parts
-from step3_ppo.rewards.model import readers, reads_text
+from step3_ppo.models import build, parts, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from utils import report as reporting
@@ -36,7 +35,7 @@ from utils.data import (
 )
 from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, reward_reader
+from utils.models import language_model, scorer
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import fields as run_config
@@ -67,7 +66,7 @@ PROMPTS = row_tables.Layout(instructions.Prompt, {"ids": row_tables.TOKENS}, _wi
 def encode(tokenizer, prompts, max_prompt_length: int, long_prompts: str, readers, bad):
     """Prompts → (rollout.Prompt of those that every one of `readers` can read, Counts); see
     batches.encode_prompts."""
-    prompts = reward_reader.readable(prompts, readers, bad)
+    prompts = scorer.readable(prompts, readers, bad)
     kept, ids, counts = batches.encode_prompts(
         tokenizer, prompts, max_prompt_length, long_prompts, bad
     )
@@ -78,7 +77,7 @@ def encode(tokenizer, prompts, max_prompt_length: int, long_prompts: str, reader
 def load_prompts(config, tokenizer, report):
     """(training prompts, held-out prompts), each a view of rollout.Prompt."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    by_text = [r for r in readers(config).values() if reads_text(r, tokenizer)]
+    by_text = [r for r in readers(config).values() if scorer.reads_text(r, tokenizer)]
     load = row_cache.Reader(
         functools.partial(
             instructions.load_prompts,

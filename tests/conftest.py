@@ -49,14 +49,13 @@ def chain(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def other(tiny, tmp_path_factory) -> Path:
     """A GPT-2 as reward model: fewer tokens, other ids, a template of its own."""
-    from tests.helpers import families
-    from tests.step3_ppo.rewards.test_model import TEMPLATE
+    from tests.helpers import chat_templates, families
     from utils.models import from_scratch
 
     def build(folder):
         texts = filter(str.isascii, from_scratch.texts_of([str(tiny / "data/sft.jsonl")]))
         tokenizer = from_scratch.train_tokenizer(texts, 400)
-        tokenizer.chat_template = TEMPLATE
+        tokenizer.chat_template = chat_templates.UNLIKE_CHATML
         families.write(folder, "GPT2", tokenizer)
 
     return built_once(tmp_path_factory, "other", build) / "reward"

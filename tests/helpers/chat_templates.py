@@ -100,3 +100,11 @@ def with_template(name: str, tokenizer=None):
         put_in_front(tokenizer, "<s>")
     tokenizer.chat_template = TEMPLATES[name]
     return tokenizer
+
+
+# Turns meet at special tokens: by hand a text is encoded whole, in the code turn by turn.
+UNLIKE_CHATML = (
+    "{% for m in messages %}{{ m.role + '<|im_start|>' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant<|im_start|>' }}{% endif %}"
+)
