@@ -21,6 +21,8 @@ from utils import report as reporting
 from utils import whole_files
 from utils.checkpoints import resuming
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
+from utils.data import prompts as prompt_data
+from utils.data.splits import DataSettings
 from utils.distributed import process_group, shared_files, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
@@ -297,12 +299,12 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
     splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
     prompts, _ = splits.train_and_held_out(
-        config.prompt_data, load, splits_of_prompts, config, step=2, bad=bad
+        config.prompt_data, load, splits_of_prompts, config.pick(DataSettings), step=2, bad=bad
     )
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]
     if reader is not None:
-        prompts = scorer.readable(prompts, [reader], bad)
+        prompts = prompt_data.readable(prompts, [reader], bad)
     limit, fate = config.max_prompt_length, config.long_prompts
     prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, fate, bad)
     bad.finish("prompt_data")

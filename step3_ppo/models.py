@@ -34,6 +34,18 @@ class Models:
     ptx: ptx.Examples | None
     frozen_offload: FrozenOffload | None
 
+    def trained(self) -> dict[str, zero.TrainEngine]:
+        """The engines whose weights PPO changes, by name."""
+        engines = {"actor": self.actor, "critic": self.critic}
+        return {name: engine for name, engine in engines.items() if engine is not None}
+
+    def frozen(self) -> dict[str, object]:
+        """The modules whose weights must stay as they are, by name."""
+        scorers = {"reward model": self.reward, "judge": self.judge}
+        models = {"reference": self.reference}
+        models |= {name: one.model for name, one in scorers.items() if one is not None}
+        return {name: getattr(model, "module", model) for name, model in models.items()}
+
     @property
     def hybrid(self) -> HybridEngine:
         return self.rollout_engine.hybrid

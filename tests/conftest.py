@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # pytest-xdist would have as many as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from tests.helpers.jobs import collect, reward, sft
 from tests.helpers.running import build_tiny, built_once, run_ranks
 from utils.kernels import cpu_products
 
@@ -33,7 +34,6 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def chain(tiny, tmp_path_factory) -> Path:
     """Steps 1 and 2 once, for step 3 to start from."""
-    from tests.whole.test_steps import collect, reward, sft
 
     def build(folder):
         jobs = [
@@ -55,7 +55,7 @@ def other(tiny, tmp_path_factory) -> Path:
     def build(folder):
         texts = filter(str.isascii, from_scratch.texts_of([str(tiny / "data/sft.jsonl")]))
         tokenizer = from_scratch.train_tokenizer(texts, 400)
-        tokenizer.chat_template = chat_templates.UNLIKE_CHATML
+        tokenizer.chat_template = chat_templates.AT_SPECIAL_TOKENS
         families.write(folder, "GPT2", tokenizer)
 
     return built_once(tmp_path_factory, "other", build) / "reward"

@@ -10,6 +10,8 @@ import yaml
 from step3_ppo import algorithm
 from step3_ppo.checks.models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
 from utils.data import chat_template, fitting, preferences, rows, splits
+from utils.data import prompts as prompt_data
+from utils.data.splits import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import scorer
@@ -175,7 +177,7 @@ def _held_out_accuracy(check) -> dict:
     bad = rows.BadRows(config.max_bad_rows)
 
     kinds = preferences.PREFERENCE_SPLITS["eval"]
-    plain = dataclasses.replace(splits.unweighted(config), data_schema="auto")
+    plain = dataclasses.replace(splits.unweighted(config.pick(DataSettings)), data_schema="auto")
     # What step 2 held out, not what this run's settings would: the prompt as it read it decides.
     saved = Path(config.reward_model) / "config.yaml"
     if saved.exists():
@@ -193,7 +195,7 @@ def _held_out_accuracy(check) -> dict:
         )
 
     _, held = splits.train_and_held_out(config.preference_data, load, kinds, plain, 2, bad)
-    held = scorer.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
+    held = prompt_data.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
     bad.finish("preference_data")
     groups = [
         [reward.reader.encode(c.prompt, *one) for one in zip(c.responses, c.finished, strict=True)]

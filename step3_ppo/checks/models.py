@@ -259,7 +259,7 @@ def padding_invariance(check) -> str:
 
 def dropout_is_off(check) -> str:
     """Two passes of the same rows, in the mode that updates use, must be one."""
-    for name in check.trained():
+    for name in check.models.trained():
         rows = own_rows(check)
         first, second = (train_forward(check, rows, name == "critic") for _ in range(2))
         must_agree(
@@ -270,7 +270,7 @@ def dropout_is_off(check) -> str:
             "dropout is on, so old and new log-probabilities differ by noise; see "
             "language_model.prepare_training and the model's config (…dropout)",
         )
-    return f"two passes of {' and '.join(check.trained())} are equal"
+    return f"two passes of {' and '.join(check.models.trained())} are equal"
 
 
 def rollouts_are_on_policy(check) -> str:

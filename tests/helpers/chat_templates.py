@@ -4,6 +4,13 @@ that know their special tokens."""
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+# Turns meet at special tokens: by hand a text is encoded whole, in the code turn by turn.
+AT_SPECIAL_TOKENS = (
+    "{% for m in messages %}{{ m.role + '<|im_start|>' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant<|im_start|>' }}{% endif %}"
+)
+
 # As Qwen3's: thoughts stand before the last answer, empty ones too, and earlier answers lose them.
 QWEN3 = r"""{%- for m in messages -%}
 {%- set said = m.content.split('</think>')[-1].lstrip('\n') -%}
@@ -100,11 +107,3 @@ def with_template(name: str, tokenizer=None):
         put_in_front(tokenizer, "<s>")
     tokenizer.chat_template = TEMPLATES[name]
     return tokenizer
-
-
-# Turns meet at special tokens: by hand a text is encoded whole, in the code turn by turn.
-UNLIKE_CHATML = (
-    "{% for m in messages %}{{ m.role + '<|im_start|>' + m.content }}"
-    "{% if m.role == 'assistant' %}{{ '<|im_end|>' }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant<|im_start|>' }}{% endif %}"
-)

@@ -9,9 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from utils.distributed import process_group
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# fp32 sums in another order differ in the seventh digit; a few Adam steps, which divide small
+# gradients by their own size, raise that to the fifth.
+CLOSE = dict(rel=2e-4, abs=2e-5)
 
 
 def files_of(folder: Path, pattern: str) -> list[Path]:
@@ -98,6 +103,17 @@ def metrics_of(folder: Path, name: str) -> list[float]:
     """The values of one metric over the steps of a run."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def assert_same_path(runs, names):
+    """`runs`: folders by name; the metrics `names` of all must follow the first one's."""
+    (first, reference), *others = runs.items()
+    for name in names:
+        expected = metrics_of(reference, name)
+        assert len(expected) >= 3 and len(set(expected)) > 1, f"{name} does not move: {expected}"
+        for other, folder in others:
+            got = metrics_of(folder, name)
+            assert got == pytest.approx(expected, **CLOSE), f"{name}: {other} is not {first}"
 
 
 def run_without_a_gpu(script: str, folder: Path) -> subprocess.CompletedProcess:

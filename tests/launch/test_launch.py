@@ -14,8 +14,8 @@ from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from tests.helpers.jobs import sft
 from tests.helpers.running import ROOT, files_of
-from tests.whole.test_steps import sft
 from utils.distributed.process_group import free_port
 
 README = (ROOT / "README.md").read_text()

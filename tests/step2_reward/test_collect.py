@@ -6,8 +6,8 @@ import random
 import pytest
 
 from step2_reward.collect import agreeing_scores, share_agreeing
+from tests.helpers.jobs import collect
 from tests.helpers.running import run_ranks
-from tests.whole.test_steps import collect
 from utils.data.preferences import load_comparisons
 from utils.data.rows import BadRows
 
@@ -30,8 +30,8 @@ def test_a_labeller_agrees_as_often_as_asked(rate):
 
 def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, chain, tmp_path):
     files = [tiny / "data/comparisons.jsonl", tmp_path / "2.jsonl"]
-    program, argv = collect(tiny, chain / "sft")  # which wrote the first file on one rank
-    run_ranks([(program, [*argv, "--output_file", files[-1]])], 2)
+    # The fixture `chain` wrote the first file on one rank.
+    run_ranks([collect(tiny, chain / "sft", "--output_file", files[-1])], 2)
     first, second = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     # Padding differs between the ranks' batches, so now and then a draw falls the other way.
     same = sum(a in second for a in first)
@@ -44,12 +44,11 @@ def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, chain, tm
 
 def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):
     scored, unranked = tmp_path / "scored.jsonl", tmp_path / "unranked.jsonl"
-    program, argv = collect(tiny, chain / "sft")
     asked = ["--labeller", "reward_model", "--reward_model", chain / "reward"]
     run_ranks(
         [
-            (program, [*argv, *asked, "--output_file", scored]),
-            (program, [*argv, "--labeller", "none", "--output_file", unranked]),
+            collect(tiny, chain / "sft", *asked, "--output_file", scored),
+            collect(tiny, chain / "sft", "--labeller", "none", "--output_file", unranked),
         ],
         1,
     )
@@ -65,7 +64,8 @@ def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):
             order = sorted(row["responses"], key=len)
             row["ranks"] = [order.index(r) + 1 for r in row["responses"]]
             f.write(json.dumps(row) + "\n")
-    run_ranks([(program, ["--labeller", "file", "--rankings", ranked, "--output_file", people])], 1)
+    ranking = ["--labeller", "file", "--rankings", ranked, "--output_file", people]
+    run_ranks([("step2_reward/collect.py", ranking)], 1)
     for c in load_comparisons([str(people)], bad=BadRows()):
         best = max(range(len(c.scores)), key=lambda k, c=c: c.scores[k])
         assert len(c.responses[best]) == min(map(len, c.responses))

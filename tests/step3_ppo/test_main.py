@@ -13,9 +13,9 @@ import torch
 
 from step3_ppo.checks import self_check
 from step3_ppo.checks import updates as check_updates
-from tests.helpers.running import ROOT, metrics_of, run_ranks
+from tests.helpers.jobs import ppo
+from tests.helpers.running import CLOSE, ROOT, assert_same_path, metrics_of, run_ranks
 from tests.helpers.small_models import config_of
-from tests.whole.test_steps import CLOSE, assert_same_path, ppo
 from utils.distributed.process_group import free_port
 
 FUNCTION = "from step3_ppo.rewards.shipped import length_target as score\n"

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError, safe_open
 
+from tests.helpers.jobs import collect, ppo, reward, sft
 from tests.helpers.running import ROOT, run_ranks
 from tests.utils.checkpoints.test_checkpoints import assert_same_end
-from tests.whole.test_steps import collect, ppo, reward, sft
 from utils.checkpoints import manifest
 from utils.distributed.process_group import free_port
 
@@ -35,13 +35,12 @@ PATIENCE = 30.0  # DeepSpeed's launcher: seconds between SIGTERM and SIGKILL for
 def pipeline(tiny, out: Path, stage: int) -> list:
     """The jobs of one round, all of which go on where they stopped."""
     again = ["--resume", "auto", "--save_every", 1, "--zero_stage", stage]
-    program, argv = collect(tiny, out / "sft")
     comparisons = ["--output_file", out / "comparisons.jsonl", "--overwrite", "false"]
     on_them = ["--preference_data", out / "comparisons.jsonl", "--max_steps", 6]
     quick = ["--sample_answers", 0, "--max_steps", 4, "--score_normalisation", "running"]
     return [
         sft(tiny, out / "sft", "--max_steps", 12, "--eval_every", 4, *again),
-        (program, [*argv, *comparisons, "--resume", "auto"]),
+        collect(tiny, out / "sft", *comparisons, "--resume", "auto"),
         reward(tiny, out / "sft", out / "reward", *on_them, *again),
         ppo(tiny, out / "sft", out / "reward", out / "ppo", *quick, *again),
     ]

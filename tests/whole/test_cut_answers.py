@@ -11,10 +11,9 @@ from transformers import AutoModelForSequenceClassification
 from evaluation import scores
 from evaluation.prompt_eval import Answer, PromptEvalConfig
 from step2_reward import collect
-from step2_reward import main as step2
 from step3_ppo.checks import data as check_data
 from tests.helpers.small_models import config_of
-from utils.data import batches, chat_template, instructions
+from utils.data import batches, chat_template, comparisons, instructions
 from utils.data.preferences import Comparison, load_comparisons
 from utils.data.rows import BadRows, DataError
 from utils.generation import sampling as generation
@@ -107,15 +106,15 @@ def test_step_2_learns_from_the_same_ids(scorer, expected):
     texts, finished = zip(*ANSWERS, strict=True)
     bad, tokenizer = BadRows(), scorer.reader.tokenizer
     row = Comparison((USER,), texts, (1.0, 0.0), "a", finished)
-    (ranked,), counts = step2.encode(tokenizer, [row], 96, "cut", bad)
+    (ranked,), counts = comparisons.encode(tokenizer, [row], 96, "cut", bad)
     assert list(ranked.answers) == [ids for ids, _ in expected] and counts.kept == 2
     unmarked = Comparison((USER,), texts, (1.0, 0.0), "a")
-    (ranked,), _ = step2.encode(tokenizer, [unmarked], 96, "cut", bad)
+    (ranked,), _ = comparisons.encode(tokenizer, [unmarked], 96, "cut", bad)
     assert ranked.answers[1] == [*expected[1][0], tokenizer.eos_token_id]
     # Cut again to fit: still none. One that was finished is ranked as a whole, and keeps its own.
     room = len(expected[0][0])
     longer = Comparison((USER,), ("7 " * 40, "8 " * 40), (1.0, 0.0), "a", finished)
-    (ranked,), counts = step2.encode(tokenizer, [longer], room, "cut", bad)
+    (ranked,), counts = comparisons.encode(tokenizer, [longer], room, "cut", bad)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in ranked.answers]
     assert ends == [True, False] and counts.cut_answers == 2 and not len(bad)
 

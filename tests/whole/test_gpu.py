@@ -13,12 +13,12 @@ import sys
 import pytest
 import torch
 
+from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.running import ROOT, metrics_of, run_ranks
 from tests.utils.generation.test_decoder import stop_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded
 from tests.utils.generation.test_sampling import tiny as model_of
 from tests.utils.kernels.test_packing import rows, twins
-from tests.whole.test_steps import ppo, reward, sft
 from utils.distributed.offload import FrozenOffload
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder

@@ -13,9 +13,9 @@ from step3_ppo import algorithm, update
 from step3_ppo.checks.watch import Watch
 from step3_ppo.rollout import make_experience
 from step3_ppo.state import State
+from tests.helpers.jobs import ppo
 from tests.helpers.running import metrics_of, run_ranks
 from tests.helpers.small_models import Engine, TableActor, TableCritic, config_of, rollout_of
-from tests.whole.test_steps import ppo
 
 CPU = torch.device("cpu")
 VOCABULARY, STOP, RIGHT = 8, 2, 5

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
+from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.pretended_device import Pretended
-from tests.helpers.running import ROOT, metrics_of, run_ranks
+from tests.helpers.running import CLOSE, ROOT, metrics_of, run_ranks
 from tests.utils.checkpoints.test_checkpoints import assert_same_end
-from tests.whole.test_steps import CLOSE, ppo, reward, sft
 
 # What may be mixed, and what may not. The same on a GPU, where there is one.
 

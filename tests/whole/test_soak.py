@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.jobs import ppo
 from tests.helpers.running import ROOT
 from tests.launch.test_launch import run
-from tests.whole.test_steps import ppo
 from utils.distributed.process_group import free_port
 
 pytestmark = pytest.mark.slow

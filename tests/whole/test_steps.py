@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers.running import built_once, metrics_of, run_ranks
+from tests.helpers.jobs import collect, ppo, reward, sft
+from tests.helpers.running import assert_same_path, built_once, metrics_of, run_ranks
 
 # How ZeRO is told apart from nothing: (name, flags).
 STAGES = [
@@ -17,150 +18,6 @@ STAGES = [
     ("zero2_offload", ["--zero_stage", 2, "--offload", "optimizer"]),
     ("zero3_offload", ["--zero_stage", 3, "--offload", "all"]),
 ]
-# fp32 sums in another order differ in the seventh digit; a few Adam steps, which divide small
-# gradients by their own size, raise that to the fifth.
-CLOSE = dict(rel=2e-4, abs=2e-5)
-
-
-def sft(tiny, out, *flags):
-    return (
-        "step1_sft/main.py",
-        [
-            "--model_name_or_path",
-            tiny / "base_model",
-            "--sft_data",
-            tiny / "data/sft.jsonl",
-            "--output_dir",
-            out,
-            "--max_steps",
-            6,
-            "--global_batch_size",
-            16,
-            "--micro_batch_size",
-            4,
-            "--learning_rate",
-            3e-3,
-            "--max_length",
-            96,
-            "--eval_fraction",
-            0.1,
-            "--tensorboard",
-            "false",
-            "--dtype",
-            "fp32",  # auto means bf16 on some CPUs, which rounds three digits away
-            "--packing",
-            "off",
-            *flags,
-        ],
-    )
-
-
-def collect(tiny, policy):
-    return (
-        "step2_reward/collect.py",
-        [
-            "--policy",
-            policy,
-            "--prompt_data",
-            tiny / "data/prompts.jsonl",
-            "--output_file",
-            tiny / "data/comparisons.jsonl",
-            "--max_response_length",
-            12,
-            "--num_prompts",
-            100,
-            "--overwrite",
-            "--dtype",
-            "fp32",
-        ],
-    )
-
-
-def reward(tiny, policy, out, *flags):
-    return (
-        "step2_reward/main.py",
-        [
-            "--model_name_or_path",
-            policy,
-            "--preference_data",
-            tiny / "data/comparisons.jsonl",
-            "--output_dir",
-            out,
-            "--max_steps",
-            5,
-            "--global_batch_size",
-            8,
-            "--micro_batch_size",
-            2,
-            "--learning_rate",
-            1e-3,
-            "--max_length",
-            96,
-            "--eval_fraction",
-            0.2,
-            "--tensorboard",
-            "false",
-            "--dtype",
-            "fp32",  # auto means bf16 on some CPUs, which rounds three digits away
-            "--packing",
-            "off",
-            *flags,
-        ],
-    )
-
-
-def ppo(tiny, policy, reward_model, out, *flags):
-    return (
-        "step3_ppo/main.py",
-        [
-            "--model_name_or_path",
-            policy,
-            "--reward_model",
-            reward_model,
-            "--prompt_data",
-            tiny / "data/prompts.jsonl",
-            "--output_dir",
-            out,
-            "--max_steps",
-            3,
-            "--prompts_per_rollout",
-            16,
-            "--global_batch_size",
-            8,
-            "--micro_batch_size",
-            4,
-            "--ppo_epochs",
-            2,
-            "--learning_rate",
-            1e-3,
-            "--max_prompt_length",
-            48,
-            "--max_response_length",
-            12,
-            "--max_eval_rows",
-            8,
-            "--tensorboard",
-            "false",
-            "--dtype",
-            "fp32",  # auto means bf16 on some CPUs, which rounds three digits away
-            "--packing",
-            "off",
-            *flags,
-        ],
-    )
-
-
-def assert_same_path(runs, names):
-    """`runs`: folders by name; the metrics `names` of all must follow the first one's."""
-    (first, reference), *others = runs.items()
-    for name in names:
-        expected = metrics_of(reference, name)
-        assert len(expected) >= 3 and len(set(expected)) > 1, f"{name} does not move: {expected}"
-        for other, folder in others:
-            got = metrics_of(folder, name)
-            assert got == pytest.approx(expected, **CLOSE), f"{name}: {other} is not {first}"
-
-
 STEPS = ("sft", "reward", "ppo")
 EVERY_STAGE = [name for name, _ in STAGES]
 # One rank takes the others with -m slow; test_distributed.py has one rank's engine under them.
@@ -372,12 +229,11 @@ def test_a_second_round_goes_on_from_the_first_actor(tiny, chain, tmp_path):
     """As run_all.sh runs it: its answers join the comparisons, the reference stays step 1's."""
     first, second = tmp_path / "first", tmp_path / "second"
     more, model = tmp_path / "more.jsonl", tmp_path / "reward"
-    program, argv = collect(tiny, first / "actor")
     both = ["--preference_data", tiny / "data/comparisons.jsonl", more]
     then = [*both, "--reference_model", chain / "sft"]
     jobs = [
         ppo(tiny, chain / "sft", chain / "reward", first, "--self_check", "off"),
-        (program, [*argv, "--output_file", more]),
+        collect(tiny, first / "actor", "--output_file", more),
         reward(tiny, chain / "sft", model, *both),
         ppo(tiny, first / "actor", model, second, *then, "--max_steps", 1),
     ]

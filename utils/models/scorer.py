@@ -11,7 +11,7 @@ end to end reads what a group begins with once.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,20 +101,6 @@ class Reader:
         except chat_template.TemplateError as error:
             return f"as {self.name} reads it: {error}"
         return None
-
-
-def readable(prompts: Sequence, readers: Iterable[Reader], bad) -> list:
-    """Those of `prompts` (with messages and where) to which every reader can read an answer. The
-    others go to `bad` (rows.BadRows): found later, when an answer is scored, they would end a run.
-    """
-    readers, kept = list(readers), []
-    for prompt in prompts:
-        refusals = [why for r in readers if (why := r.refusal(prompt.messages))]
-        if refusals:
-            bad.add(prompt.where, "; ".join(refusals), list(prompt.messages))
-        else:
-            kept.append(prompt)
-    return kept
 
 
 def differences(tokenizer, other) -> list[str]:

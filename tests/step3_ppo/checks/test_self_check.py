@@ -11,9 +11,9 @@ import torch
 
 from step3_ppo.checks import self_check
 from tests.helpers.families import FAMILIES, write
+from tests.helpers.jobs import ppo, reward
 from tests.helpers.running import ROOT, built_once, run_ranks
 from tests.helpers.small_models import config_of
-from tests.whole.test_steps import ppo, reward
 from utils.data import chat_template
 
 ANYTIME = self_check.BEFORE | self_check.AFTER

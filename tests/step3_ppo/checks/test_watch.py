@@ -9,8 +9,8 @@ import torch
 from step3_ppo.checks.watch import WARNINGS, Watch
 from step3_ppo.config import PPOConfig
 from step3_ppo.rollout import Rollout
+from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.running import metrics_of, run_ranks
-from tests.whole.test_steps import ppo, reward, sft
 
 SOUND = {
     "kl": 1.0,

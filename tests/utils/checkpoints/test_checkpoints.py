@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.running import ROOT, run_ranks
 from tests.helpers.running import metrics_of as values_of
-from tests.whole.test_steps import ppo, reward, sft
 from utils.checkpoints import engine_state, manifest
 from utils.seeding import seed_everything
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from step2_reward.config import RewardConfig
 from tests.helpers.families import FAMILIES, READ_THEIR_CONFIG, with_dropout
+from tests.helpers.jobs import ppo, sft
 from tests.helpers.running import ROOT, run_ranks
-from tests.whole.test_steps import ppo, sft
 from utils.data import chat_template
 from utils.distributed import zero
 from utils.distributed.zero import lr_factor

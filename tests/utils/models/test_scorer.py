@@ -14,14 +14,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from step2_reward import collect
 from step2_reward.config import RewardConfig
-from step3_ppo import main as step3
 from step3_ppo import models as step3_models
 from step3_ppo.rollout import Prompt
 from tests.helpers import families
+from tests.helpers.jobs import ppo
+from tests.helpers.loading import load_step
 from tests.helpers.running import metrics_of, run_ranks
 from tests.helpers.small_models import Engine, config_of
-from tests.whole.test_steps import ppo
 from utils.data import batches, chat_template
+from utils.data import prompts as prompt_data
 from utils.data.rows import BadRows, DataError
 from utils.models import scalar_model, scorer
 from utils.models.scorer import Reader, Scorer, differences, reads_text
@@ -233,7 +234,6 @@ def test_prompts_that_a_scorers_template_refuses_are_bad_rows_before_models_are_
     folder, _ = write_scorer(tiny, tmp_path, template=STRICT)
     policy = chat_template.load_tokenizer(str(tiny / "base_model"))
     path = write_prompts(tmp_path / "p.jsonl")
-    report = SimpleNamespace(say=lambda text: None)
     for scorers in ({"reward_model": folder}, {"reward_model": "", "judge_model": folder}):
         for flags in ({"eval_fraction": 0.4, "seed": seed} for seed in range(2)):
             config = config_of(
@@ -246,7 +246,7 @@ def test_prompts_that_a_scorers_template_refuses_are_bad_rows_before_models_are_
             with pytest.raises(
                 DataError, match=r"p\.jsonl:[24]: as .*reward reads it.*no such turn"
             ):
-                step3.load_prompts(config, policy, report)
+                load_step(config, policy)
 
 
 def test_collecting_refuses_them_before_it_samples(tiny, tmp_path):
@@ -269,8 +269,8 @@ def test_the_prompts_that_it_takes_stay(tiny, tmp_path):
         SimpleNamespace(messages=(SYSTEM, USER), where="b"),
     ]
     bad = BadRows()
-    assert scorer.readable(prompts, [reader], bad) == prompts[:1] and len(bad) == 1
-    assert scorer.readable(prompts, [], bad) == prompts and len(bad) == 1
+    assert prompt_data.readable(prompts, [reader], bad) == prompts[:1] and len(bad) == 1
+    assert prompt_data.readable(prompts, [], bad) == prompts and len(bad) == 1
 
 
 def test_a_critic_may_start_from_a_public_model_that_shares_the_tokenizer(
