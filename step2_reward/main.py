@@ -48,13 +48,6 @@ def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
     )
 
 
-def deal(chosen, ranked: list[Ranked], config) -> list[list[int]]:
-    """This rank's micro-batches of rows `chosen` of `ranked`."""
-    lengths = {i: max(map(len, ranked[i].answers)) for i in chosen}
-    counts = {i: len(ranked[i].answers) for i in chosen}
-    return batches.deal(chosen, lengths, *batches.shares(config), counts)
-
-
 def score_all(engine, ranked: list[Ranked], config, device) -> list[list[float]]:
     """Scores of every answer, on every rank, in the order of `ranked`."""
     limits = config.micro_batch_size, config.micro_batch_tokens
