@@ -10,7 +10,7 @@ import datetime
 import os
 import sys
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -255,6 +255,10 @@ class RunConfig:
             except ValueError as error:
                 found.append(str(error))
         return found
+
+    def pick(self, record: type):
+        """A dataclass whose fields are some of these settings, filled with their values."""
+        return record(**{field.name: getattr(self, field.name) for field in fields(record)})
 
     def accumulation(self, world_size: int) -> int:
         return self.global_batch_size // (self.micro_batch_size * world_size)
