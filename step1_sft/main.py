@@ -14,17 +14,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from step1_sft.config import SFTConfig
+from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, demonstrations, fitting
 from utils.data.splits import DataSettings
-from utils.distributed import host_memory, process_group, program, zero
+from utils.distributed import host_memory, program, zero
 from utils.generation import sampling as generation
 from utils.generation.hybrid_engine import HybridEngine
+from utils.metrics import Metric
 from utils.models import language_model
 from utils.run import Run
 from utils.settings import fields as settings
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
+metrics.register(
+    "step 1",
+    Metric("loss", "nats a token", "negative log-likelihood of the assistant's tokens"),
+    Metric("eval/perplexity", "", "exp of `eval/loss`", "rises while `loss` falls: overfitted"),
+    Metric("tokens_per_second", "tokens/s", "tokens of all ranks' rows, without padding"),
+)
 
 
 def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
@@ -42,16 +50,15 @@ def evaluate(engine, examples, budget: tuple[int, int], pad_id, device) -> dict[
     """Held-out loss a token (nats) and perplexity, over all ranks. budget: of batches.share."""
     engine.module.eval()
     lengths = [len(e.ids) for e in examples]
-    total = tokens = 0.0
+    sums = metrics.Sums(device)
     for chosen in batches.share(range(len(examples)), lengths, *budget):
         # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
         batch = batches.supervised_batch([examples[i] for i in chosen or [0]], pad_id)
         loss, count = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
-        if chosen:
-            total, tokens = total + loss.item(), tokens + count
+        sums.add({"loss": loss * bool(chosen), "tokens": count * bool(chosen)})
     engine.module.train()
-    total, tokens = process_group.sum_over_ranks([total, tokens], device)
-    loss = total / tokens
+    totals = sums.over(1)
+    loss = totals["loss"] / totals["tokens"]
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))}
 
 
@@ -138,20 +145,20 @@ def main() -> None:
             taken = {i: examples[i] for i in chosen}
             lengths = {i: len(example.ids) for i, example in taken.items()}
             tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)  # of all ranks
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            sums = metrics.Sums(device)
             for micro in batches.share(chosen, lengths, *budget):
                 ids, *masks = batches.supervised_batch([taken[i] for i in micro], pad_id)
                 loss, _ = response_loss(engine, host_memory.send(ids, device), *masks)
                 engine.backward(loss, normaliser=tokens)
-                loss_sum += loss.detach()
-            metrics = engine.step()
-            run.bad_steps.note(metrics["skipped"])
-            metrics["loss"] = process_group.sum_over_ranks([loss_sum.item()], device)[0] / tokens
-            metrics["seconds"] = time.time() - tick
-            metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
+                sums.add({"loss": loss})
+            measured = engine.step()
+            run.bad_steps.note(measured["skipped"])
+            measured |= sums.over(tokens)
+            measured["seconds"] = time.time() - tick
+            measured["tokens_per_second"] = sum(lengths[i] for i in chosen) / measured["seconds"]
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= measure()
-            run.after_step(step + 1, metrics, SHOWN)
+                measured |= measure()
+            run.after_step(step + 1, measured, SHOWN)
 
     after = measure()
     answers.show("after")

@@ -3,7 +3,6 @@
 deepspeed step2_reward/main.py --model_name_or_path SFT --preference_data DATA --output_dir FOLDER
 """
 
-import functools
 import re
 import sys
 import time
@@ -15,29 +14,37 @@ import torch
 
 from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
+from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, comparisons
 from utils.data.comparisons import Ranked
 from utils.data.splits import DataSettings
-from utils.distributed import host_memory, process_group, program, zero
-from utils.kernels import packing
-from utils.models import scalar_model
+from utils.distributed import program, zero
+from utils.metrics import Metric
+from utils.models import scalar_model, scorer
 from utils.run import Run
 from utils.settings import fields as settings
 
 SHOWN = ("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds")
 
+metrics.register(
+    "step 2",
+    Metric("loss", "nats a comparison", "ranking loss, mean over the pairs of each comparison"),
+    Metric(
+        "eval/accuracy",
+        "share",
+        "held-out pairs whose better answer scores higher",
+        "not above `eval/accuracy_longer_answer`: it has learned length",
+    ),
+    Metric("eval/accuracy_low", "share", "lower end of its 95 % interval, by prompt"),
+    Metric("eval/accuracy_high", "share", "upper end"),
+    Metric("eval/accuracy_longer_answer", "share", "accuracy of always choosing the longer answer"),
+    Metric("eval/margin", "score", "mean difference of the two scores of a pair"),
+    Metric("eval/pairs", "", "how many pairs were held out"),
+)
 
-def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
-    """(N,) scores of all answers of `ranked`, laid end to end. A prompt goes forward once."""
-    answers = [ids for r in ranked for ids in r.answers]
-    ids = host_memory.send(batches.pad(answers, pad_id), device)
-    mask = batches.pad([[True] * len(a) for a in answers], False)
-    shared = packing.shared_beginnings([r.answers for r in ranked])
-    return scalar_model.sequence_scores(engine, ids, mask, shared)
 
-
-def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:
+def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
     """Summed loss of the prompts in `ranked` (each weighs 1)."""
     winners, losers, weights = losses.ranked_pairs([r.labels for r in ranked])
     margins = None
@@ -45,7 +52,7 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
         labels = torch.tensor([label for r in ranked for label in r.labels], device=device)
         margins = config.score_margin * (labels[winners] - labels[losers])
     return losses.ranking_loss(
-        scores_of(engine, ranked, pad_id, device),
+        scorer.group_scores(engine, [r.answers for r in ranked], device),
         winners,
         losers,
         weights,
@@ -55,28 +62,12 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
     )
 
 
-@torch.no_grad()
-def score_all(engine, ranked: list[Ranked], budget, pad_id: int, device) -> list[list[float]]:
-    """Scores of every answer, on every rank, in the order of `ranked`. budget: of
-    comparisons.deal."""
-    engine.module.eval()
-    found = {}
-    for chosen in comparisons.deal(range(len(ranked)), ranked, *budget):
-        # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
-        rows = [ranked[i] for i in chosen or [0]]
-        flat = iter(scores_of(engine, rows, pad_id, device).tolist())
-        found |= {i: [next(flat) for _ in ranked[i].answers] for i in chosen}
-    engine.module.train()
-    everything = {i: s for part in process_group.gather_objects(found) for i, s in part.items()}
-    return [everything[i] for i in range(len(ranked))]
-
-
-def evaluate(engine, ranked, budget, pad_id, device) -> dict[str, float]:
+def evaluate(ranked: list[Ranked], score) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
     from utils.intervals import pair_accuracy
 
-    scores = score_all(engine, ranked, budget, pad_id, device)
+    scores = score([r.answers for r in ranked])
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
@@ -117,7 +108,6 @@ def main() -> None:
 
     # Data, model, engine.
     tokenizer = run.load_tokenizer(config.max_length, "--max_length")
-    pad_id = tokenizer.pad_token_id
     train, held, demonstrations = comparisons.load(
         config.preference_data,
         config.sft_data,
@@ -138,7 +128,12 @@ def main() -> None:
         model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
     )
     budget = config.micro_batch_size, config.micro_batch_tokens
-    measure = functools.partial(evaluate, engine, held, budget, pad_id, device)
+
+    def score(groups: list) -> list[list[float]]:
+        return scorer.score_groups(engine, groups, device, *budget)
+
+    def measure() -> dict[str, float]:
+        return evaluate(held, score)
 
     folder = ModelFolder(engine.module.classifier, tokenizer, run.settings)
     done = run.restore({".": folder}, {"model": engine}, train.fingerprint())
@@ -152,23 +147,22 @@ def main() -> None:
         for step in range(done, steps):
             tick = time.time()
             chosen = batches.rows_of_step(step, rows, len(train), config.seed)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            sums = metrics.Sums(device)
             for micro in comparisons.deal(chosen, train, *budget):
-                loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
+                loss = batch_loss(engine, [train[i] for i in micro], config, device)
                 engine.backward(loss, normaliser=len(chosen))
-                loss_sum += loss.detach()
-            metrics = engine.step()
-            run.bad_steps.note(metrics["skipped"])
-            (loss_sum,) = process_group.sum_over_ranks([loss_sum.item()], device)
-            metrics["loss"] = loss_sum / len(chosen)
-            metrics["seconds"] = time.time() - tick
+                sums.add({"loss": loss})
+            measured = engine.step()
+            run.bad_steps.note(measured["skipped"])
+            measured |= sums.over(len(chosen))
+            measured["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= measure()
-            run.after_step(step + 1, metrics, SHOWN)
+                measured |= measure()
+            run.after_step(step + 1, measured, SHOWN)
 
     # The bias is set so that demonstrations score 0 on average.
     after = measure()
-    shown = score_all(engine, demonstrations, budget, pad_id, device)
+    shown = score([r.answers for r in demonstrations])
     bias = engine.module.bias + sum(s for group in shown for s in group) / len(shown)
     engine.module.set_bias(bias)
     run.save()

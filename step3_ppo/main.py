@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
+from step3_ppo import measures
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
-from step3_ppo.models import build, outputs
-from step3_ppo.rewards.model import readers, reads_text
+from step3_ppo.models import build, outputs, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from utils import report as reporting
@@ -24,6 +24,7 @@ from utils.data import batches, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.splits import DataSettings
 from utils.distributed import process_group, program
+from utils.models.scorer import reads_text
 from utils.run import Run
 from utils.settings import fields as settings
 
@@ -46,7 +47,7 @@ def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> 
     the score of each prompt, as "scores_before" or "scores_after"."""
     rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     kept[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
-    measured = rollouts.measure(rollout, config.kl_estimator)
+    measured = measures.measure_rollout(rollout, config.kl_estimator)
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
     if all(toy_tasks.is_task(p.row) for p in prompts):
@@ -161,12 +162,12 @@ def main() -> None:
                 if config.check_only:
                     break
             else:
-                metrics |= rollouts.measure(rollout, config.kl_estimator)
+                metrics |= measures.measure_rollout(rollout, config.kl_estimator)
             state.rollouts = step + 1
             stop = watch.reason_to_stop(metrics)
 
             metrics["seconds"] = time.time() - tick
-            metrics |= rollouts.speeds(rollout, metrics)
+            metrics |= measures.speeds(rollout, metrics)
             last = bool(stop) or step + 1 == config.max_steps
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 after = run.facts["after"] = evaluation(f"after {step + 1} rollouts", run.facts)

@@ -12,7 +12,7 @@ import torch
 from step3_ppo.rollout import Rollout
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scorer
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 CHECKSUM_CHUNK = 2**22  # weights summed at once: 32 MB of positions
@@ -230,7 +230,7 @@ def padding_invariance(check) -> str:
         def read(model, kind, ids, mask, lefts=(0,), start=start, end=end):
             ids, mask = torch.tensor(ids).to(check.device), torch.tensor(mask).to(check.device)
             if kind == "score":
-                return scalar_model.sequence_scores(model, ids, mask)[:, None]
+                return scorer.sequence_scores(model, ids, mask)[:, None]
             if kind == "value":
                 found = model(ids, mask)
             else:
