@@ -256,7 +256,7 @@ def test_metrics_are_kept_up_to_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(6)) + '{"step": 6, "lo')
     report = Report(str(tmp_path), 10, False, resumed_at=3)
-    report.log(4, {"loss": 1.0})
+    report.log(4, {"grad_norm": 1.0})
     report.close()
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]
