@@ -142,9 +142,10 @@ def run_trl(config, judge: Judge) -> None:
     from transformers import TrainerCallback
 
     from benchmarks import trl_runner
-    from step3_ppo.rewards.model import readers, reads_text
+    from step3_ppo.models import readers
     from utils.data import prompts as prompt_data
     from utils.data.splits import DataSettings
+    from utils.models.scorer import reads_text
 
     prompts, _ = prompt_data.load(
         config.prompt_data,

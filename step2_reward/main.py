@@ -22,25 +22,15 @@ from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import batches, chat_template, comparisons
 from utils.data.comparisons import Ranked
 from utils.data.splits import DataSettings
-from utils.distributed import host_memory, process_group, shared_files, zero
-from utils.kernels import packing
+from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scalar_model, scorer
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import fields as run_config
 
 
-def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
-    """(N,) scores of all answers of `ranked`, laid end to end. A prompt goes forward once."""
-    answers = [ids for r in ranked for ids in r.answers]
-    ids = host_memory.send(batches.pad(answers, pad_id), device)
-    mask = batches.pad([[True] * len(a) for a in answers], False)
-    shared = packing.shared_beginnings([r.answers for r in ranked])
-    return scalar_model.sequence_scores(engine, ids, mask, shared)
-
-
-def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:
+def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
     """Summed loss of the prompts in `ranked` (each weighs 1)."""
     winners, losers, weights = losses.ranked_pairs([r.labels for r in ranked])
     margins = None
@@ -48,7 +38,7 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
         labels = torch.tensor([label for r in ranked for label in r.labels], device=device)
         margins = config.score_margin * (labels[winners] - labels[losers])
     return losses.ranking_loss(
-        scores_of(engine, ranked, pad_id, device),
+        scorer.group_scores(engine, [r.answers for r in ranked], device),
         winners,
         losers,
         weights,
@@ -58,28 +48,18 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
     )
 
 
-@torch.no_grad()
-def score_all(engine, ranked: list[Ranked], config, pad_id: int, device) -> list[list[float]]:
+def score_all(engine, ranked: list[Ranked], config, device) -> list[list[float]]:
     """Scores of every answer, on every rank, in the order of `ranked`."""
-    engine.module.eval()
-    found = {}
-    budget = config.micro_batch_size, config.micro_batch_tokens
-    for chosen in comparisons.deal(range(len(ranked)), ranked, *budget):
-        # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
-        rows = [ranked[i] for i in chosen or [0]]
-        flat = iter(scores_of(engine, rows, pad_id, device).tolist())
-        found |= {i: [next(flat) for _ in ranked[i].answers] for i in chosen}
-    engine.module.train()
-    everything = {i: s for part in process_group.gather_objects(found) for i, s in part.items()}
-    return [everything[i] for i in range(len(ranked))]
+    limits = config.micro_batch_size, config.micro_batch_tokens
+    return scorer.score_groups(engine, [r.answers for r in ranked], device, *limits)
 
 
-def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
+def evaluate(engine, ranked, config, device) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
     from utils.intervals import pair_accuracy
 
-    scores = score_all(engine, ranked, config, pad_id, device)
+    scores = score_all(engine, ranked, config, device)
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
@@ -173,14 +153,13 @@ def main() -> None:
     )
     run = Checkpoints(config, report, found, device)
     tokenizer, train, held, demonstrations, engine, steps = build(config, device, report)
-    pad_id = tokenizer.pad_token_id
     report.expect(steps)
     run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
 
     parts = {".": checkpoint.ModelFolder(engine.module.classifier, tokenizer, config)}
     save = functools.partial(checkpoint.save, config.output_dir, parts)
 
-    before = run.once("before", lambda: evaluate(engine, held, config, pad_id, device))
+    before = run.once("before", lambda: evaluate(engine, held, config, device))
     report.say(
         f"held-out accuracy before: {before['eval/accuracy']:.3f}, always the longer "
         f"answer: {before['eval/accuracy_longer_answer']:.3f}"
@@ -197,7 +176,7 @@ def main() -> None:
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             budget = config.micro_batch_size, config.micro_batch_tokens
             for micro in comparisons.deal(chosen, train, *budget):
-                loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
+                loss = batch_loss(engine, [train[i] for i in micro], config, device)
                 engine.backward(loss, normaliser=len(chosen))
                 loss_sum += loss.detach()
             metrics = engine.step()
@@ -206,7 +185,7 @@ def main() -> None:
             metrics["loss"] = loss_sum / len(chosen)
             metrics["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= evaluate(engine, held, config, pad_id, device)
+                metrics |= evaluate(engine, held, config, device)
             report.log(
                 step + 1,
                 metrics,
@@ -215,8 +194,8 @@ def main() -> None:
             run.after_step(step + 1, metrics)
 
     # Evaluate, set the bias so that demonstrations score 0 on average, save.
-    after = evaluate(engine, held, config, pad_id, device)
-    shown = score_all(engine, demonstrations, config, pad_id, device)
+    after = evaluate(engine, held, config, device)
+    shown = score_all(engine, demonstrations, config, device)
     bias = engine.module.bias + sum(s for group in shown for s in group) / len(shown)
     engine.module.set_bias(bias)
     save()

@@ -16,8 +16,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
-from step3_ppo.models import build, parts
-from step3_ppo.rewards.model import readers, reads_text
+from step3_ppo.models import build, parts, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from utils import report as reporting
@@ -30,6 +29,7 @@ from utils.data.splits import DataSettings
 from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model
+from utils.models.scorer import reads_text
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import fields as run_config

@@ -162,8 +162,7 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
         (values,) = score(response_values, models.critic)
     finished = (responses == stop_id).any(1)
     texts = texts_of(models.tokenizer, responses, response_mask)
-    ids = host_memory.send(input_ids, device)
-    asked = ([prompts[i] for i in mine], texts, finished, ids, mask, *limits)
+    asked = ([prompts[i] for i in mine], texts, finished, input_ids, mask, *limits)
     part = Rollout(
         prompt_ids,
         prompt_mask,

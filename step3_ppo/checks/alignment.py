@@ -44,7 +44,7 @@ def _model_scores(probe: Probe) -> str:
     rows, alone, models = list(own)[:: -(-len(own) // ROWS_ALONE)], [], probe.models
     for row in rows:
         one = probe.rollout.select([row])
-        ids = torch.cat([one.prompt_ids, one.response_ids], 1).to(probe.device)
+        ids = torch.cat([one.prompt_ids, one.response_ids], 1)
         mask = torch.cat([one.prompt_mask, one.response_mask], 1)
         texts = rollouts.texts_of(models.tokenizer, one.response_ids, one.response_mask)
         score = models.reward.scores([probe.asked[row]], texts, one.finished, ids, mask, 1)
@@ -54,7 +54,7 @@ def _model_scores(probe: Probe) -> str:
         probe.rollout.scores[rows],
         f"scores of {len(rows)} answers, each alone and among {total}",
         "answers have each other's scores, or what stands beside them counts; see rollout.collect "
-        "and RewardModel.scores",
+        "and Scorer.scores",
     )
     return said + _if_rolled(probe, probe.rollout.scores)
 

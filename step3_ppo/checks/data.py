@@ -14,7 +14,7 @@ from utils.data import prompts as prompt_data
 from utils.data.splits import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
-from utils.models import reward_reader
+from utils.models import scorer
 from utils.settings.values import columns_of
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
@@ -194,10 +194,14 @@ def _held_out_accuracy(probe: Probe) -> dict:
     _, held = splits.train_and_held_out(config.preference_data, load, kinds, settings, 2, bad)
     held = prompt_data.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
     bad.finish("preference_data")
-    texts = [(c, k) for c in held for k in range(len(c.responses))]
-    encoded = [reward.reader.encode(c.prompt, c.responses[k], c.finished[k]) for c, k in texts]
-    scores = reward_reader.scores_of(reward.model, encoded, config.micro_batch_size, probe.device)
-    score_of = {(id(c), k): s for (c, k), s in zip(texts, scores, strict=True)}
+    groups = [
+        [reward.reader.encode(c.prompt, *one) for one in zip(c.responses, c.finished, strict=True)]
+        for c in held
+    ]
+    scores = scorer.score_groups(reward.model, groups, probe.device, config.micro_batch_size)
+    score_of = {
+        (id(c), k): s for c, group in zip(held, scores, strict=True) for k, s in enumerate(group)
+    }
     pairs = [
         (c, i, j)
         for c in held

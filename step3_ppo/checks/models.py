@@ -21,7 +21,7 @@ from step3_ppo.checks.probe import (
 )
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scorer
 
 
 @check(BEFORE, "generator equals model")
@@ -114,7 +114,7 @@ def _values(model, ids, mask):
 
 
 def _scores(model, ids, mask):
-    return scalar_model.sequence_scores(model, ids, mask)[:, None].expand(ids.shape)
+    return scorer.sequence_scores(model, ids, mask)[:, None].expand(ids.shape)
 
 
 @check(BEFORE, "padding changes nothing")
