@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from step1_sft.config import SFTConfig
+from utils import metrics
 from utils import report as reporting
 from utils.checkpoints import model_folder as checkpoint
 from utils.checkpoints import resuming
@@ -24,12 +25,19 @@ from utils.distributed import host_memory, process_group, shared_files, zero
 from utils.generation import sampling as generation
 from utils.generation.hybrid_engine import HybridEngine
 from utils.kernels.cpu_products import PRODUCTS
+from utils.metrics import Metric
 from utils.models import language_model
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import fields as run_config
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
+metrics.register(
+    "step 1",
+    Metric("loss", "nats a token", "negative log-likelihood of the assistant's tokens"),
+    Metric("eval/perplexity", "", "exp of `eval/loss`", "rises while `loss` falls: overfitted"),
+    Metric("tokens_per_second", "tokens/s", "tokens of all ranks' rows, without padding"),
+)
 
 
 def response_loss(model, ids, mask, supervised) -> tuple[torch.Tensor, int]:
@@ -47,17 +55,16 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
     """Held-out loss a token (nats) and perplexity, over all ranks."""
     engine.module.eval()
     lengths = [len(e.ids) for e in examples]
-    total = tokens = 0.0
+    sums = metrics.Sums(device)
     budget = config.micro_batch_size, config.micro_batch_tokens
     for chosen in batches.share(range(len(examples)), lengths, *budget):
         # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
         batch = batches.supervised_batch([examples[i] for i in chosen or [0]], pad_id)
         loss, count = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
-        if chosen:
-            total, tokens = total + loss.item(), tokens + count
+        sums.add({"loss": loss * bool(chosen), "tokens": count * bool(chosen)})
     engine.module.train()
-    total, tokens = process_group.sum_over_ranks([total, tokens], device)
-    loss = total / tokens
+    totals = sums.over(1)
+    loss = totals["loss"] / totals["tokens"]
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))}
 
 
@@ -197,22 +204,22 @@ def main() -> None:
             taken = {i: examples[i] for i in chosen}
             lengths = {i: len(example.ids) for i, example in taken.items()}
             tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)  # of all ranks
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            sums = metrics.Sums(device)
             budget = config.micro_batch_size, config.micro_batch_tokens
             for micro in batches.share(chosen, lengths, *budget):
                 batch = batches.supervised_batch([taken[i] for i in micro], tokenizer.pad_token_id)
                 loss, _ = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
                 engine.backward(loss, normaliser=tokens)
-                loss_sum += loss.detach()
-            metrics = engine.step()
-            bad_steps.note(metrics["skipped"])
-            metrics["loss"] = process_group.sum_over_ranks([loss_sum.item()], device)[0] / tokens
-            metrics["seconds"] = time.time() - tick
-            metrics["tokens_per_second"] = sum(lengths[i] for i in chosen) / metrics["seconds"]
+                sums.add({"loss": loss})
+            measured = engine.step()
+            bad_steps.note(measured["skipped"])
+            measured |= sums.over(tokens)
+            measured["seconds"] = time.time() - tick
+            measured["tokens_per_second"] = sum(lengths[i] for i in chosen) / measured["seconds"]
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= measure()
-            report.log(step + 1, metrics, show=SHOWN)
-            run.after_step(step + 1, metrics)
+                measured |= measure()
+            report.log(step + 1, measured, show=SHOWN)
+            run.after_step(step + 1, measured)
 
     # Evaluate, save.
     after = measure()

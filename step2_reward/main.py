@@ -15,6 +15,7 @@ import torch
 
 from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
+from utils import metrics
 from utils import report as reporting
 from utils.checkpoints import model_folder as checkpoint
 from utils.checkpoints import resuming
@@ -24,10 +25,27 @@ from utils.data.comparisons import Ranked
 from utils.data.splits import DataSettings
 from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
+from utils.metrics import Metric
 from utils.models import language_model, scalar_model, scorer
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import fields as run_config
+
+metrics.register(
+    "step 2",
+    Metric("loss", "nats a comparison", "ranking loss, mean over the pairs of each comparison"),
+    Metric(
+        "eval/accuracy",
+        "share",
+        "held-out pairs whose better answer scores higher",
+        "not above `eval/accuracy_longer_answer`: it has learned length",
+    ),
+    Metric("eval/accuracy_low", "share", "lower end of its 95 % interval, by prompt"),
+    Metric("eval/accuracy_high", "share", "upper end"),
+    Metric("eval/accuracy_longer_answer", "share", "accuracy of always choosing the longer answer"),
+    Metric("eval/margin", "score", "mean difference of the two scores of a pair"),
+    Metric("eval/pairs", "", "how many pairs were held out"),
+)
 
 
 def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
@@ -173,25 +191,24 @@ def main() -> None:
         for step in range(done, steps):
             tick = time.time()
             chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            sums = metrics.Sums(device)
             budget = config.micro_batch_size, config.micro_batch_tokens
             for micro in comparisons.deal(chosen, train, *budget):
                 loss = batch_loss(engine, [train[i] for i in micro], config, device)
                 engine.backward(loss, normaliser=len(chosen))
-                loss_sum += loss.detach()
-            metrics = engine.step()
-            bad_steps.note(metrics["skipped"])
-            (loss_sum,) = process_group.sum_over_ranks([loss_sum.item()], device)
-            metrics["loss"] = loss_sum / len(chosen)
-            metrics["seconds"] = time.time() - tick
+                sums.add({"loss": loss})
+            measured = engine.step()
+            bad_steps.note(measured["skipped"])
+            measured |= sums.over(len(chosen))
+            measured["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= evaluate(engine, held, config, device)
+                measured |= evaluate(engine, held, config, device)
             report.log(
                 step + 1,
-                metrics,
+                measured,
                 show=("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds"),
             )
-            run.after_step(step + 1, metrics)
+            run.after_step(step + 1, measured)
 
     # Evaluate, set the bias so that demonstrations score 0 on average, save.
     after = evaluate(engine, held, config, device)

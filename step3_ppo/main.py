@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
 
+from step3_ppo import measures
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
@@ -53,7 +54,7 @@ def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> 
     the score of each prompt, as "scores_before" or "scores_after"."""
     rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     kept[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
-    measured = rollouts.measure(rollout, config.kl_estimator)
+    measured = measures.measure_rollout(rollout, config.kl_estimator)
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
     if all(toy_tasks.is_task(p.row) for p in prompts):
@@ -196,12 +197,12 @@ def main() -> None:
                 if config.check_only:
                     break
             else:
-                metrics |= rollouts.measure(rollout, config.kl_estimator)
+                metrics |= measures.measure_rollout(rollout, config.kl_estimator)
             state.rollouts = step + 1
             stop = watch.reason_to_stop(metrics)
 
             metrics["seconds"] = time.time() - tick
-            metrics |= rollouts.speeds(rollout, metrics)
+            metrics |= measures.speeds(rollout, metrics)
             last = bool(stop) or step + 1 == config.max_steps
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 after = run.facts["after"] = evaluation(f"after {step + 1} rollouts", run.facts)

@@ -13,6 +13,7 @@ from utils import whole_files
 from utils.data.rows import DataError
 from utils.distributed import peers, preemption, process_group
 from utils.distributed.process_group import StopRun
+from utils.metrics import check as check_metrics
 
 
 class Report:
@@ -67,6 +68,7 @@ class Report:
         """Record one step; `show` names what the console line holds, in that order."""
         if not self.main:
             return
+        check_metrics(metrics)
         record = {"step": step} | {k: _plain(v) for k, v in metrics.items()}
         with whole_files.naming(self._metrics):
             whole_files.append(self._file, json.dumps(record, ensure_ascii=False) + "\n")

@@ -12,7 +12,9 @@ def test_every_step_is_written_at_once_and_is_strict_json(tmp_path, capsys):
     report = reporting.Report(str(tmp_path), log_every=10, tensorboard=True)
     report.expect(30)
     for step in range(1, 31):
-        report.log(step, {"loss": 1.0 / step, "odd": float("nan")}, show=("loss", "absent"))
+        report.log(
+            step, {"seconds": 1.0 / step, "grad_norm": float("nan")}, show=("seconds", "absent")
+        )
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == step, "a killed run keeps all it measured"
 
@@ -20,11 +22,11 @@ def test_every_step_is_written_at_once_and_is_strict_json(tmp_path, capsys):
         raise AssertionError(constant)
 
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
-    assert rows[3] == {"step": 4, "loss": 0.25, "odd": None}
+    assert rows[3] == {"step": 4, "seconds": 0.25, "grad_norm": None}
     report.close()
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["1/30", "10/30", "20/30", "30/30"]
-    assert printed[1].endswith("loss 0.1")
+    assert printed[1].endswith("seconds 0.1")
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 

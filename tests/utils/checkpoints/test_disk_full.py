@@ -67,13 +67,13 @@ def bad_step(folder, amount):
 def metrics_jsonl(folder, amount):
     report = reporting.Report(str(folder), 10**9, tensorboard=False, resumed_at=10**6)
     for step in range(40 * amount):
-        report.log(step, {"loss": 1.0, "a rather long name of a metric": 2.0})
+        report.log(step, {"seconds": 1.0, "critic_learning_rate": 2.0, "critic_grad_norm": 2.0})
 
 
 def tensorboard(folder, amount):
     report = reporting.Report(str(folder), 10**9, tensorboard=True, resumed_at=10**6)
     for step in range(1, 300 * amount):
-        report.log(step, {"loss": 1.0})
+        report.log(step, {"seconds": 1.0})
     report.close()
 
 
