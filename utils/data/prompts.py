@@ -10,7 +10,7 @@ from utils.data.splits import DataSettings
 
 
 class Reader(Protocol):
-    """A reward model's way to read conversations (models/reward_reader.py)."""
+    """A reward model's way to read conversations (models/scorer.py)."""
 
     def refusal(self, messages: Sequence[dict]) -> str | None:
         """Why it can score no answer to these messages, or None."""

@@ -290,7 +290,7 @@ def _code(encoder: str) -> str:
     """Of the programs that decide what becomes of a row."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    scorers = here.parent / "models/reward_reader.py"  # sorts prompts out in step 3's encoder
+    scorers = here.parent / "models/scorer.py"  # sorts prompts out in step 3's encoder
     for file in sorted({*here.glob("*.py"), scorers, Path(encoder)}):
         digest.update(file.read_bytes())
     return digest.hexdigest()
