@@ -35,8 +35,8 @@ from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
-from utils.settings import fields as run_config
-from utils.settings.values import columns_of
+from utils.settings import command_line
+from utils.settings.run_config import columns_of
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -178,7 +178,7 @@ def say_result(config, report, before: dict, after: dict, counted: dict) -> None
 
 
 def main() -> None:
-    config = run_config.parse(SFTConfig, __doc__)
+    config = command_line.parse(SFTConfig, __doc__)
     resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
@@ -194,7 +194,8 @@ def main() -> None:
     run = Checkpoints(config, report, found, device)
     tokenizer, examples, eval_examples, engine, steps = build(config, device, report)
     report.expect(steps)
-    run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
+    if process_group.is_main():
+        command_line.save(config, config.output_dir, process_group.world_size())
     hybrid = HybridEngine(engine)
     how = hybrid.choose_gather(config.rollout_gather, rows=1, length=config.max_length)
     if config.sample_answers:

@@ -38,8 +38,8 @@ from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model, scalar_model
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
-from utils.settings import fields as run_config
-from utils.settings.values import columns_of
+from utils.settings import command_line
+from utils.settings.run_config import columns_of
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def build(config, device, report):
 
 
 def main() -> None:
-    config = run_config.parse(RewardConfig, __doc__)
+    config = command_line.parse(RewardConfig, __doc__)
     resuming.check_output(config)
     reporting.quiet_libraries()
     device = process_group.init(config.timeout_minutes)
@@ -294,7 +294,8 @@ def main() -> None:
     tokenizer, train, held, demonstrations, engine, steps = build(config, device, report)
     pad_id = tokenizer.pad_token_id
     report.expect(steps)
-    run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
+    if process_group.is_main():
+        command_line.save(config, config.output_dir, process_group.world_size())
 
     parts = {".": checkpoint.ModelFolder(engine.module.classifier, tokenizer, config)}
     save = functools.partial(checkpoint.save, config.output_dir, parts)

@@ -39,8 +39,8 @@ from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model, reward_reader
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
-from utils.settings import fields as run_config
-from utils.settings.values import columns_of
+from utils.settings import command_line
+from utils.settings.run_config import columns_of
 
 SHOWN = (
     "score",
@@ -156,7 +156,8 @@ def start(config, device, resumed_at: int | None):
     )
     critic = "" if config.algorithm == "reinforce" else f", critic {config.rate_of_critic():g}"
     report.say(f"peak learning rates: actor {config.learning_rate:g}{critic}")
-    run_config.save(config, config.output_dir, world, process_group.is_main())
+    if process_group.is_main():
+        command_line.save(config, config.output_dir, world)
     language_model.check_positions(
         config.model_name_or_path,
         config.max_prompt_length + config.max_response_length,
@@ -198,7 +199,7 @@ def say_result(models, config, report, before: dict, after: dict, kept: dict, co
 
 
 def main() -> None:
-    config = run_config.parse(PPOConfig, __doc__)
+    config = command_line.parse(PPOConfig, __doc__)
     if config.check_only:
         config = config.shortened()
     resuming.check_output(config)

@@ -26,7 +26,7 @@ from utils.data import (
 from utils.data.reading import Reading
 from utils.distributed import host_memory, process_group
 from utils.models import language_model
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 
 @dataclass

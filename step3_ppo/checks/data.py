@@ -13,7 +13,7 @@ from utils.data import chat_template, fitting, preferences, rows, splits
 from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import reward_reader
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 

@@ -17,7 +17,7 @@ from utils import whole_files
 from utils.checkpoints import manifest
 from utils.distributed import process_group, zero
 from utils.models import model_code
-from utils.settings import fields as run_config
+from utils.settings import command_line
 
 Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
 
@@ -80,7 +80,7 @@ class ModelFolder:
                 # (Saving a tokenizer only reads it: the main thread may encode meanwhile.)
                 self.tokenizer.save_pretrained(temporary)
                 model_code.save(Path(temporary), self.model, self.tokenizer)
-                run_config.save(self.config, temporary, ranks)
+                command_line.save(self.config, temporary, ranks)
                 replace_files(temporary, folder)
 
         return write

@@ -13,20 +13,6 @@ import yaml
 from utils.checkpoints import manifest
 from utils.distributed import process_group
 
-# Settings that say where a run writes, how often, how long it waits and what it tells.
-FREE = set(
-    "output_dir data_cache log_every eval_every tensorboard save_every save_every_minutes "
-    "save_in_background keep_last keep_best resume resume_anyway overwrite timeout_minutes "
-    "max_bad_steps sample_answers kl_limit stop_at_kl self_check check_only "
-    "reward_function_timeout trust_remote_code".split()
-)
-# Settings under which the same sums are taken in another order.
-ROUNDING = set(
-    "zero_stage critic_zero_stage reference_zero_stage offload micro_batch_size "
-    "micro_batch_tokens packing generation_tokens decode release_decode_memory logprobs_from "
-    "gradient_checkpointing rollout_gather hybrid_engine offload_frozen attn_implementation "
-    "deterministic".split()
-)
 WRITTEN = ("metrics.jsonl", "result.json", "state.json", "bad_rows.jsonl")
 
 
@@ -195,8 +181,10 @@ def differences(saved: dict, config) -> tuple[list[str], list[str]]:
         before, after = saved.get(name, "(not set)"), now.get(name, "(not set)")
         if name == "date" and not after:
             continue  # the saved one stays
-        if before != after and name not in FREE:
-            (rounding if name in ROUNDING else refused).append(f"{name}: {before} → {after}")
+        field = config.__dataclass_fields__.get(name)
+        kind = field.metadata["on_resume"] if field else "learned"
+        if before != after and kind != "free":
+            (rounding if kind == "rounding" else refused).append(f"{name}: {before} → {after}")
     return refused, rounding
 
 

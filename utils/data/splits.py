@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from utils.data.rows import DataError, has_split
-from utils.settings.values import shares_of
+from utils.settings.run_config import shares_of
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from utils import whole_files
 from utils.checkpoints import model_folder as checkpoint
 from utils.data import chat_template, instructions, preferences, rows
 from utils.report import quiet_libraries, run
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 # One token each: they stand in every rendered turn, and a small vocabulary would spell them out.

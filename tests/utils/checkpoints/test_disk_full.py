@@ -28,7 +28,7 @@ from utils.checkpoints import model_folder as checkpoint
 from utils.data import chat_template, instructions, toy_tasks
 from utils.data.bad_rows import BadRows
 from utils.models import from_scratch
-from utils.settings import fields as run_config
+from utils.settings import command_line
 
 LIMIT = 4096  # bytes of a file, where no disk can be made
 
@@ -46,7 +46,7 @@ def model(tiny):
 
 def config_yaml(folder, amount):
     names = [f"data{n}" for n in range(200 * amount)]
-    run_config.save(SFTConfig(output_dir="o", sft_data=names), folder, 1)
+    command_line.save(SFTConfig(output_dir="o", sft_data=names), folder, 1)
 
 
 def result_json(folder, amount):

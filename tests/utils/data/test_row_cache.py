@@ -242,7 +242,7 @@ def test_who_reads_the_prompts_is_part_of_the_name(tokenizer, tmp_path, large, t
 def test_rows_are_chosen_as_of_lists(tokenizer, tmp_path, large):
     """Held-out rows, shares and weights of views and of lists: the same rows in the same order."""
     from utils.data.splits import train_and_held_out
-    from utils.settings.fields import RunConfig
+    from utils.settings.run_config import RunConfig
 
     names = [write(tmp_path / f"{n}.jsonl", demonstrations(60 + n)) for n in range(2)]
     config = RunConfig(
