@@ -114,8 +114,8 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
     """Step 1's data, as step 1 loads it, and a hundred batches of it."""
     begun = time.monotonic()
     from step1_sft.config import SFTConfig
-    from step1_sft.main import load_data
-    from utils.data import batches, chat_template, row_cache
+    from utils.data import batches, chat_template, demonstrations, row_cache
+    from utils.data.splits import DataSettings
 
     reading, once = [], row_cache.once
 
@@ -124,9 +124,6 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
         reading.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
     row_cache.once = watched
-
-    class Report:
-        say = staticmethod(print)
 
     config = SFTConfig(
         sft_data=[str(path)],
@@ -137,7 +134,10 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
     )
     tokenizer = chat_template.load_tokenizer(str(folder))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    examples, held = load_data(config, tokenizer, Report())
+    settings = config.pick(DataSettings)
+    examples, held = demonstrations.load(
+        config.sft_data, tokenizer, settings, config.max_length, config.long_answers, print
+    )
     rows = len(examples) + len(held)
     facts = speeds(rows, begun, resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     facts["most_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

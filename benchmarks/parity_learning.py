@@ -142,11 +142,19 @@ def run_trl(config, judge: Judge) -> None:
     from transformers import TrainerCallback
 
     from benchmarks import trl_runner
-    from step3_ppo import main as step3
-    from utils import report as reporting
+    from step3_ppo.models import readers
+    from utils.data import prompts as prompt_data
+    from utils.data.splits import DataSettings
+    from utils.models.scorer import reads_text
 
-    report = reporting.Report(config.output_dir, config.log_every, tensorboard=False)
-    prompts, _ = step3.load_prompts(config, judge.tokenizer, report)
+    prompts, _ = prompt_data.load(
+        config.prompt_data,
+        judge.tokenizer,
+        config.pick(DataSettings),
+        config.max_prompt_length,
+        [r for r in readers(config).values() if reads_text(r, judge.tokenizer)],
+        print,
+    )
 
     class LookIn(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

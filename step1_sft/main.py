@@ -18,16 +18,8 @@ from utils import report as reporting
 from utils.checkpoints import model_folder as checkpoint
 from utils.checkpoints import resuming
 from utils.checkpoints.checkpoints import Checkpoints
-from utils.data import (
-    batches,
-    chat_template,
-    fitting,
-    instructions,
-    row_cache,
-    row_tables,
-    rows,
-    splits,
-)
+from utils.data import batches, chat_template, demonstrations, fitting
+from utils.data.splits import DataSettings
 from utils.distributed import host_memory, process_group, shared_files, zero
 from utils.generation import sampling as generation
 from utils.generation.hybrid_engine import HybridEngine
@@ -36,7 +28,6 @@ from utils.models import language_model
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import command_line
-from utils.settings.run_config import columns_of
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -57,7 +48,8 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
     engine.module.eval()
     lengths = [len(e.ids) for e in examples]
     total = tokens = 0.0
-    for chosen in batches.deal(range(len(examples)), lengths, *batches.shares(config)):
+    budget = config.micro_batch_size, config.micro_batch_tokens
+    for chosen in batches.share(range(len(examples)), lengths, *budget):
         # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
         batch = batches.supervised_batch([examples[i] for i in chosen or [0]], pad_id)
         loss, count = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
@@ -67,41 +59,6 @@ def evaluate(engine, examples, config, pad_id, device) -> dict[str, float]:
     total, tokens = process_group.sum_over_ranks([total, tokens], device)
     loss = total / tokens
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))}
-
-
-def load_data(config, tokenizer, report):
-    """(training examples, held-out examples): views of tokenised rows."""
-    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    load = row_cache.Reader(
-        functools.partial(
-            instructions.load_conversations,
-            schema=config.data_schema,
-            columns=columns_of(config.columns),
-        ),
-        functools.partial(
-            batches.encode_conversations,
-            tokenizer,
-            max_length=config.max_length,
-            long_prompts=config.long_prompts,
-            long_answers=config.long_answers,
-        ),
-        row_tables.SUPERVISED,
-        config,
-        bad,
-    )
-    train, held = splits.train_and_held_out(
-        config.sft_data, load, instructions.SFT_SPLITS["eval"], config, step=1, bad=bad
-    )
-    bad.finish("sft_data")
-    report.say(train.counts().line("training data"))
-    report.say(held.counts().line("held-out data"))
-    examples, eval_examples = train.usable(), held.usable()
-    if not examples or not eval_examples:
-        raise SystemExit(
-            f"nothing left to train or evaluate on; max_length={config.max_length}: "
-            "raise --max_length or give more rows"
-        )
-    return examples, eval_examples
 
 
 def sample_answers(model, tokenizer, examples, config, device, all_finished) -> str:
@@ -140,7 +97,14 @@ def build(config, device, report):
         name, config.max_length, "--max_length", config.trust_remote_code
     )
     tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
-    examples, eval_examples = load_data(config, tokenizer, report)
+    examples, eval_examples = demonstrations.load(
+        config.sft_data,
+        tokenizer,
+        config.pick(DataSettings),
+        config.max_length,
+        config.long_answers,
+        report.say,
+    )
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(examples)
     )
@@ -235,7 +199,8 @@ def main() -> None:
             lengths = {i: len(example.ids) for i, example in taken.items()}
             tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)  # of all ranks
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            for micro in batches.deal(chosen, lengths, *batches.shares(config)):
+            budget = config.micro_batch_size, config.micro_batch_tokens
+            for micro in batches.share(chosen, lengths, *budget):
                 batch = batches.supervised_batch([taken[i] for i in micro], tokenizer.pad_token_id)
                 loss, _ = response_loss(engine, host_memory.send(batch[0], device), *batch[1:])
                 engine.backward(loss, normaliser=tokens)

@@ -21,11 +21,13 @@ from utils import report as reporting
 from utils import whole_files
 from utils.checkpoints import resuming
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
+from utils.data import prompts as prompt_data
+from utils.data.splits import DataSettings
 from utils.distributed import process_group, shared_files, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
-from utils.models import language_model, reward_reader, scalar_model
-from utils.models.reward_reader import Reader
+from utils.models import language_model, scalar_model, scorer
+from utils.models.scorer import Reader
 from utils.seeding import seed_everything
 from utils.settings import command_line
 from utils.settings.fields import free, setting
@@ -203,14 +205,12 @@ def label_with_verifier(config, prompts, answers) -> list[list[float]]:
 
 def label_with_reward_model(config, reader, model, prompts, answers, device) -> list[list[float]]:
     """Scores as PPO would give them; `model` is the one that `reader` (Reader) is of."""
-    asked = [(p.messages, *a) for p, group in zip(prompts, answers, strict=True) for a in group]
-    rank, world = process_group.rank(), process_group.world_size()
-    mine = [reader.encode(*one) for one in asked[rank::world]]
-    model.to(device).eval()
-    scores = reward_reader.scores_of(model, mine, config.micro_batch_size, device)
-    parts = process_group.gather_objects(scores)
-    rest = iter([parts[i % world][i // world] for i in range(len(asked))])
-    return [[next(rest) for _ in group] for group in answers]
+    groups = [
+        [reader.encode(prompt.messages, *answer) for answer in group]
+        for prompt, group in zip(prompts, answers, strict=True)
+    ]
+    prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)
+    return scorer.score_groups(model.to(device), groups, device, prompts_at_once)
 
 
 def keep_samples(config, prompts, answers) -> Path:
@@ -303,12 +303,12 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
     splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
     prompts, _ = splits.train_and_held_out(
-        config.prompt_data, load, splits_of_prompts, config, step=2, bad=bad
+        config.prompt_data, load, splits_of_prompts, config.pick(DataSettings), step=2, bad=bad
     )
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.num_prompts or None]
     if reader is not None:
-        prompts = reward_reader.readable(prompts, [reader], bad)
+        prompts = prompt_data.readable(prompts, [reader], bad)
     limit, fate = config.max_prompt_length, config.long_prompts
     prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, fate, bad)
     bad.finish("prompt_data")
@@ -342,15 +342,15 @@ def main() -> None:
     if process_group.is_main():
         print(counts.line("prompts"), flush=True)
     # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.
-    scorer = reader and scalar_model.load(
+    reward_model = reader and scalar_model.load(
         config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
     )
     model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
     answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
     tokens = math.fsum(len(a.text) for group in answers for a in group)
     sampled = keep_samples(config, prompts, answers) if process_group.is_main() else None
-    if scorer is not None:
-        labels = label_with_reward_model(config, reader, scorer, prompts, answers, device)
+    if reward_model is not None:
+        labels = label_with_reward_model(config, reader, reward_model, prompts, answers, device)
     elif config.labeller == "verifier":
         labels = label_with_verifier(config, prompts, answers)
     else:

@@ -7,12 +7,10 @@ import functools
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-import pyarrow as pa
 import torch
 
 from step2_reward import loss as losses
@@ -21,87 +19,18 @@ from utils import report as reporting
 from utils.checkpoints import model_folder as checkpoint
 from utils.checkpoints import resuming
 from utils.checkpoints.checkpoints import Checkpoints
-from utils.data import (
-    batches,
-    chat_template,
-    fitting,
-    instructions,
-    preferences,
-    row_cache,
-    row_tables,
-    rows,
-    splits,
-)
-from utils.distributed import host_memory, process_group, shared_files, zero
-from utils.kernels import packing
+from utils.data import batches, chat_template, comparisons
+from utils.data.comparisons import Ranked
+from utils.data.splits import DataSettings
+from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scalar_model, scorer
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import command_line
-from utils.settings.run_config import columns_of
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """One prompt's K answers as token rows, how good each is, and its length in characters."""
-
-    answers: tuple[list[int], ...]
-    labels: tuple[float, ...]
-    characters: tuple[int, ...]
-    prompt: float = 0.0  # a hash of its text, by which pairs are told apart
-
-
-RANKED = row_tables.Layout(
-    preferences.Comparison,
-    {
-        "answers": pa.list_(row_tables.TOKENS),
-        "labels": pa.list_(pa.float64()),
-        "characters": pa.list_(pa.int64()),
-        "prompt": pa.float64(),
-    },
-    lambda found, _: Ranked(
-        tuple(found["answers"]), tuple(found["labels"]), tuple(found["characters"]), found["prompt"]
-    ),
-)
-
-
-def encode(
-    tokenizer, comparisons, max_length: int, long_prompts: str, bad
-) -> tuple[list[Ranked], batches.Counts]:
-    """Comparisons → (Ranked, Counts of answers). All answers of a comparison follow the same prompt
-    tokens, cut so that the longest one fits; one that is too long even so keeps its stop token,
-    where its score is read, for it is ranked as the whole answer. One that was cut before it was
-    ranked has none. Answers that the template cannot render go to `bad`."""
-    counts, encoded = batches.Counts(), []
-    for row in comparisons:
-        try:
-            answers, fate = fitting.encode_answers(
-                tokenizer, row.prompt, row.responses, max_length, long_prompts
-            )
-        except chat_template.TemplateError as error:
-            bad.add(row.where, str(error), list(row.responses))
-            continue
-        counts += fate
-        if answers is None:
-            continue
-        # An answer that was cut when it was sampled has no stop token in PPO, and so none here.
-        answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
-        characters = tuple(len(t) for t in row.responses)
-        encoded.append(Ranked(tuple(answers), row.scores, characters, splits.place(row, "")))
-    return encoded, counts
-
-
-def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
-    """(N,) scores of all answers of `ranked`, laid end to end. A prompt goes forward once."""
-    answers = [ids for r in ranked for ids in r.answers]
-    ids = host_memory.send(batches.pad(answers, pad_id), device)
-    mask = batches.pad([[True] * len(a) for a in answers], False)
-    shared = packing.shared_beginnings([r.answers for r in ranked])
-    return scalar_model.sequence_scores(engine, ids, mask, shared)
-
-
-def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:
+def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
     """Summed loss of the prompts in `ranked` (each weighs 1)."""
     winners, losers, weights = losses.ranked_pairs([r.labels for r in ranked])
     margins = None
@@ -109,7 +38,7 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
         labels = torch.tensor([label for r in ranked for label in r.labels], device=device)
         margins = config.score_margin * (labels[winners] - labels[losers])
     return losses.ranking_loss(
-        scores_of(engine, ranked, pad_id, device),
+        scorer.group_scores(engine, [r.answers for r in ranked], device),
         winners,
         losers,
         weights,
@@ -119,34 +48,18 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
     )
 
 
-def deal(chosen, ranked: list[Ranked], config) -> list[list[int]]:
-    """This rank's micro-batches of rows `chosen` of `ranked`."""
-    lengths = {i: max(map(len, ranked[i].answers)) for i in chosen}
-    counts = {i: len(ranked[i].answers) for i in chosen}
-    return batches.deal(chosen, lengths, *batches.shares(config), counts)
-
-
-@torch.no_grad()
-def score_all(engine, ranked: list[Ranked], config, pad_id: int, device) -> list[list[float]]:
+def score_all(engine, ranked: list[Ranked], config, device) -> list[list[float]]:
     """Scores of every answer, on every rank, in the order of `ranked`."""
-    engine.module.eval()
-    found = {}
-    for chosen in deal(range(len(ranked)), ranked, config):
-        # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
-        rows = [ranked[i] for i in chosen or [0]]
-        flat = iter(scores_of(engine, rows, pad_id, device).tolist())
-        found |= {i: [next(flat) for _ in ranked[i].answers] for i in chosen}
-    engine.module.train()
-    everything = {i: s for part in process_group.gather_objects(found) for i, s in part.items()}
-    return [everything[i] for i in range(len(ranked))]
+    limits = config.micro_batch_size, config.micro_batch_tokens
+    return scorer.score_groups(engine, [r.answers for r in ranked], device, *limits)
 
 
-def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
+def evaluate(engine, ranked, config, device) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
     from utils.intervals import pair_accuracy
 
-    scores = score_all(engine, ranked, config, pad_id, device)
+    scores = score_all(engine, ranked, config, device)
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
@@ -162,65 +75,6 @@ def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
         "eval/accuracy_longer_answer": longer["accuracy"],
         "eval/pairs": ours["pairs"],
     }
-
-
-def load_data(config, tokenizer, report):
-    """(training comparisons, held-out comparisons, held-out demonstrations), tokenised."""
-    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = columns_of(config.columns)
-    load = row_cache.Reader(
-        functools.partial(preferences.load_comparisons, schema=config.data_schema, columns=columns),
-        functools.partial(
-            encode, tokenizer, max_length=config.max_length, long_prompts=config.long_prompts
-        ),
-        RANKED,
-        config,
-        bad,
-    )
-    train, held = splits.train_and_held_out(
-        config.preference_data, load, preferences.PREFERENCE_SPLITS["eval"], config, step=2, bad=bad
-    )
-    demonstrations = []
-    if config.sft_data:
-        _, shown = splits.train_and_held_out(
-            config.sft_data,
-            row_cache.Reader(
-                functools.partial(instructions.load_conversations, columns=columns),
-                functools.partial(row_tables.as_read),
-                row_tables.CONVERSATIONS,
-                config,
-                bad,
-            ),
-            instructions.SFT_SPLITS["eval"],
-            splits.unweighted(config),
-            step=1,
-            bad=bad,
-        )
-        encoded, _ = batches.encode_conversations(
-            tokenizer, shown, config.max_length, config.long_prompts, "cut", bad
-        )
-        demonstrations = [Ranked((e.ids,), (0.0,), (0,)) for e in encoded]
-    dropped = [part.counts().dropped for part in (train, held)]
-    train, held = train.usable(), held.usable()
-    ties = len(train) + len(held)
-    train, held = (part.where("labels", lambda v: len(set(v)) > 1) for part in (train, held))
-    ties -= len(train) + len(held)
-    report.say(
-        f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
-        "answers are all equally good"
-    )
-    bad.finish("preference_data")
-    if not train or not held:
-        raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
-    told = zip((train, held), dropped, ("answers to train on", "held-out answers"), strict=True)
-    for part, lost, name in told:
-        report.say((part.counts() + batches.Counts(dropped=lost)).line(name))
-    if not demonstrations:
-        best = [max(range(len(r.labels)), key=lambda k, r=r: r.labels[k]) for r in held]
-        demonstrations = [
-            Ranked((r.answers[k],), (0.0,), (0,)) for r, k in zip(held, best, strict=True)
-        ]
-    return train, held, demonstrations
 
 
 def freeze(model, patterns: list[str]) -> str:
@@ -247,7 +101,14 @@ def build(config, device, report):
         name, config.max_length, "--max_length", config.trust_remote_code
     )
     tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
-    train, held, demonstrations = load_data(config, tokenizer, report)
+    train, held, demonstrations = comparisons.load(
+        config.preference_data,
+        config.sft_data,
+        tokenizer,
+        config.pick(DataSettings),
+        config.max_length,
+        report.say,
+    )
     steps = config.max_steps or batches.steps_of(
         config.epochs, config.global_batch_size, len(train)
     )
@@ -292,7 +153,6 @@ def main() -> None:
     )
     run = Checkpoints(config, report, found, device)
     tokenizer, train, held, demonstrations, engine, steps = build(config, device, report)
-    pad_id = tokenizer.pad_token_id
     report.expect(steps)
     if process_group.is_main():
         command_line.save(config, config.output_dir, process_group.world_size())
@@ -300,7 +160,7 @@ def main() -> None:
     parts = {".": checkpoint.ModelFolder(engine.module.classifier, tokenizer, config)}
     save = functools.partial(checkpoint.save, config.output_dir, parts)
 
-    before = run.once("before", lambda: evaluate(engine, held, config, pad_id, device))
+    before = run.once("before", lambda: evaluate(engine, held, config, device))
     report.say(
         f"held-out accuracy before: {before['eval/accuracy']:.3f}, always the longer "
         f"answer: {before['eval/accuracy_longer_answer']:.3f}"
@@ -315,8 +175,9 @@ def main() -> None:
             tick = time.time()
             chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            for micro in deal(chosen, train, config):
-                loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
+            budget = config.micro_batch_size, config.micro_batch_tokens
+            for micro in comparisons.deal(chosen, train, *budget):
+                loss = batch_loss(engine, [train[i] for i in micro], config, device)
                 engine.backward(loss, normaliser=len(chosen))
                 loss_sum += loss.detach()
             metrics = engine.step()
@@ -325,7 +186,7 @@ def main() -> None:
             metrics["loss"] = loss_sum / len(chosen)
             metrics["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= evaluate(engine, held, config, pad_id, device)
+                metrics |= evaluate(engine, held, config, device)
             report.log(
                 step + 1,
                 metrics,
@@ -334,8 +195,8 @@ def main() -> None:
             run.after_step(step + 1, metrics)
 
     # Evaluate, set the bias so that demonstrations score 0 on average, save.
-    after = evaluate(engine, held, config, pad_id, device)
-    shown = score_all(engine, demonstrations, config, pad_id, device)
+    after = evaluate(engine, held, config, device)
+    shown = score_all(engine, demonstrations, config, device)
     bias = engine.module.bias + sum(s for group in shown for s in group) / len(shown)
     engine.module.set_bias(bias)
     save()

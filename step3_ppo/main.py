@@ -16,31 +16,23 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
-from step3_ppo.models import build, parts
-from step3_ppo.rewards.model import readers, reads_text
+from step3_ppo.models import build, parts, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from utils import report as reporting
 from utils.checkpoints import model_folder as checkpoint
 from utils.checkpoints import resuming
 from utils.checkpoints.checkpoints import Checkpoints
-from utils.data import (
-    batches,
-    chat_template,
-    instructions,
-    row_cache,
-    row_tables,
-    rows,
-    splits,
-    toy_tasks,
-)
+from utils.data import batches, chat_template, toy_tasks
+from utils.data import prompts as prompt_data
+from utils.data.splits import DataSettings
 from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, reward_reader
+from utils.models import language_model
+from utils.models.scorer import reads_text
 from utils.planner import plan as planner
 from utils.seeding import seed_everything
 from utils.settings import command_line
-from utils.settings.run_config import columns_of
 
 SHOWN = (
     "score",
@@ -54,61 +46,6 @@ SHOWN = (
     "seconds",
 )
 EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no rollout's
-
-
-def _with_item(found: dict, item) -> rollouts.Prompt:
-    prompt = item()
-    return rollouts.Prompt(found["ids"], prompt.messages, prompt.row)
-
-
-PROMPTS = row_tables.Layout(instructions.Prompt, {"ids": row_tables.TOKENS}, _with_item)
-
-
-def encode(tokenizer, prompts, max_prompt_length: int, long_prompts: str, readers, bad):
-    """Prompts → (rollout.Prompt of those that every one of `readers` can read, Counts); see
-    batches.encode_prompts."""
-    prompts = reward_reader.readable(prompts, readers, bad)
-    kept, ids, counts = batches.encode_prompts(
-        tokenizer, prompts, max_prompt_length, long_prompts, bad
-    )
-    pairs = zip(kept, ids, strict=True)
-    return [rollouts.Prompt(i, p.messages, p.row) for p, i in pairs], counts
-
-
-def load_prompts(config, tokenizer, report):
-    """(training prompts, held-out prompts), each a view of rollout.Prompt."""
-    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    by_text = [r for r in readers(config).values() if reads_text(r, tokenizer)]
-    load = row_cache.Reader(
-        functools.partial(
-            instructions.load_prompts,
-            schema=config.data_schema,
-            columns=columns_of(config.columns),
-        ),
-        functools.partial(
-            encode,
-            tokenizer,
-            max_prompt_length=config.max_prompt_length,
-            long_prompts=config.long_prompts,
-            readers=by_text,
-        ),
-        PROMPTS,
-        config,
-        bad,
-    )
-    parts = splits.train_and_held_out(
-        config.prompt_data, load, instructions.PROMPT_SPLITS["eval"], config, step=3, bad=bad
-    )
-    bad.finish("prompt_data")
-    for part, name in zip(parts, ("prompts", "held-out prompts"), strict=True):
-        report.say(part.counts().line(name))
-    found = [part.usable() for part in parts]
-    if not all(found):
-        raise SystemExit(
-            f"no prompt left to train or evaluate on; max_prompt_length={config.max_prompt_length},"
-            f" long_prompts={config.long_prompts}: raise --max_prompt_length, or give more rows"
-        )
-    return found
 
 
 def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> dict[str, float]:
@@ -167,7 +104,14 @@ def start(config, device, resumed_at: int | None):
     tokenizer = chat_template.load_tokenizer(
         config.model_name_or_path, config.trust_remote_code, config.date
     )
-    prompts, held = load_prompts(config, tokenizer, report)
+    prompts, held = prompt_data.load(
+        config.prompt_data,
+        tokenizer,
+        config.pick(DataSettings),
+        config.max_prompt_length,
+        [r for r in readers(config).values() if reads_text(r, tokenizer)],
+        report.say,
+    )
     planner.first_lines("ppo", config, device, report.say)
     models = build(config, tokenizer, dtype, device)
     say_engines(models, config, device, report)
@@ -220,7 +164,7 @@ def main() -> None:
     watch = Watch(config, report.say, save)
     carried = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
     carried |= {"products": PRODUCTS} | ({"ptx": models.ptx} if models.ptx is not None else {})
-    done = run.follow(check.trained(), carried, saved, prompts.fingerprint(), models.ema)
+    done = run.follow(models.trained(), carried, saved, prompts.fingerprint(), models.ema)
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check.before_the_first_step(done)

@@ -24,6 +24,7 @@ from utils.data import (
     turns,
 )
 from utils.data.reading import Reading
+from utils.data.splits import DataSettings
 from utils.distributed import host_memory, process_group
 from utils.models import language_model
 from utils.settings.run_config import columns_of
@@ -47,7 +48,7 @@ class Examples:
 def load(config, tokenizer) -> Examples:
     """Demonstrations (the answers count), or rows of plain `text` (all of it counts)."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = columns_of(config.columns)
+    columns, settings = columns_of(config.columns), config.pick(DataSettings)
     limit = config.max_prompt_length + config.max_response_length
     learned = row_cache.Reader(
         functools.partial(instructions.load_conversations, columns=columns),
@@ -59,14 +60,14 @@ def load(config, tokenizer) -> Examples:
             long_answers="drop",
         ),
         row_tables.SUPERVISED,
-        config,
+        settings,
         bad,
     )
     plain = row_cache.Reader(
         functools.partial(load_texts, columns=columns),
         functools.partial(encode_texts, tokenizer, max_length=limit),
         row_tables.SUPERVISED,
-        config,
+        settings,
         bad,
     )
     found = functools.reduce(
@@ -129,7 +130,8 @@ def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> floa
     tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)
     lengths = {i: len(row.ids) for i, row in taken.items()}
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro in batches.deal(chosen, lengths, *batches.shares(config)):
+    budget = config.micro_batch_size, config.micro_batch_tokens
+    for micro in batches.share(chosen, lengths, *budget):
         ids, mask, supervised = batches.supervised_batch([taken[i] for i in micro], pad_id)
         ids = host_memory.send(ids, device)
         logprobs, _ = language_model.wanted_logprobs(actor, ids, mask, supervised)

@@ -17,19 +17,11 @@ from torch.nn.functional import pad
 from step3_ppo import algorithm
 from step3_ppo.rewards import functions as scoring
 from utils.data import batches
+from utils.data.prompts import Prompt
 from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
 from utils.generation import sampling as generation
 from utils.models import language_model
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """ids: the prompt's tokens. messages, row: its turns and the data row, for whoever scores."""
-
-    ids: list[int]
-    messages: tuple[dict, ...]
-    row: dict
 
 
 @dataclass
@@ -170,8 +162,7 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
         (values,) = score(response_values, models.critic)
     finished = (responses == stop_id).any(1)
     texts = texts_of(models.tokenizer, responses, response_mask)
-    ids = host_memory.send(input_ids, device)
-    asked = ([prompts[i] for i in mine], texts, finished, ids, mask, *limits)
+    asked = ([prompts[i] for i in mine], texts, finished, input_ids, mask, *limits)
     part = Rollout(
         prompt_ids,
         prompt_mask,

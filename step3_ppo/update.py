@@ -56,7 +56,8 @@ def micro_batches(experience: Experience, rows: list[int], config, device):
     the mask: what depends on it is reckoned on the CPU, where that waits for nobody.
     """
     lengths = experience.rollout.lengths()
-    for micro in batches.deal(rows, lengths, *batches.shares(config)):
+    budget = config.micro_batch_size, config.micro_batch_tokens
+    for micro in batches.share(rows, lengths, *budget):
         part = experience.rollout.select(micro)
         width = part.response_ids.shape[1]
         yield (

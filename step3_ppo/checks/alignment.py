@@ -46,7 +46,7 @@ def _model_scores(check, rollout, prompts) -> str:
     alone = []
     for row in rows:
         one = rollout.select([row])
-        ids = torch.cat([one.prompt_ids, one.response_ids], 1).to(check.device)
+        ids = torch.cat([one.prompt_ids, one.response_ids], 1)
         mask = torch.cat([one.prompt_mask, one.response_mask], 1)
         texts = rollouts.texts_of(check.models.tokenizer, one.response_ids, one.response_mask)
         asked = [prompts[row]], texts, one.finished, ids, mask, 1
@@ -54,7 +54,7 @@ def _model_scores(check, rollout, prompts) -> str:
     what = f"scores of {len(rows)} answers, each alone and among {len(prompts)}"
     cause = (
         "answers have each other's scores, or what stands beside them counts; see rollout.collect "
-        "and RewardModel.scores"
+        "and Scorer.scores"
     )
     text = must_agree(check, torch.cat(alone), rollout.scores[rows], what, cause)
     return text + _if_rolled(check, rollout.scores)

@@ -10,9 +10,11 @@ import yaml
 from step3_ppo import algorithm
 from step3_ppo.checks.models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
 from utils.data import chat_template, fitting, preferences, rows, splits
+from utils.data import prompts as prompt_data
+from utils.data.splits import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
-from utils.models import reward_reader
+from utils.models import scorer
 from utils.settings.run_config import columns_of
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
@@ -175,7 +177,7 @@ def _held_out_accuracy(check) -> dict:
     bad = rows.BadRows(config.max_bad_rows)
 
     kinds = preferences.PREFERENCE_SPLITS["eval"]
-    plain = dataclasses.replace(splits.unweighted(config), data_schema="auto")
+    plain = dataclasses.replace(splits.unweighted(config.pick(DataSettings)), data_schema="auto")
     # What step 2 held out, not what this run's settings would: the prompt as it read it decides.
     saved = Path(config.reward_model) / "config.yaml"
     if saved.exists():
@@ -193,12 +195,16 @@ def _held_out_accuracy(check) -> dict:
         )
 
     _, held = splits.train_and_held_out(config.preference_data, load, kinds, plain, 2, bad)
-    held = reward_reader.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
+    held = prompt_data.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
     bad.finish("preference_data")
-    texts = [(c, k) for c in held for k in range(len(c.responses))]
-    encoded = [reward.reader.encode(c.prompt, c.responses[k], c.finished[k]) for c, k in texts]
-    scores = reward_reader.scores_of(reward.model, encoded, config.micro_batch_size, check.device)
-    found = {(id(c), k): s for (c, k), s in zip(texts, scores, strict=True)}
+    groups = [
+        [reward.reader.encode(c.prompt, *one) for one in zip(c.responses, c.finished, strict=True)]
+        for c in held
+    ]
+    scores = scorer.score_groups(reward.model, groups, check.device, config.micro_batch_size)
+    found = {
+        (id(c), k): s for c, group in zip(held, scores, strict=True) for k, s in enumerate(group)
+    }
     pairs = [
         (c, i, j)
         for c in held

@@ -12,7 +12,7 @@ import torch
 from step3_ppo.rollout import Rollout
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scorer
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 CHECKSUM_CHUNK = 2**22  # weights summed at once: 32 MB of positions
@@ -230,7 +230,7 @@ def padding_invariance(check) -> str:
         def read(model, kind, ids, mask, lefts=(0,), start=start, end=end):
             ids, mask = torch.tensor(ids).to(check.device), torch.tensor(mask).to(check.device)
             if kind == "score":
-                return scalar_model.sequence_scores(model, ids, mask)[:, None]
+                return scorer.sequence_scores(model, ids, mask)[:, None]
             if kind == "value":
                 found = model(ids, mask)
             else:
@@ -259,7 +259,7 @@ def padding_invariance(check) -> str:
 
 def dropout_is_off(check) -> str:
     """Two passes of the same rows, in the mode that updates use, must be one."""
-    for name in check.trained():
+    for name in check.models.trained():
         rows = own_rows(check)
         first, second = (train_forward(check, rows, name == "critic") for _ in range(2))
         must_agree(
@@ -270,7 +270,7 @@ def dropout_is_off(check) -> str:
             "dropout is on, so old and new log-probabilities differ by noise; see "
             "language_model.prepare_training and the model's config (…dropout)",
         )
-    return f"two passes of {' and '.join(check.trained())} are equal"
+    return f"two passes of {' and '.join(check.models.trained())} are equal"
 
 
 def rollouts_are_on_policy(check) -> str:

@@ -83,17 +83,6 @@ class SelfCheck:
         self.masters: dict[str, int] = {}
         self.watched: dict[str, tuple] = {}
 
-    def trained(self) -> dict:
-        engines = {"actor": self.models.actor, "critic": self.models.critic}
-        return {name: engine for name, engine in engines.items() if engine is not None}
-
-    def frozen(self) -> dict:
-        found = {"reference": self.models.reference}
-        for name, one in (("reward model", self.models.reward), ("judge", self.models.judge)):
-            if one is not None:
-                found[name] = one.model
-        return {name: getattr(model, "module", model) for name, model in found.items()}
-
     def before_the_first_step(self, done: int) -> None:
         """The first part, after `done` rollouts: of the run, when it is resumed. Raises StopRun
         with every fault, where --self_check is on."""
@@ -116,14 +105,14 @@ class SelfCheck:
             self._run(BEFORE, f"resumed at rollout {done + 1} ({less})")
         else:
             self._run(BEFORE | AT_START, "before the first step")
-        for name, engine in self.trained().items():
+        for name, engine in self.models.trained().items():
             for weight, p in engine.module.named_parameters():
                 if p.requires_grad:
                     seen = self.gradients[name]
                     self.hooks.append(p.register_hook(lambda _, w=weight, s=seen: s.add(w)))
-        frozen = self.frozen().items()
+        frozen = self.models.frozen().items()
         self.sums = {name: check_models.checksum(model.parameters()) for name, model in frozen}
-        self.masters = {name: check_updates.masters(e) for name, e in self.trained().items()}
+        self.masters = {name: check_updates.masters(e) for name, e in self.models.trained().items()}
         self.watched = self._averages()
 
     @property

@@ -44,7 +44,7 @@ def weights_move(check) -> str:
     said, config = [], check.config
     peaks = {"actor": config.learning_rate}
     peaks["critic"] = config.rate_of_critic()
-    for name, engine in check.trained().items():
+    for name, engine in check.models.trained().items():
         moved = any(process_group.gather_objects(masters(engine) != check.masters[name]))
         norm, rate = (check.metrics[f"{name}_{x}"] for x in ("grad_norm", "learning_rate"))
         if moved:
@@ -95,7 +95,7 @@ def average_moves(check) -> str:
 def gradients_reach(check) -> str:
     """Every weight that should train has had a gradient; no frozen one has, nor has it changed."""
     counts = []
-    for name, engine in check.trained().items():
+    for name, engine in check.models.trained().items():
         weights = [n for n, _ in engine.module.named_parameters()]
         missing = [n for n in weights if n not in check.gradients[name]]
         if missing:
@@ -104,7 +104,7 @@ def gradients_reach(check) -> str:
                 f"{missing[0]}): they are frozen or not on the path to the loss and will not train"
             )
         counts.append(f"{len(weights)} of the {name}")
-    for name, model in check.frozen().items():
+    for name, model in check.models.frozen().items():
         trained = [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None]
         if trained:
             raise Fault(f"the {name} is to be frozen, and {trained[0]} is trained")
@@ -114,6 +114,5 @@ def gradients_reach(check) -> str:
                 f"the {name} is to be frozen, and its weights changed (checksum "
                 f"{check.sums[name]:x} → {now:x}): does it share tensors with a trained model?"
             )
-    return (
-        f"gradients reached all {' and all '.join(counts)}; {', '.join(check.frozen())} unchanged"
-    )
+    unchanged = ", ".join(check.models.frozen())
+    return f"gradients reached all {' and all '.join(counts)}; {unchanged} unchanged"

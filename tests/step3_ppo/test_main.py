@@ -119,8 +119,11 @@ def states_are_saved(a2c, reinforce, sequence, added):
     "settings, said",
     [
         ({"reward_model": ""}, "reward_model is empty; set --reward_model to step 2's output"),
-        ({"top_p": 0.9}, "top_p=0.9 must be at least 1; set --top_p (1 only, as PPO compares whole"),
-        ({"top_k": 50}, "top_k=50 must be at most 0; set --top_k (0 only, as PPO compares whole"),
+        (
+            {"top_p": 0.9},
+            "top_p=0.9 must be at least 1; set --top_p (1 only, as PPO",
+        ),
+        ({"top_k": 50}, "top_k=50 must be at most 0; set --top_k (0 only, as PPO"),
         ({"algorithm": "a2c", "ppo_epochs": 2}, "set --ppo_epochs 1 (now 2) and --global_batch"),
         (
             {"algorithm": "reinforce", "prompts_per_rollout": 128},

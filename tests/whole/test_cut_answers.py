@@ -11,16 +11,14 @@ from transformers import AutoModelForSequenceClassification
 from evaluation import scores
 from evaluation.prompt_eval import Answer, PromptEvalConfig
 from step2_reward import collect
-from step2_reward import main as step2
 from step3_ppo.checks import data as check_data
-from step3_ppo.rewards.model import RewardModel
 from tests.helpers.small_models import config_of
-from utils.data import batches, chat_template, instructions
+from utils.data import batches, chat_template, comparisons, instructions
 from utils.data.preferences import Comparison, load_comparisons
 from utils.data.rows import BadRows, DataError
 from utils.generation import sampling as generation
 from utils.models import language_model, scalar_model
-from utils.models.reward_reader import Reader
+from utils.models.scorer import Reader, Scorer
 
 CPU = torch.device("cpu")
 USER = {"role": "user", "content": "What is 3 + 4?"}
@@ -58,7 +56,7 @@ def test_ppo_scores_them_so_by_ids_and_by_text(scorer, expected):
     prompts = [SimpleNamespace(messages=(USER,))] * 2
     texts, finished = zip(*ANSWERS, strict=True)
     for by_text in (False, True):
-        reward = RewardModel(scorer.model, scorer.reader, by_text)
+        reward = Scorer(scorer.model, scorer.reader, by_text, CPU)
         found = reward.scores(prompts, texts, torch.tensor(finished), ids, mask, 2)
         assert found.tolist() == pytest.approx([score for _, score in expected], abs=1e-5)
 
@@ -88,14 +86,14 @@ def test_so_does_the_self_check(scorer, expected, tmp_path, monkeypatch):
     rows = [row | {"prompt": prompt} for prompt in ([USER], "What is 3 + 5?")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of(preference_data=[str(path)], reward_model=scorer.folder, eval_fraction=0.5)
-    reward, seen = RewardModel(scorer.model, scorer.reader, False), []
+    reward, seen = Scorer(scorer.model, scorer.reader, False, CPU), []
 
-    def scores_of(model, encoded, *args):
-        seen.extend(encoded)
-        return real(model, encoded, *args)
+    def score_groups(model, groups, *args):
+        seen.extend(ids for group in groups for ids in group)
+        return real(model, groups, *args)
 
-    real = check_data.reward_reader.scores_of
-    monkeypatch.setattr(check_data.reward_reader, "scores_of", scores_of)
+    real = check_data.scorer.score_groups
+    monkeypatch.setattr(check_data.scorer, "score_groups", score_groups)
     models = SimpleNamespace(reward=reward, tokenizer=scorer.reader.tokenizer)
     check = SimpleNamespace(config=config, models=models, device=CPU)
     assert check_data._held_out_accuracy(check)["pairs"] == 1
@@ -108,15 +106,15 @@ def test_step_2_learns_from_the_same_ids(scorer, expected):
     texts, finished = zip(*ANSWERS, strict=True)
     bad, tokenizer = BadRows(), scorer.reader.tokenizer
     row = Comparison((USER,), texts, (1.0, 0.0), "a", finished)
-    (ranked,), counts = step2.encode(tokenizer, [row], 96, "cut", bad)
+    (ranked,), counts = comparisons.encode(tokenizer, [row], 96, "cut", bad)
     assert list(ranked.answers) == [ids for ids, _ in expected] and counts.kept == 2
     unmarked = Comparison((USER,), texts, (1.0, 0.0), "a")
-    (ranked,), _ = step2.encode(tokenizer, [unmarked], 96, "cut", bad)
+    (ranked,), _ = comparisons.encode(tokenizer, [unmarked], 96, "cut", bad)
     assert ranked.answers[1] == [*expected[1][0], tokenizer.eos_token_id]
     # Cut again to fit: still none. One that was finished is ranked as a whole, and keeps its own.
     room = len(expected[0][0])
     longer = Comparison((USER,), ("7 " * 40, "8 " * 40), (1.0, 0.0), "a", finished)
-    (ranked,), counts = step2.encode(tokenizer, [longer], room, "cut", bad)
+    (ranked,), counts = comparisons.encode(tokenizer, [longer], room, "cut", bad)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in ranked.answers]
     assert ends == [True, False] and counts.cut_answers == 2 and not len(bad)
 

@@ -65,10 +65,17 @@ def deal(
     return [mine[a:b] for a, b in _spans(longest, sequences, micro, tokens)]
 
 
-def shares(config) -> tuple[int, int, int, int]:
-    """(rank, ranks, rows, tokens): what `deal` divides by in this run."""
+def share(
+    indices: Sequence[int],
+    lengths: Sequence[int] | Mapping[int, int],
+    rows: int,
+    tokens: int = 0,
+    counts: Mapping[int, int] | None = None,
+) -> list[list[int]]:
+    """This process's micro-batches of one global batch. rows: --micro_batch_size. tokens:
+    --micro_batch_tokens. See deal."""
     ranks = process_group.rank(), process_group.world_size()
-    return *ranks, config.micro_batch_size, config.micro_batch_tokens
+    return deal(indices, lengths, *ranks, rows, tokens, counts)
 
 
 def in_step(lengths: Sequence[int], micro: int, tokens: int = 0) -> list[list[int]]:

@@ -38,7 +38,7 @@ from utils.data import chat_template, row_tables
 from utils.data.loading import Source
 from utils.data.row_tables import Collected, Layout, Table, View
 from utils.data.rows import BadRows, DataError, files_behind
-from utils.data.splits import place
+from utils.data.splits import DataSettings, place
 from utils.distributed import process_group
 from utils.settings.run_config import check_folder
 
@@ -57,13 +57,13 @@ class Reader:
 
     load: a loader (instructions.load_conversations, …) with its settings. encode: a function
     (tokenizer, items, …, bad) → (encoded, Counts) with tokenizer and settings. Both as
-    functools.partial: their keywords are part of a file's name. config: data_cache, output_dir.
+    functools.partial: their keywords are part of a file's name. settings: data_cache, output_dir.
     """
 
     load: functools.partial
     encode: functools.partial
     layout: Layout
-    config: object
+    settings: DataSettings
     bad: BadRows
 
     def __call__(self, names: list[str], role: str) -> View:
@@ -78,7 +78,7 @@ class Reader:
             finally:  # beside what is wrong with the whole file, if anything is
                 found.hand_on(bad)
         else:
-            path = folder_of(self.config) / f"{self.key_of(source, files)}.arrow"
+            path = folder_of(self.settings) / f"{self.key_of(source, files)}.arrow"
             once(path, lambda file: self._write(file, source, path, bad))
             table, found = self._mapped(path, source)
             found.hand_on(bad)
@@ -212,19 +212,19 @@ def _work(rows: list):
     return _job(rows)
 
 
-def folder_of(config) -> Path:
+def folder_of(settings: DataSettings) -> Path:
     """Where the files go: --data_cache, or beside what the hub's libraries keep (HF_HOME), or in
     the output folder where that cannot be written."""
-    if config.data_cache:
-        return Path(config.data_cache)
+    if settings.data_cache:
+        return Path(settings.data_cache)
     from huggingface_hub.constants import HF_HOME
 
     home = Path(HF_HOME, "rlhf_rows")
     try:
         check_folder(str(home))
     except ValueError as problem:
-        _say(f"rows are kept in {config.output_dir}/data_cache: {problem} (--data_cache)")
-        return Path(config.output_dir, "data_cache")
+        _say(f"rows are kept in {settings.output_dir}/data_cache: {problem} (--data_cache)")
+        return Path(settings.output_dir, "data_cache")
     return home
 
 
@@ -292,7 +292,7 @@ def _code(encoder: str) -> str:
     """Of the programs that decide what becomes of a row."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    scorers = here.parent / "models/reward_reader.py"  # sorts prompts out in step 3's encoder
+    scorers = here.parent / "models/scorer.py"  # sorts prompts out in step 3's encoder
     for file in sorted({*here.glob("*.py"), scorers, Path(encoder)}):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 
-from utils.data import demonstrations as one
 from utils.data import message_trees, rankings
+from utils.data import prompt_answers as one
 from utils.data.bad_rows import BadRow, BadRows, DataError, Row
 from utils.data.reading import Reading, Schema
 from utils.data.turns import in_order

@@ -7,27 +7,54 @@ import math
 import operator
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from utils.data.rows import DataError, has_split
-from utils.settings.run_config import shares_of
+from utils.data.rows import BadRows, DataError, has_split
+from utils.settings.run_config import columns_of, shares_of
 
 T = TypeVar("T")
 
 
-def train_and_held_out(names: list[str], load: Callable, eval_splits, config, step: int, bad):
+@dataclass(frozen=True)
+class DataSettings:
+    """How the data sets of a step are read and shared out: the settings of these names."""
+
+    output_dir: str
+    data_schema: str = "auto"
+    columns: Sequence[str] = ()
+    data_weights: Sequence[float] = ()
+    data_split: str = ""
+    eval_fraction: float = 0.05
+    max_eval_rows: int = 512
+    long_prompts: str = "cut"
+    data_cache: str = ""
+    max_bad_rows: float = 0.0
+    seed: int = 42
+
+    def names_of_columns(self) -> dict[str, str]:
+        """{our name: its name in the data} of --columns."""
+        return columns_of(self.columns)
+
+    def bad_rows(self) -> BadRows:
+        return BadRows(self.max_bad_rows, f"{self.output_dir}/bad_rows.jsonl")
+
+
+def train_and_held_out(
+    names: list[str], load: Callable, eval_splits, settings: DataSettings, step: int, bad
+):
     """(training items, held-out items) of data sets `names`.
 
     load(names, split_role) → items, a list or a row_tables.View; what it refuses goes to `bad`
     (rows.BadRows). A data set with a test split (one of `eval_splits`) gives its own held-out
-    items; of others `config.eval_fraction` of the rows are held out. Then `--data_split` gives step
+    items; of others `eval_fraction` of the rows are held out. Then `--data_split` gives step
     `step` its share of the training items and `--data_weights` says how often they come. At most
-    `config.max_eval_rows` are held out, a seeded choice.
+    `max_eval_rows` are held out, a seeded choice.
     """
     train, held = [], []
-    weights = config.data_weights or [1.0] * len(names)
+    weights = settings.data_weights or [1.0] * len(names)
     if len(weights) != len(names):
         raise DataError(
             f"data_weights={weights} has {len(weights)} numbers for {len(names)} data sets; "
@@ -40,19 +67,19 @@ def train_and_held_out(names: list[str], load: Callable, eval_splits, config, st
         else:
             if len(bad) and len(items) < 2:
                 bad.finish(name)  # too few rows are left because of these
-            items, kept_out = hold_out(items, config.eval_fraction, config.seed)
+            items, kept_out = hold_out(items, settings.eval_fraction, settings.seed)
             held.append(kept_out)
-        items = split_for_step(items, config.data_split, step)
-        train.append(apply_weight(items, weight, config.seed))
+        items = split_for_step(items, settings.data_split, step)
+        train.append(apply_weight(items, weight, settings.seed))
     held = functools.reduce(operator.add, held)
     order = list(range(len(held)))
-    random.Random(config.seed).shuffle(order)
-    return functools.reduce(operator.add, train), _take(held, order[: config.max_eval_rows])
+    random.Random(settings.seed).shuffle(order)
+    return functools.reduce(operator.add, train), _take(held, order[: settings.max_eval_rows])
 
 
-def unweighted(config):
-    """`config` without data weights and shares, for a data set that is only measured on."""
-    return dataclasses.replace(config, data_weights=[], data_split="")
+def unweighted(settings: DataSettings) -> DataSettings:
+    """`settings` without data weights and shares, for a data set that is only measured on."""
+    return dataclasses.replace(settings, data_weights=[], data_split="")
 
 
 def apply_weight(items: Sequence[T], weight: float, seed: int) -> list[T]:

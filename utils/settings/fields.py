@@ -84,6 +84,10 @@ class Settings:
         """The given `values` with those that follow from them."""
         return values
 
+    def pick(self, record: type):
+        """A dataclass whose fields are some of these settings, filled with their values."""
+        return record(**{f.name: getattr(self, f.name) for f in dataclasses.fields(record)})
+
     def _problems_of(self, f: dataclasses.Field) -> Iterator[str]:
         name, value, limits = f.name, getattr(self, f.name), f.metadata
         values = value if isinstance(value, list) else [value]

@@ -5,14 +5,13 @@ import itertools
 import json
 from collections import Counter
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_ppo import main
+from tests.helpers.loading import load_step
 from tests.helpers.small_models import config_of
 from utils.data import batches, chat_template
 from utils.data.batches import Counts
@@ -273,5 +272,5 @@ def test_a_run_whose_prompts_are_all_too_long_says_so(tokenizer, tmp_path):
         prompt_data=[str(path)], max_prompt_length=60, long_prompts="drop", reward_model=""
     )
     with pytest.raises(SystemExit, match="max_prompt_length=60, long_prompts=drop: raise --max_p"):
-        main.load_prompts(config, tokenizer, SimpleNamespace(say=said.append))
+        load_step(config, tokenizer, said.append)
     assert said[0] == "prompts: 0 rows kept, 9 dropped as too long"

@@ -6,13 +6,11 @@ import re
 
 import pytest
 
-from step1_sft import main as step1
 from step1_sft.config import SFTConfig
-from step2_reward import main as step2
 from step2_reward.config import RewardConfig
-from step3_ppo import main as step3
 from step3_ppo.config import PPOConfig
 from tests.helpers.data_formats import FULL, SINGLE, TREES, flat, tools
+from tests.helpers.loading import load_step
 from utils.data import chat_template
 from utils.data.instructions import load_conversations, load_prompts
 from utils.data.preferences import load_comparisons
@@ -135,8 +133,7 @@ def test_equal_scores_are_a_tie_that_step_2_leaves_out(save, tmp_path, tokenizer
     config = RewardConfig(
         model_name_or_path="m", preference_data=[path], output_dir=str(tmp_path), eval_fraction=0.2
     )
-    report = type("Report", (), {"say": said.append})
-    train, held, _ = step2.load_data(config, tokenizer, report)
+    train, held, _ = load_step(config, tokenizer, said.append)
     assert len(train) + len(held) == 10 and "10 left out" in said[0]
 
 
@@ -328,16 +325,16 @@ def test_columns_under_other_names(save):
 def test_every_step_takes_columns(save, tmp_path, tokenizer):
     rows = [{"ask": f"one {n}", "say": "two", "worse": "three"} for n in range(20)]
     common = {"model_name_or_path": "m", "output_dir": str(tmp_path), "eval_fraction": 0.2}
-    path, report = save(*rows), type("Report", (), {"say": lambda text: None})
+    path = save(*rows)
     sft = SFTConfig(**common, sft_data=[path], columns=["prompt=ask,answer=say"])
-    train, held = step1.load_data(sft, tokenizer, report)
+    train, held = load_step(sft, tokenizer)
     assert len(train) + len(held) == 20 and texts(held.item(0).messages)[1] == "two"
     pairs = ["prompt=ask", "chosen=say", "rejected=worse"]
     reward = RewardConfig(**common, preference_data=[path], sft_data=[path], columns=pairs)
-    train, held, demonstrations = step2.load_data(reward, tokenizer, report)
+    train, held, demonstrations = load_step(reward, tokenizer)
     assert len(train) + len(held) == 20 and len(demonstrations) == len(held)
     ppo = PPOConfig(**common, prompt_data=[path], columns=["prompt=ask"])
-    train, held = step3.load_prompts(ppo, tokenizer, report)
+    train, held = load_step(ppo, tokenizer)
     assert sorted(p.row["ask"] for p in [*train, *held]) == sorted(row["ask"] for row in rows)
     assert set(from_scratch.texts_of([path], columns_of(pairs))) >= {"one 0", "two", "three"}
 
@@ -354,7 +351,7 @@ def test_comparisons_left_out_as_too_long_are_told(save, tmp_path, tokenizer):
         max_length=64,
         long_prompts="drop",
     )
-    train, held, _ = step2.load_data(config, tokenizer, type("Report", (), {"say": said.append}))
+    train, held, _ = load_step(config, tokenizer, said.append)
     told = [re.search(r"(\d+) rows kept(?:, (\d+) dropped)?", line) for line in said[1:]]
     assert [int(found[1]) for found in told] == [2 * len(train), 2 * len(held)]
     assert sum(int(found[2] or 0) for found in told) == 10 and len(train) + len(held) == 15
@@ -377,7 +374,7 @@ def test_rows_that_the_template_refused_are_not_shown(save, tmp_path, tokenizer)
         max_bad_rows=1.0,
         eval_fraction=0.4,
     )
-    _, held = step1.load_data(config, strict, type("Report", (), {"say": lambda text: None}))
+    _, held = load_step(config, strict)
     assert len(held) and all(held.item(i).messages[0]["role"] == "user" for i in range(len(held)))
 
 

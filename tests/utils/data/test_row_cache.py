@@ -9,25 +9,25 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from step2_reward import main as step2
-from step3_ppo import main as step3
 from utils import whole_files
 from utils.data import (
     batches,
     chat_template,
+    comparisons,
     fitting,
     instructions,
     preferences,
+    prompts,
     row_cache,
     row_tables,
 )
 from utils.data.batches import Counts
 from utils.data.rows import BadRows, DataError
+from utils.data.splits import DataSettings
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def reader(tokenizer, folder, bad, **changes) -> row_cache.Reader:
         functools.partial(instructions.load_conversations, schema="auto"),
         functools.partial(batches.encode_conversations, tokenizer, **settings),
         row_tables.SUPERVISED,
-        SimpleNamespace(data_cache=str(folder), output_dir=str(folder)),
+        DataSettings(str(folder), data_cache=str(folder)),
         bad,
     )
 
@@ -173,13 +173,13 @@ def test_comparisons_and_prompts_come_back_as_they_were(tokenizer, tmp_path, lar
         {"prompt": f"q{i}", "responses": ["a", "b " * i + "c", "d"], "scores": [1, i, 1]}
         for i in range(20)
     ]
-    config = SimpleNamespace(data_cache=str(tmp_path / "cache"))
+    config = DataSettings("", data_cache=str(tmp_path / "cache"))
     name = write(tmp_path / "ranked.jsonl", ranked)
-    encode = functools.partial(step2.encode, tokenizer, max_length=24, long_prompts="cut")
+    encode = functools.partial(comparisons.encode, tokenizer, max_length=24, long_prompts="cut")
     load = functools.partial(preferences.load_comparisons, schema="auto")
-    view = row_cache.Reader(load, encode, step2.RANKED, config, BadRows())([name], "train")
+    view = row_cache.Reader(load, encode, comparisons.RANKED, config, BadRows())([name], "train")
     listed = preferences.load_comparisons([name], bad=BadRows())
-    expected, counts = step2.encode(tokenizer, listed, 24, "cut", BadRows())
+    expected, counts = comparisons.encode(tokenizer, listed, 24, "cut", BadRows())
     assert list(view) == expected and view.counts() == counts and counts.cut_answers
     assert list(view.where("labels", lambda v: len(set(v)) > 1)) == [*expected[:1], *expected[2:]]
 
@@ -191,9 +191,9 @@ def test_comparisons_and_prompts_come_back_as_they_were(tokenizer, tmp_path, lar
     parquet.write_table(pa.Table.from_pylist(odd), tmp_path / "odd.parquet")
     load = functools.partial(instructions.load_prompts, schema="auto")
     encode = functools.partial(
-        step3.encode, tokenizer, max_prompt_length=16, long_prompts="cut", readers=[]
+        prompts.encode, tokenizer, max_prompt_length=16, long_prompts="cut", readers=[]
     )
-    view = row_cache.Reader(load, encode, step3.PROMPTS, config, BadRows())(
+    view = row_cache.Reader(load, encode, prompts.PROMPTS, config, BadRows())(
         [str(tmp_path / "odd.parquet")], "train"
     )
     assert [prompt.row for prompt in view] == odd
@@ -218,9 +218,9 @@ def test_a_folder_with_splits_is_kept_split_by_split(tokenizer, tmp_path, large)
 
 def test_who_reads_the_prompts_is_part_of_the_name(tokenizer, tmp_path, large, tiny):
     """Reward models whose templates refuse a prompt leave it out, from a kept file as well."""
-    from utils.models.reward_reader import Reader
+    from utils.models.scorer import Reader
 
-    config = SimpleNamespace(data_cache=str(tmp_path / "cache"))
+    config = DataSettings("", data_cache=str(tmp_path / "cache"))
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     name = write(tmp_path / "a.jsonl", [{"prompt": "q"}, {"prompt": turns}] * 5)
     refusing = chat_template.load_tokenizer(str(tiny / "base_model"))
@@ -231,10 +231,10 @@ def test_who_reads_the_prompts_is_part_of_the_name(tokenizer, tmp_path, large, t
     load = functools.partial(instructions.load_prompts, schema="auto")
     for readers, count in (([], 10), ([Reader(refusing, 99, "stop")], 5)) * 2:
         encode = functools.partial(
-            step3.encode, tokenizer, max_prompt_length=16, long_prompts="cut", readers=readers
+            prompts.encode, tokenizer, max_prompt_length=16, long_prompts="cut", readers=readers
         )
         bad = BadRows(1.0)
-        view = row_cache.Reader(load, encode, step3.PROMPTS, config, bad)([name], "train")
+        view = row_cache.Reader(load, encode, prompts.PROMPTS, config, bad)([name], "train")
         assert len(view.usable()) == count and len(bad) == 10 - count
     assert len(files_of(tmp_path / "cache")) == 2
 
@@ -242,11 +242,10 @@ def test_who_reads_the_prompts_is_part_of_the_name(tokenizer, tmp_path, large, t
 def test_rows_are_chosen_as_of_lists(tokenizer, tmp_path, large):
     """Held-out rows, shares and weights of views and of lists: the same rows in the same order."""
     from utils.data.splits import train_and_held_out
-    from utils.settings.run_config import RunConfig
 
     names = [write(tmp_path / f"{n}.jsonl", demonstrations(60 + n)) for n in range(2)]
-    config = RunConfig(
-        data_weights=[2.5, 0.5], data_split="2,1,1", eval_fraction=0.2, max_eval_rows=9
+    config = DataSettings(
+        "", data_weights=[2.5, 0.5], data_split="2,1,1", eval_fraction=0.2, max_eval_rows=9
     )
 
     def listed(names, role):
@@ -360,7 +359,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tokenizer, tmp_path
             os.kill(os.getpid(), signal.SIGKILL)
         return [], Counts()
 
-    config = SimpleNamespace(data_cache=str(tmp_path / "cache"))
+    config = DataSettings("", data_cache=str(tmp_path / "cache"))
     load = functools.partial(instructions.load_conversations, schema="auto")
     broken = row_cache.Reader(
         load, functools.partial(encode, tokenizer), row_tables.SUPERVISED, config, BadRows(1.0)
@@ -375,7 +374,7 @@ def test_where_the_usual_folder_cannot_be_written_the_output_folder_takes_it(
 ):
     from huggingface_hub import constants
 
-    config = SimpleNamespace(data_cache="", output_dir=str(tmp_path / "run"))
+    config = DataSettings(str(tmp_path / "run"))
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     assert row_cache.folder_of(config) == tmp_path / "home" / "rlhf_rows"
     (tmp_path / "file").touch()
