@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from evaluation import checkpoints
-from utils import report as reporting
 from utils import terminal
 from utils.data import rows
+from utils.distributed import program
 from utils.settings import command_line
 from utils.settings.fields import Settings, setting
 
@@ -104,7 +104,7 @@ def talk(config: ChatConfig, model, tokenizer) -> None:
 
 def main() -> None:
     config = command_line.parse(ChatConfig, __doc__)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end the talk
     try:
         model, tokenizer = checkpoints.load_checkpoint(

@@ -22,6 +22,7 @@ from utils import terminal, whole_files
 from utils.data import batches, chat_template, instructions, rows
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.data.turns import text_of
+from utils.distributed import program
 from utils.generation import sampling as generation
 from utils.settings import command_line
 from utils.settings.fields import Settings, setting
@@ -350,7 +351,7 @@ def write(config, questions, results, summary: str) -> None:
 
 def main() -> None:
     config = command_line.parse(PromptEvalConfig, __doc__)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     try:
         questions = load_questions(config)
         refuse_unrendered(config, questions)
@@ -377,4 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    program.run(main)

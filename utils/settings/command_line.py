@@ -143,8 +143,11 @@ def parse(config_class, description: str):
     return config
 
 
-def save(config, folder: str | Path, world_size: int, name: str = "config.yaml") -> None:
-    """Write the settings into a file of `folder`; `--config` of it repeats the run."""
+def text_of(config, world_size: int) -> str:
+    """All settings as YAML; `--config` of it repeats the run."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    header = f"# {type(config).__name__}, run on {world_size} rank{'s' if world_size > 1 else ''}\n"
-    whole_files.write_text(Path(folder) / name, header + text)
+    return f"# {type(config).__name__}, run on {world_size} rank{'s'[: world_size > 1]}\n{text}"
+
+
+def save(config, folder: str | Path, world_size: int, name: str = "config.yaml") -> None:
+    whole_files.write_text(Path(folder) / name, text_of(config, world_size))

@@ -84,9 +84,14 @@ class Settings:
         """The given `values` with those that follow from them."""
         return values
 
-    def pick(self, record: type):
-        """A dataclass whose fields are some of these settings, filled with their values."""
-        return record(**{f.name: getattr(self, f.name) for f in dataclasses.fields(record)})
+    def pick(self, record: type, **more):
+        """A dataclass whose fields are some of these settings, and `more`, with their values."""
+        names = {f.name for f in dataclasses.fields(record)} - more.keys()
+        return record(**{name: getattr(self, name) for name in names}, **more)
+
+    def on_resume(self) -> dict[str, str]:
+        """{setting: what a resumed run does with another value}, see setting()."""
+        return {f.name: f.metadata["on_resume"] for f in dataclasses.fields(self)}
 
     def _problems_of(self, f: dataclasses.Field) -> Iterator[str]:
         name, value, limits = f.name, getattr(self, f.name), f.metadata
