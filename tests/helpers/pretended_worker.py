@@ -28,8 +28,8 @@ from tests.helpers import (
     pretended_device,  # noqa: E402
 )
 from tests.helpers.planting import around  # noqa: E402
-from utils import report as reporting  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
+from utils.distributed.program import run  # noqa: E402
 from utils.models import language_model  # noqa: E402
 
 
@@ -110,4 +110,4 @@ def walk(name: str, program: str, argv: list[str], plant=(), breaks=False) -> No
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    run(main)

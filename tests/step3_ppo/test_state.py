@@ -197,7 +197,7 @@ def test_the_state_is_saved_as_json(tmp_path):
     state = State(kl_coef=0.05, rollouts=7)
     state.see(torch.tensor([1.0, 2.0, 6.0]))
     state.adapt(12.0, 500, config_of(kl_target=6.0))
-    state.gather(None)(tmp_path)
+    state.snapshot(None)(tmp_path)
     assert json.loads((tmp_path / "state.json").read_text()) == {
         "kl_coef": 0.05 * (1 + 0.2 * 500 / 10_000),
         "rollouts": 7,

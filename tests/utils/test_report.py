@@ -2,10 +2,7 @@
 
 import json
 
-import pytest
-
 from utils import report as reporting
-from utils.data.rows import DataError
 
 
 def test_every_step_is_written_at_once_and_is_strict_json(tmp_path, capsys):
@@ -41,32 +38,6 @@ def test_numbers_for_people():
     assert (
         reporting.table([("a", "1"), ("bcd", "")], ("x", "yy")) == "x    yy\n---  --\na    1\nbcd"
     )
-
-
-@pytest.mark.parametrize("error", [DataError("f.jsonl:3: bad"), SystemExit("no such folder")])
-def test_what_a_user_can_mend_ends_as_a_message(error, monkeypatch, capsys):
-    codes = []
-    monkeypatch.setattr(reporting.os, "_exit", codes.append)
-
-    def main():
-        raise error
-
-    reporting.run(main)
-    assert codes == [1] and capsys.readouterr().err == f"error: {error}\n"
-
-
-def test_bugs_keep_their_traceback_and_exit_codes_are_kept():
-    def bug():
-        raise ZeroDivisionError
-
-    def refused():
-        raise SystemExit(2)
-
-    with pytest.raises(ZeroDivisionError):
-        reporting.run(bug)
-    with pytest.raises(SystemExit) as caught:
-        reporting.run(refused)
-    assert caught.value.code == 2
 
 
 def test_curves_are_labelled_by_what_they_are(tmp_path, monkeypatch):
