@@ -65,24 +65,12 @@ def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
 def evaluate(ranked: list[Ranked], score) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
-    from utils.intervals import pair_accuracy
+    from utils.intervals import ranking_accuracy
 
     scores = score([r.answers for r in ranked])
-    winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
-    flat = [s for group in scores for s in group]
-    sizes = [float(c) for r in ranked for c in r.characters]
-    owners = [str(r.prompt) for r in ranked for _ in r.answers]
-    prompts = [owners[i] for i in winners]
-    ours = pair_accuracy([flat[i] for i in winners], [flat[i] for i in losers], prompts)
-    longer = pair_accuracy([sizes[i] for i in winners], [sizes[i] for i in losers], prompts)
-    return {
-        "eval/accuracy": ours["accuracy"],
-        "eval/accuracy_low": ours["low"],
-        "eval/accuracy_high": ours["high"],
-        "eval/margin": ours["margin"],
-        "eval/accuracy_longer_answer": longer["accuracy"],
-        "eval/pairs": ours["pairs"],
-    }
+    labels, lengths = [r.labels for r in ranked], [r.characters for r in ranked]
+    measured = ranking_accuracy(labels, scores, lengths, [r.prompt for r in ranked])
+    return {f"eval/{name}": value for name, value in measured.items()}
 
 
 def freeze(model, patterns: list[str]) -> str:
