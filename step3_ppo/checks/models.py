@@ -268,7 +268,7 @@ def dropout_is_off(check) -> str:
             second,
             f"two passes of the {name}",
             "dropout is on, so old and new log-probabilities differ by noise; see "
-            "language_model.prepare_training and the model's config (…dropout)",
+            "loading.prepare_training and the model's config (…dropout)",
         )
     return f"two passes of {' and '.join(check.models.trained())} are equal"
 
