@@ -173,7 +173,7 @@ def run_trl(config, judge: Judge) -> None:
 def one_run(side: str, source: Path, output: Path, seed: int, max_steps: int) -> None:
     from step3_ppo.config import PPOConfig
     from utils.data import chat_template
-    from utils.report import quiet_libraries
+    from utils.distributed.program import quiet_libraries
     from utils.settings import fields as run_config
 
     quiet_libraries()

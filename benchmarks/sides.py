@@ -39,11 +39,11 @@ def rollout(turns, argv: list[str]) -> None:
     from step3_ppo.config import PPOConfig
     from step3_ppo.models import build
     from utils.data import batches, chat_template, instructions, rows
-    from utils.distributed import process_group, zero
+    from utils.distributed import process_group, program, zero
     from utils.settings import fields as run_config
 
     config = run_config.build(PPOConfig, argv, world_size=1)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     device = process_group.init()
     torch.manual_seed(config.seed)
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
@@ -77,9 +77,9 @@ def generate(
     the one with which it compiles its decode step on a GPU by itself."""
     from transformers import AutoModelForCausalLM
 
-    from utils.distributed import zero
+    from utils.distributed import program, zero
 
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=zero.DTYPES[dtype]).to(device).eval()
     ids = torch.tensor(prompts, device=device)

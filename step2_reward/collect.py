@@ -17,18 +17,17 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
 
-from utils import report as reporting
 from utils import whole_files
 from utils.checkpoints import resuming
 from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.splits import DataSettings
-from utils.distributed import process_group, shared_files, zero
+from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
 from utils.models import language_model, scalar_model, scorer
 from utils.models.scorer import Reader
-from utils.seeding import seed_everything
+from utils.run import join, output_of
 from utils.settings import fields as run_config
 from utils.settings.fields import RunConfig, setting
 from utils.settings.values import columns_of
@@ -315,12 +314,9 @@ def load_prompts(config, tokenizer, reader: Reader | None):
 
 def main() -> None:
     config = run_config.parse(CollectConfig, __doc__)
-    resuming.check_file(config, Path(config.output_file), settings_of(config))
-    reporting.quiet_libraries()
-    device = process_group.init(config.timeout_minutes)
-    shared_files.check(config)
-    resuming.settle_date(config)
-    seed_everything(config.seed, config.deterministic)
+    output_of(config).check_file(Path(config.output_file), settings_of(config))
+    device = join(config)
+    config.date = resuming.date_of(config.date)
     dtype = zero.resolve_dtype(config.dtype, device)
     started = time.time()
     if config.labeller == "file":
@@ -363,4 +359,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    program.run(main)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from step3_ppo import ptx
 from step3_ppo.old_logprobs import OldLogprobs
 from step3_ppo.rewards import functions as scoring
-from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import zero
 from utils.distributed.offload import FrozenOffload
@@ -151,16 +151,15 @@ def _train(model, config, dtype, zero_stage, learning_rate, **more) -> zero.Trai
     )
 
 
-def parts(models: Models, config, state) -> dict:
-    """What checkpoint.save writes: actor/, critic/, actor_ema/ and state.json."""
+def outputs(models: Models, settings: str) -> dict[str, ModelFolder]:
+    """The folders that are written at the end. settings: their config.yaml."""
     actor, tokenizer = models.actor.module, models.tokenizer
-    found = {"actor": checkpoint.ModelFolder(actor, tokenizer, config)}
+    folders = {"actor": ModelFolder(actor, tokenizer, settings)}
     if models.critic is not None:
-        critic = models.critic.module.classifier
-        found["critic"] = checkpoint.ModelFolder(critic, tokenizer, config)
+        folders["critic"] = ModelFolder(models.critic.module.classifier, tokenizer, settings)
     if models.ema is not None:
-        found["actor_ema"] = checkpoint.ModelFolder(actor, tokenizer, config, models.ema)
-    return found | {".": state}
+        folders["actor_ema"] = ModelFolder(actor, tokenizer, settings, models.ema)
+    return folders
 
 
 def check_same_language(tokenizer, config) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from utils import whole_files
 from utils.distributed import process_group
+from utils.errors import UserError
 
 SHOWN_PROBLEMS = 20
 
@@ -23,7 +24,7 @@ class Row:
     where: str
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """What is wrong with the data, every problem beginning with the place where it is.
 
     Arguments: problems (one text or several), title (a line before them), advice (a line after).

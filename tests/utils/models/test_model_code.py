@@ -23,6 +23,7 @@ from utils.models.ema import EMA
 from utils.planner import shapes as plan_shapes
 
 TEXTS = ["What does Tom like, 7 times?", "Ann likes tea, and Bob likes tea, too."]
+SETTINGS = "output_dir: -\n"
 CONFIG = SFTConfig(output_dir="-", trust_remote_code=True, packing="off")
 HOW = {"dtype": "fp32", "zero_stage": 0}
 FILES = {"configuration_small.py", "layers_small.py", "modeling_small.py", "tokenization_small.py"}
@@ -58,9 +59,9 @@ def loaded(path):
 def save_all(folder, model, scored, tokenizer) -> None:
     average = EMA(model, 0.5)
     parts = {
-        "actor": checkpoint.ModelFolder(model, tokenizer, CONFIG),
-        "actor_ema": checkpoint.ModelFolder(model, tokenizer, CONFIG, average),
-        "reward": checkpoint.ModelFolder(scored.classifier, tokenizer, CONFIG),
+        "actor": checkpoint.ModelFolder(model, tokenizer, SETTINGS),
+        "actor_ema": checkpoint.ModelFolder(model, tokenizer, SETTINGS, average),
+        "reward": checkpoint.ModelFolder(scored.classifier, tokenizer, SETTINGS),
     }
     checkpoint.save(folder, parts)
 
@@ -158,7 +159,7 @@ def test_a_family_without_a_class_for_scores_gets_one(tmp_path):
     plain = SFTConfig(output_dir="-", packing="off")
     scored = scalar_model.load(plain, folder, head="normal", **how).eval()
     checkpoint.save(
-        tmp_path, {"reward": checkpoint.ModelFolder(scored.classifier, tokenizer, plain)}
+        tmp_path, {"reward": checkpoint.ModelFolder(scored.classifier, tokenizer, SETTINGS)}
     )
     again = scalar_model.load(plain, str(tmp_path / "reward"), **how).eval()
     ids = torch.arange(20, 30)[None]
