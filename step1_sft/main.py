@@ -23,6 +23,7 @@ from utils.generation import engines
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.metrics import Metric
 from utils.models import language_model
+from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
 
@@ -119,7 +120,9 @@ def main() -> None:
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(examples))
     run.announce(f"step 1, SFT: {steps} steps", "sft", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
-    model = language_model.load(config, config.model_name_or_path, tokenizer=tokenizer, **loading)
+    model = language_model.load(
+        config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
+    )
     engine = zero.TrainEngine(
         model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
     )

@@ -157,7 +157,7 @@ def dropout_is_off(probe: Probe) -> str:
             second,
             f"two passes of the {name}",
             "dropout is on, so old and new log-probabilities differ by noise; see "
-            "language_model.prepare_training and the model's config (…dropout)",
+            "loading.prepare_training and the model's config (…dropout)",
         )
     return f"two passes of {' and '.join(trained)} are equal"
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.generation.decoder import Decoder
-from utils.kernels import packed_linear, token_attention
+from utils.kernels import cpu_products, token_attention
 
 LOOK_EVERY = 8  # steps between looks at who has stopped, each of which waits for the GPU
 
@@ -77,7 +77,7 @@ def generate(
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     decoder = decoder or Decoder("eager")
     look_every = LOOK_EVERY if device.type == "cuda" else 1
-    with packed_linear.packed(model), token_attention.used_by(model):
+    with cpu_products.packed(model), token_attention.used_by(model):
         logits = decoder.begin(model, prompt_ids, prompt_mask, max_new_tokens, in_step)
         for step in range(max_new_tokens):
             if noise is None:
