@@ -8,7 +8,6 @@ from deepspeed.accelerator import get_accelerator
 from benchmarks import zero_gathers
 from tests.helpers.generation_checks import big_llama
 from tests.helpers.plan_checks import tensor_bytes
-from utils.checkpoints import engine_state
 from utils.distributed import zero
 from utils.generation.weights import in_eval_mode
 from utils.settings.run_config import RunConfig
@@ -80,15 +79,15 @@ def moments():
             learning_rate=1e-3,
             total_steps=9,
         )
-        said = engine_state.moments_to_come(engine, torch.device("cpu"))
-        assert engine_state.moments_to_come(engine, torch.device("meta")) == 0
+        said = zero.moments_to_come(engine, torch.device("cpu"))
+        assert zero.moments_to_come(engine, torch.device("meta")) == 0
         before = tensor_bytes()
         for _ in range(2):
             engine.backward(engine(input_ids=ids).logits.sum(), normaliser=1)
             engine.step()
         kept = sum(n for at, n in tensor_bytes().items() if at not in before)
         assert said > 1e6 and abs(kept / said - 1) < 1e-3, (dtype, stage, kept, said)
-        assert engine_state.moments_to_come(engine, torch.device("cpu")) == 0
+        assert zero.moments_to_come(engine, torch.device("cpu")) == 0
         del engine
     print("held: moments")
 

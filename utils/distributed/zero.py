@@ -198,6 +198,31 @@ class TrainEngine:
         return {"grad_norm": norm, "learning_rate": learning_rate, "skipped": float(skipped)}
 
 
+def moments_to_come(engine, device: torch.device) -> int:
+    """Bytes on `device` that AdamW's moments of a zero.TrainEngine will take at their first step,
+    and keep. 0 for those that are there already, or are kept elsewhere (--offload).
+
+    Gradients are not among what comes: they are gone after each step, or there from the start.
+    """
+    optimizer = engine.engine.optimizer
+    base = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        stepped = optimizer.fp32_partitioned_groups_flat
+    elif any(hasattr(p, "_hp_mapping") for p in engine.module.parameters()):
+        stepped = flat_partitions(optimizer)
+    else:
+        stepped = [p for p in engine.module.parameters() if p.requires_grad]
+    coming = [t for t in stepped if t.device == device and "exp_avg" not in base.state.get(t, {})]
+    return sum(2 * t.nbytes for t in coming)
+
+
+def flat_partitions(optimizer) -> list[torch.Tensor]:
+    """This rank's fp32 weights of an optimizer of ZeRO-1 or 2."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return optimizer.single_partition_of_fp32_groups
+    return optimizer.fp32_groups_flat_partition  # BF16_Optimizer's
+
+
 def rank_of(parameter: nn.Parameter) -> int:
     # Under ZeRO-3 a parameter is a flat shard; its real shape stays in ds_shape.
     return len(getattr(parameter, "ds_shape", parameter.shape))
