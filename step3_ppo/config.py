@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from step3_ppo.algorithm import ALGORITHMS
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.settings.fields import free, rounding, setting
@@ -93,8 +94,8 @@ class PPOConfig(RunConfig):
 
     algorithm: str = setting(
         "ppo",
-        "ppo; a2c: no ratio, one optimizer step a rollout; reinforce: a2c without a critic",
-        choices=("ppo", "a2c", "reinforce"),
+        "; ".join(f"{name}: {entry.meaning}" for name, entry in ALGORITHMS.items()),
+        choices=tuple(ALGORITHMS),
     )
     action_level: str = setting(
         "token",
@@ -205,15 +206,15 @@ class PPOConfig(RunConfig):
             ),
             # The algorithm.
             (
-                self.algorithm != "ppo" and updates != 1,
+                ALGORITHMS[self.algorithm].one_step and updates != 1,
                 f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
                 f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
                 f"{rollout} (now {self.global_batch_size}), one step a rollout",
             ),
             (
-                self.algorithm == "reinforce" and self.critic_model,
-                f"algorithm=reinforce has no critic that critic_model={self.critic_model!r} could "
-                "start; leave out --critic_model",
+                not self.has_critic() and self.critic_model,
+                f"algorithm={self.algorithm} has no critic that "
+                f"critic_model={self.critic_model!r} could start; leave out --critic_model",
             ),
             (
                 0 < self.dual_clip <= 1,
@@ -265,6 +266,9 @@ class PPOConfig(RunConfig):
 
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()
+
+    def has_critic(self) -> bool:
+        return ALGORITHMS[self.algorithm].critic
 
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate

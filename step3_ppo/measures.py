@@ -65,7 +65,7 @@ def score_std(rollout, _) -> float:
 def _kl(rollout, estimator: str) -> float:
     estimates = algorithm.kl_estimates(rollout.logprobs, rollout.ref_logprobs)
     estimate = estimates[algorithm.KL_ESTIMATORS.index(estimator)]
-    return (estimate * rollout.response_mask).sum(1).mean().item()
+    return (estimate * rollout.action_mask).sum(1).mean().item()
 
 
 @of_rollout(
@@ -85,7 +85,7 @@ def kl(rollout, kl_estimator: str) -> float:
     "near 0: collapsed; raise `--kl_coef`, lower `--learning_rate`",
 )
 def entropy(rollout, _) -> float:
-    return algorithm.masked_mean(rollout.entropies, rollout.response_mask).item()
+    return algorithm.masked_mean(rollout.entropies, rollout.action_mask).item()
 
 
 @of_rollout(
@@ -95,7 +95,7 @@ def entropy(rollout, _) -> float:
     "a third or three times of the first rollout's: the reward model likely pays for length",
 )
 def response_length(rollout, _) -> float:
-    return rollout.response_mask.sum(1).float().mean().item()
+    return rollout.action_mask.sum(1).float().mean().item()
 
 
 @of_rollout(
@@ -168,12 +168,12 @@ def reward(experience, *_) -> float:
 
 @of_experience("advantage_std", "score", "standard deviation over the actions, before whitening")
 def advantage_std(experience, *_) -> float:
-    return experience.advantages[experience.mask].std().item()
+    return experience.advantages[experience.action_mask].std().item()
 
 
 @of_experience("return", "score", "mean over the actions")
 def mean_return(experience, *_) -> float:
-    return algorithm.masked_mean(experience.returns, experience.mask).item()
+    return algorithm.masked_mean(experience.returns, experience.action_mask).item()
 
 
 @of_experience(
@@ -183,15 +183,15 @@ def mean_return(experience, *_) -> float:
     "below 0 for long: raise `--critic_learning_rate`",
 )
 def explained_variance(experience, config, _) -> float | None:
-    if config.algorithm == "reinforce":
-        return None  # no critic
-    values, returns, mask = experience.values, experience.returns, experience.mask
+    if not config.has_critic():
+        return None
+    values, returns, mask = experience.values, experience.returns, experience.action_mask
     return algorithm.explained_variance(values, returns, mask).item()
 
 
 def speeds(rollout, seconds: dict[str, float]) -> dict[str, float]:
     """Response tokens a second of each phase that was timed."""
-    tokens = int(rollout.response_mask.sum())
+    tokens = int(rollout.action_mask.sum())
     return {
         f"tokens_per_second_{phase}": tokens / seconds[f"seconds_{phase}"]
         for phase in PHASES

@@ -131,27 +131,34 @@ def follows_another(mask: torch.Tensor) -> torch.Tensor:
     return mask & F.pad(mask[:, :-1], (1, 0))
 
 
-def response_part(mask: torch.Tensor, response_length: int) -> torch.Tensor:
-    """(B,P+R) mask → what can be predicted in it, without the prompts' P columns."""
+def response_part(mask: torch.Tensor, response_length: int, actions=None) -> torch.Tensor:
+    """(B,P+R) mask → what can be predicted in it, without the prompts' P columns; of the R others
+    all, or where `actions` (B,R) says."""
     wanted = follows_another(mask)
     wanted[:, :-response_length] = False
+    if actions is not None:
+        wanted[:, -response_length:] &= actions
     return wanted
 
 
-def new_logprobs(forward, input_ids, mask, response_length: int, temperature: float):
-    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities with gradient, 0 off the mask."""
-    wanted = response_part(mask, response_length)
+def new_logprobs(forward, input_ids, mask, response_length: int, temperature: float, actions=None):
+    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities with gradient, 0 off the mask and where
+    `actions` (B,R) is False."""
+    wanted = response_part(mask, response_length, actions)
     found, _ = wanted_logprobs(forward, input_ids, mask, wanted, temperature=temperature)
     return packing.spread(found, wanted[:, -response_length:])
 
 
 @torch.no_grad()
-def response_logprobs(forward, input_ids, mask, response_length, *, temperature, micro_batch_size):
+def response_logprobs(
+    forward, input_ids, mask, response_length, *, temperature, micro_batch_size, actions=None
+):
     """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and (B,R) fp32 entropies in nats, both
-    0 off the mask."""
+    0 off the mask and where `actions` (B,R) is False."""
     logprobs, entropies = [], []
-    for ids, m in zip(input_ids.split(micro_batch_size), mask.split(micro_batch_size), strict=True):
-        wanted = response_part(m, response_length)
+    whole = response_part(mask, response_length, actions)
+    parts_of = (x.split(micro_batch_size) for x in (input_ids, mask, whole))
+    for ids, m, wanted in zip(*parts_of, strict=True):
         found = wanted_logprobs(
             forward, ids, m, wanted, temperature=temperature, with_entropies=True
         )

@@ -54,7 +54,7 @@ def roles_of(step: str, config) -> list[Role]:
     if step != "ppo":
         return [Role("model", name, step == "reward", True, stage)]
     found = [Role("actor", name, False, True, stage)]
-    if config.algorithm != "reinforce":
+    if config.has_critic():
         start = config.critic_model or config.reward_model or name
         found.append(Role("critic", start, True, True, config.stage_of_critic()))
     stage = config.stage_of_reference()
