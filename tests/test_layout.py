@@ -20,7 +20,7 @@ FLOORS = (
     ("evaluation",),
 )
 # To be emptied: modules whose imports still point up.
-EXCEPTIONS = {"utils.data.chat_template", "utils.generation.hybrid_engine", "utils.planner.plan"}
+EXCEPTIONS = {"utils.data.chat_template", "utils.generation.hybrid_engine"}
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 STEPS = FLOORS[-2]
 
