@@ -9,7 +9,7 @@ from step3_ppo.rewards import functions as scoring
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import zero
-from utils.distributed.offload import FrozenOffload
+from utils.distributed.host_memory import FrozenOffload
 from utils.generation.hybrid_engine import HybridEngine
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA

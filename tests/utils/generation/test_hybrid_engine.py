@@ -6,7 +6,7 @@ import transformers
 
 from tests.helpers.families import FAMILIES
 from tests.helpers.running import run_ranks
-from utils.distributed.offload import FrozenOffload
+from utils.distributed.host_memory import FrozenOffload
 from utils.generation import hybrid_engine, injected_kernels
 
 WORKER = "tests/helpers/hybrid_engine_checks.py"
