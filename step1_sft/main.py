@@ -19,7 +19,7 @@ from utils.checkpoints import model_folder as checkpoint
 from utils.checkpoints import resuming
 from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import batches, chat_template, demonstrations, fitting
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import host_memory, process_group, shared_files, zero
 from utils.generation import sampling as generation
 from utils.generation.hybrid_engine import HybridEngine

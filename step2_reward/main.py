@@ -21,7 +21,7 @@ from utils.checkpoints import resuming
 from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import batches, chat_template, comparisons
 from utils.data.comparisons import Ranked
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import host_memory, process_group, shared_files, zero
 from utils.kernels import packing
 from utils.kernels.cpu_products import PRODUCTS

@@ -26,7 +26,7 @@ from utils.checkpoints import resuming
 from utils.checkpoints.checkpoints import Checkpoints
 from utils.data import batches, chat_template, toy_tasks
 from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import process_group, shared_files, zero
 from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model

@@ -9,13 +9,11 @@ import yaml
 
 from step3_ppo import algorithm
 from step3_ppo.checks.models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
-from utils.data import chat_template, fitting, preferences, rows, splits
-from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data import chat_template, comparisons, fitting, rows, splits
+from utils.data.loading import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import reward_reader
-from utils.settings.values import columns_of
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 
@@ -176,8 +174,9 @@ def _held_out_accuracy(check) -> dict:
     config, reward = check.config, check.models.reward
     bad = rows.BadRows(config.max_bad_rows)
 
-    kinds = preferences.PREFERENCE_SPLITS["eval"]
-    plain = dataclasses.replace(splits.unweighted(config.pick(DataSettings)), data_schema="auto")
+    plain = dataclasses.replace(
+        config.pick(DataSettings), data_schema="auto", data_weights=[], data_split=""
+    )
     # What step 2 held out, not what this run's settings would: the prompt as it read it decides.
     saved = Path(config.reward_model) / "config.yaml"
     if saved.exists():
@@ -185,17 +184,15 @@ def _held_out_accuracy(check) -> dict:
         same = ("eval_fraction", "seed", "data_split", "data_schema", "columns")
         plain = dataclasses.replace(plain, **{k: then[k] for k in same if k in then})
 
-    def load(names, role):
-        return preferences.load_comparisons(
-            names,
-            split_role=role,
-            schema=plain.data_schema,
-            columns=columns_of(plain.columns),
-            bad=bad,
-        )
-
-    _, held = splits.train_and_held_out(config.preference_data, load, kinds, plain, 2, bad)
-    held = prompt_data.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
+    _, every = splits.train_and_held_out(
+        comparisons.COMPARISONS, config.preference_data, None, plain, 2, bad
+    )
+    held = []
+    for comparison in every[:COMPARISONS_TRIED]:
+        if refusal := reward.reader.refusal(comparison.prompt):
+            bad.add(comparison.where, refusal, list(comparison.responses))
+        else:
+            held.append(comparison)
     bad.finish("preference_data")
     texts = [(c, k) for c in held for k in range(len(c.responses))]
     encoded = [reward.reader.encode(c.prompt, c.responses[k], c.finished[k]) for c, k in texts]

@@ -6,7 +6,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.rewards.model import readers, reads_text
 from utils.data import comparisons, demonstrations, prompts
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 
 
 def load_step(config, tokenizer, say: Callable[[str], None] = lambda text: None) -> tuple:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils import whole_files
 from utils.checkpoints import model_folder as checkpoint
-from utils.data import chat_template, instructions, preferences, rows
+from utils.data import chat_template, comparisons, demonstrations, rows
 from utils.report import quiet_libraries, run
 from utils.settings.values import columns_of
 
@@ -26,14 +26,14 @@ def texts_of(names: Iterable[str], columns: Mapping[str, str] | None = None) -> 
     for name in names:
         bad = rows.BadRows(1.0)
         try:
-            for row in preferences.load_comparisons([name], columns=columns, bad=bad):
+            for row in comparisons.load_comparisons([name], columns=columns, bad=bad):
                 yield from (m["content"] for m in row.prompt)
                 yield from row.responses
             continue
         except rows.DataError:
             pass  # not a preference set
         bad = rows.BadRows(1.0)
-        for row in instructions.load_conversations([name], columns=columns, bad=bad):
+        for row in demonstrations.load_conversations([name], columns=columns, bad=bad):
             yield from (m["content"] for m in row.messages)
 
 

@@ -140,7 +140,7 @@ class Scored:
     def __init__(self, function, seconds=0.1, copies=1):
         self.rollout = rollout_of(drawn_rows(8, VOCABULARY, seed=1))
         prompts = [
-            Prompt([], ({"role": "user", "content": f"{i // copies}"},), {}) for i in range(8)
+            Prompt(({"role": "user", "content": f"{i // copies}"},), "", {}) for i in range(8)
         ]
         self.asked, self.tolerance = prompts, 5e-5
         self.config = config_of(reward_function="own.py:score", reward_function_coef=0.5)

@@ -22,9 +22,9 @@ def test_scores_are_those_of_the_text_in_its_own_template(tiny, other):
     assert differences(policy, tokenizer) == ["vocabulary", "chat template"]
     model = scalar_model.load(RewardConfig(), str(other), dtype="fp32", zero_stage=0).eval()
     prompts = [
-        Prompt([5, 6], ({"role": "user", "content": "What is 3 + 4?"},), {}),
-        Prompt([5, 6, 9], ({"role": "user", "content": "从小到大排列：1 7 6"},), {}),
-        Prompt([5], ({"role": "user", "content": "Spell the word lamp."},), {}),
+        Prompt(({"role": "user", "content": "What is 3 + 4?"},), "", {}, [5, 6]),
+        Prompt(({"role": "user", "content": "从小到大排列：1 7 6"},), "", {}, [5, 6, 9]),
+        Prompt(({"role": "user", "content": "Spell the word lamp."},), "", {}, [5]),
     ]
     answers, finished = ["7", "1 6 7", "l a<|im_end|> m"], torch.tensor([True, False, True])
     texts = [
