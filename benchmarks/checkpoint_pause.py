@@ -60,11 +60,11 @@ def engine_of(arguments, folder: Path):
     return engine, tokenizer, config, device
 
 
-def checkpoints_of(engine, tokenizer, config, device, how: str):
+def checkpoints_of(engine, tokenizer, config, how: str):
     import dataclasses
 
-    from utils.checkpoints import model_folder as checkpoint
-    from utils.checkpoints.checkpoints import Checkpoints
+    from utils.checkpoints.checkpoints import Checkpoints, Saving
+    from utils.checkpoints.model_folder import ModelFolder
 
     class Quiet:
         def say(self, text: str) -> None:
@@ -73,9 +73,8 @@ def checkpoints_of(engine, tokenizer, config, device, how: str):
     config = dataclasses.replace(
         config, save_in_background=how, output_dir=f"{config.output_dir}/{how}"
     )
-    run = Checkpoints(config, Quiet(), None, device)
-    parts = {".": checkpoint.ModelFolder(engine.module, tokenizer, config)}
-    run.follow({"model": engine}, {}, parts, "")
+    run = Checkpoints(config.pick(Saving), {}, None, Quiet())
+    run.follow({"model": engine}, {}, {".": ModelFolder(engine.module, tokenizer, "")}, "")
     return run
 
 
@@ -96,7 +95,7 @@ def measure(arguments, folder: Path) -> list[tuple[float, ...]]:
     """For each round the seconds of a step, that training stood still for a checkpoint without
     the thread and with it, that the steps beside the thread took longer, and its CPU seconds."""
     engine, tokenizer, config, device = engine_of(arguments, folder)
-    runs = {how: checkpoints_of(engine, tokenizer, config, device, how) for how in ("off", "on")}
+    runs = {how: checkpoints_of(engine, tokenizer, config, how) for how in ("off", "on")}
     ids = torch.randint(10, 300, (arguments.rows, arguments.tokens), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
 
@@ -140,10 +139,9 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="on the disk to measure; default: /tmp's")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from utils import report
-    from utils.distributed import process_group
+    from utils.distributed import process_group, program
 
-    report.quiet_libraries()
+    program.quiet_libraries()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(arguments, Path(folder))
         size = sum(p.stat().st_size for p in Path(folder, "out").rglob("*") if p.is_file()) / 4

@@ -142,9 +142,10 @@ def run_trl(config, judge: Judge) -> None:
     from transformers import TrainerCallback
 
     from benchmarks import trl_runner
-    from step3_ppo.rewards.model import readers, reads_text
+    from step3_ppo.models import readers
     from utils.data import prompts as prompt_data
     from utils.data.loading import DataSettings
+    from utils.models.scorer import reads_text
 
     prompts, _ = prompt_data.load(
         config.prompt_data,
@@ -172,7 +173,7 @@ def run_trl(config, judge: Judge) -> None:
 def one_run(side: str, source: Path, output: Path, seed: int, max_steps: int) -> None:
     from step3_ppo.config import PPOConfig
     from utils.data import chat_template
-    from utils.report import quiet_libraries
+    from utils.distributed.program import quiet_libraries
     from utils.settings import fields as run_config
 
     quiet_libraries()

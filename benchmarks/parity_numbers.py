@@ -21,7 +21,7 @@ from step3_ppo.state import State
 from utils.data import chat_template, toy_tasks
 from utils.distributed import process_group
 from utils.generation import sampling as generation
-from utils.models import from_scratch, language_model, scalar_model
+from utils.models import from_scratch, language_model, scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 # fp32 in another order of summing differs in the seventh digit. Relative to the spread.
@@ -209,7 +209,7 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         ref_logprobs=ref_logprobs * mask,
         entropies=entropies * mask,
         values=values * mask,
-        scores=scalar_model.sequence_scores(ours.reward.model, ids, real),
+        scores=scorer.sequence_scores(ours.reward.model, ids, real),
         function_scores=none,
         judge_scores=none,
         finished=(responses == ours.tokenizer.eos_token_id).any(1),

@@ -57,7 +57,8 @@ def main() -> int:
         go_on_inside(trl_environment.make_environment())
 
     from benchmarks import parity_numbers
-    from utils.report import quiet_libraries, table
+    from utils.distributed.program import quiet_libraries
+    from utils.report import table
 
     quiet_libraries()
     output = Path(arguments.output_dir).resolve()

@@ -18,8 +18,8 @@ from trl.experimental.ppo import ppo_trainer
 
 from benchmarks import trl_runner
 from step3_ppo.config import PPOConfig
-from utils import report as reporting
 from utils.data import chat_template
+from utils.distributed import program
 from utils.settings import fields as run_config
 
 
@@ -39,7 +39,7 @@ class TakeTurns(TrainerCallback):
 def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
     """PPOTrainer with the settings of trl_runner.trl_settings: one optimizer step a minibatch."""
     config = run_config.build(PPOConfig, argv, world_size=1)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     clock = {"generated": 0.0, "began": 0.0, "scored": 0.0}
 
@@ -101,7 +101,7 @@ def trainer_settings(output_dir: str, rows: int, micro: int, learning_rate: floa
 
 def sft(turns, folder: str, rows: str, dtype: str, **settings) -> None:
     """SFTTrainer. rows: a file of [prompt, answer] token ids; loss on the answers."""
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     rows = json.loads(Path(rows).read_text(encoding="utf-8"))
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
@@ -121,7 +121,7 @@ def sft(turns, folder: str, rows: str, dtype: str, **settings) -> None:
 
 def reward(turns, folder: str, rows: str, dtype: str, **settings) -> None:
     """RewardTrainer. rows: a file of [prompt, preferred answer, other answer] token ids."""
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     rows = json.loads(Path(rows).read_text(encoding="utf-8"))
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=torch.float32

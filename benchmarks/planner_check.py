@@ -195,7 +195,7 @@ def measure(case: str, folder: Path) -> None:
     import torch
 
     from utils.distributed import process_group
-    from utils.report import quiet_libraries
+    from utils.distributed.program import quiet_libraries
 
     quiet_libraries()
     device = process_group.init()
@@ -287,7 +287,7 @@ def main() -> None:
     if asked.measure:
         measure(asked.measure, Path(asked.folder))
         return
-    from utils.report import quiet_libraries
+    from utils.distributed.program import quiet_libraries
 
     quiet_libraries()
     results = []

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from step3_ppo.config import PPOConfig  # noqa: E402
+from utils.distributed.program import quiet_libraries  # noqa: E402
 from utils.planner import plan as planner
 from utils.planner import time as plan_time  # noqa: E402
-from utils.report import quiet_libraries  # noqa: E402
 
 SHAPES = ("7b", "13b", "34b", "70b")
 SETTINGS = [  # the least traffic first

@@ -11,6 +11,7 @@ import torch
 
 from utils import report as reporting
 from utils.data import prompts as prompt_data
+from utils.data import tables
 
 
 def step(turns, module: str, argv: list[str]) -> None:
@@ -39,12 +40,12 @@ def rollout(turns, argv: list[str]) -> None:
     from step3_ppo import rollout as rollouts
     from step3_ppo.config import PPOConfig
     from step3_ppo.models import build
-    from utils.data import chat_template, rows, tables
-    from utils.distributed import process_group, zero
+    from utils.data import chat_template, rows
+    from utils.distributed import process_group, program, zero
     from utils.settings import fields as run_config
 
     config = run_config.build(PPOConfig, argv, world_size=1)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     device = process_group.init()
     torch.manual_seed(config.seed)
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
@@ -78,9 +79,9 @@ def generate(
     the one with which it compiles its decode step on a GPU by itself."""
     from transformers import AutoModelForCausalLM
 
-    from utils.distributed import zero
+    from utils.distributed import program, zero
 
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=zero.DTYPES[dtype]).to(device).eval()
     ids = torch.tensor(prompts, device=device)

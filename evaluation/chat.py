@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from evaluation import checkpoints
-from utils import report as reporting
 from utils import terminal
 from utils.data import rows
+from utils.distributed import program
 from utils.settings import fields as run_config
 from utils.settings.fields import setting
 
@@ -112,7 +112,7 @@ def talk(config: ChatConfig, model, tokenizer) -> None:
 
 def main() -> None:
     config = run_config.parse(ChatConfig, __doc__)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end the talk
     try:
         model, tokenizer = checkpoints.load_checkpoint(

@@ -22,6 +22,7 @@ from utils.data import batches, chat_template, files, rows, sources
 from utils.data import prompts as prompt_data
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.data.turns import text_of
+from utils.distributed import program
 from utils.generation import sampling as generation
 from utils.settings import fields as run_config
 from utils.settings.fields import setting
@@ -365,7 +366,7 @@ def write(config, questions, results, summary: str) -> None:
 
 def main() -> None:
     config = run_config.parse(PromptEvalConfig, __doc__)
-    reporting.quiet_libraries()
+    program.quiet_libraries()
     try:
         questions = load_questions(config)
         refuse_unrendered(config, questions)
@@ -392,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    program.run(main)

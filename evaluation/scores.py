@@ -4,8 +4,8 @@ import torch
 
 from utils import report as reporting
 from utils.distributed import zero
-from utils.models import reward_reader, scalar_model
-from utils.models.reward_reader import Reader
+from utils.models import scalar_model, scorer
+from utils.models.scorer import Reader
 
 
 def score_all(config, answers) -> list[str]:
@@ -17,16 +17,15 @@ def score_all(config, answers) -> list[str]:
     model = scalar_model.load(
         config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
     )
-    refused, chosen, encoded = [], [], []
+    refused, chosen, groups = [], [], []
     for a in answers:
         if why := reader.refusal(a.conversation[:-1]):
             refused.append(f"{a.checkpoint}, turn {a.turn}, {a.answer[:60]!r}: no score, {why}")
             continue
         chosen.append(a)
-        encoded.append(reader.encode(a.conversation[:-1], a.answer, a.finished))
-    model.to(device).eval()
-    scores = reward_reader.scores_of(model, encoded, config.batch_size, device)
-    for answer, score in zip(chosen, scores, strict=True):
+        groups.append([reader.encode(a.conversation[:-1], a.answer, a.finished)])
+    scores = scorer.score_groups(model.to(device), groups, device, config.batch_size)
+    for answer, (score,) in zip(chosen, scores, strict=True):
         answer.score = score
     return refused
 

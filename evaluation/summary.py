@@ -212,7 +212,7 @@ def plot(output: Path) -> None:
 
 
 def main() -> None:
-    from utils.report import quiet_libraries
+    from utils.distributed.program import quiet_libraries
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", required=True)
@@ -231,6 +231,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from utils.report import run
+    from utils.distributed.program import run
 
     run(main)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
 
-from utils import report as reporting
 from utils import whole_files
 from utils.checkpoints import resuming
 from utils.data import (
@@ -31,12 +30,12 @@ from utils.data import (
 )
 from utils.data import prompts as prompt_data
 from utils.data.loading import DataSettings
-from utils.distributed import process_group, shared_files, zero
+from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
-from utils.models import language_model, reward_reader, scalar_model
-from utils.models.reward_reader import Reader
-from utils.seeding import seed_everything
+from utils.models import language_model, scalar_model, scorer
+from utils.models.scorer import Reader
+from utils.run import join, output_of
 from utils.settings import fields as run_config
 from utils.settings.fields import RunConfig, setting
 from utils.settings.values import columns_of
@@ -209,14 +208,12 @@ def label_with_verifier(config, prompts, answers) -> list[list[float]]:
 
 def label_with_reward_model(config, reader, model, prompts, answers, device) -> list[list[float]]:
     """Scores as PPO would give them; `model` is the one that `reader` (Reader) is of."""
-    asked = [(p.messages, *a) for p, group in zip(prompts, answers, strict=True) for a in group]
-    rank, world = process_group.rank(), process_group.world_size()
-    mine = [reader.encode(*one) for one in asked[rank::world]]
-    model.to(device).eval()
-    scores = reward_reader.scores_of(model, mine, config.micro_batch_size, device)
-    parts = process_group.gather_objects(scores)
-    rest = iter([parts[i % world][i // world] for i in range(len(asked))])
-    return [[next(rest) for _ in group] for group in answers]
+    groups = [
+        [reader.encode(prompt.messages, *answer) for answer in group]
+        for prompt, group in zip(prompts, answers, strict=True)
+    ]
+    prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)
+    return scorer.score_groups(model.to(device), groups, device, prompts_at_once)
 
 
 def keep_samples(config, prompts, answers) -> Path:
@@ -317,12 +314,9 @@ def load_prompts(config, tokenizer, reader: Reader | None):
 
 def main() -> None:
     config = run_config.parse(CollectConfig, __doc__)
-    resuming.check_file(config, Path(config.output_file), settings_of(config))
-    reporting.quiet_libraries()
-    device = process_group.init(config.timeout_minutes)
-    shared_files.check(config)
-    resuming.settle_date(config)
-    seed_everything(config.seed, config.deterministic)
+    output_of(config).check_file(Path(config.output_file), settings_of(config))
+    device = join(config)
+    config.date = resuming.date_of(config.date)
     dtype = zero.resolve_dtype(config.dtype, device)
     started = time.time()
     if config.labeller == "file":
@@ -341,15 +335,15 @@ def main() -> None:
     if process_group.is_main():
         print(counts.line("prompts"), flush=True)
     # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.
-    scorer = reader and scalar_model.load(
+    reward_model = reader and scalar_model.load(
         config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
     )
     model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
     answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
     tokens = math.fsum(len(a.text) for group in answers for a in group)
     sampled = keep_samples(config, prompts, answers) if process_group.is_main() else None
-    if scorer is not None:
-        labels = label_with_reward_model(config, reader, scorer, prompts, answers, device)
+    if reward_model is not None:
+        labels = label_with_reward_model(config, reader, reward_model, prompts, answers, device)
     elif config.labeller == "verifier":
         labels = label_with_verifier(config, prompts, answers)
     else:
@@ -366,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    program.run(main)

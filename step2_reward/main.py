@@ -3,7 +3,6 @@
 deepspeed step2_reward/main.py --model_name_or_path SFT --preference_data DATA --output_dir FOLDER
 """
 
-import functools
 import re
 import sys
 import time
@@ -15,32 +14,37 @@ import torch
 
 from step2_reward import loss as losses
 from step2_reward.config import RewardConfig
-from utils import report as reporting
-from utils.checkpoints import model_folder as checkpoint
-from utils.checkpoints import resuming
-from utils.checkpoints.checkpoints import Checkpoints
-from utils.data import batches, chat_template, comparisons
+from utils import metrics
+from utils.checkpoints.model_folder import ModelFolder
+from utils.data import batches, comparisons
 from utils.data.comparisons import Ranked
 from utils.data.loading import DataSettings
-from utils.distributed import host_memory, process_group, shared_files, zero
-from utils.kernels import packing
-from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, scalar_model
-from utils.planner import plan as planner
-from utils.seeding import seed_everything
-from utils.settings import fields as run_config
+from utils.distributed import program, zero
+from utils.metrics import Metric
+from utils.models import scalar_model, scorer
+from utils.run import Run
+from utils.settings import fields as settings
+
+SHOWN = ("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds")
+
+metrics.register(
+    "step 2",
+    Metric("loss", "nats a comparison", "ranking loss, mean over the pairs of each comparison"),
+    Metric(
+        "eval/accuracy",
+        "share",
+        "held-out pairs whose better answer scores higher",
+        "not above `eval/accuracy_longer_answer`: it has learned length",
+    ),
+    Metric("eval/accuracy_low", "share", "lower end of its 95 % interval, by prompt"),
+    Metric("eval/accuracy_high", "share", "upper end"),
+    Metric("eval/accuracy_longer_answer", "share", "accuracy of always choosing the longer answer"),
+    Metric("eval/margin", "score", "mean difference of the two scores of a pair"),
+    Metric("eval/pairs", "", "how many pairs were held out"),
+)
 
 
-def scores_of(engine, ranked: list[Ranked], pad_id: int, device) -> torch.Tensor:
-    """(N,) scores of all answers of `ranked`, laid end to end. A prompt goes forward once."""
-    answers = [ids for r in ranked for ids in r.answers]
-    ids = host_memory.send(batches.pad(answers, pad_id), device)
-    mask = batches.pad([[True] * len(a) for a in answers], False)
-    shared = packing.shared_beginnings([r.answers for r in ranked])
-    return scalar_model.sequence_scores(engine, ids, mask, shared)
-
-
-def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> torch.Tensor:
+def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
     """Summed loss of the prompts in `ranked` (each weighs 1)."""
     winners, losers, weights = losses.ranked_pairs([r.labels for r in ranked])
     margins = None
@@ -48,7 +52,7 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
         labels = torch.tensor([label for r in ranked for label in r.labels], device=device)
         margins = config.score_margin * (labels[winners] - labels[losers])
     return losses.ranking_loss(
-        scores_of(engine, ranked, pad_id, device),
+        scorer.group_scores(engine, [r.answers for r in ranked], device),
         winners,
         losers,
         weights,
@@ -58,28 +62,12 @@ def batch_loss(engine, ranked: list[Ranked], config, pad_id: int, device) -> tor
     )
 
 
-@torch.no_grad()
-def score_all(engine, ranked: list[Ranked], config, pad_id: int, device) -> list[list[float]]:
-    """Scores of every answer, on every rank, in the order of `ranked`."""
-    engine.module.eval()
-    found = {}
-    budget = config.micro_batch_size, config.micro_batch_tokens
-    for chosen in comparisons.deal(range(len(ranked)), ranked, *budget):
-        # A rank whose rows have run out goes forward with the others: ZeRO-3 gathers in each pass.
-        rows = [ranked[i] for i in chosen or [0]]
-        flat = iter(scores_of(engine, rows, pad_id, device).tolist())
-        found |= {i: [next(flat) for _ in ranked[i].answers] for i in chosen}
-    engine.module.train()
-    everything = {i: s for part in process_group.gather_objects(found) for i, s in part.items()}
-    return [everything[i] for i in range(len(ranked))]
-
-
-def evaluate(engine, ranked, config, pad_id, device) -> dict[str, float]:
+def evaluate(ranked: list[Ranked], score) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
     from utils.intervals import pair_accuracy
 
-    scores = score_all(engine, ranked, config, pad_id, device)
+    scores = score([r.answers for r in ranked])
     winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
     flat = [s for group in scores for s in group]
     sizes = [float(c) for r in ranked for c in r.characters]
@@ -113,130 +101,81 @@ def freeze(model, patterns: list[str]) -> str:
     return f"{len(free)} of {sum(1 for _ in model.parameters())} weights are trained"
 
 
-def build(config, device, report):
-    """(tokenizer, training, held-out and demonstration Ranked, engine, steps)."""
-    dtype = zero.resolve_dtype(config.dtype, device)
-    name = config.model_name_or_path
-    language_model.check_positions(
-        name, config.max_length, "--max_length", config.trust_remote_code
-    )
-    tokenizer = chat_template.load_tokenizer(name, config.trust_remote_code, config.date)
+def main() -> None:
+    config = settings.parse(RewardConfig, __doc__)
+    run = Run(config)
+    device = run.device
+
+    # Data, model, engine.
+    tokenizer = run.load_tokenizer(config.max_length, "--max_length")
     train, held, demonstrations = comparisons.load(
         config.preference_data,
         config.sft_data,
         tokenizer,
         config.pick(DataSettings),
         config.max_length,
-        report.say,
+        run.say,
     )
-    steps = config.max_steps or batches.steps_of(
-        config.epochs, config.global_batch_size, len(train)
-    )
-    report.say(
-        f"step 2, reward model: {steps} steps, {dtype}, ZeRO-{config.zero_stage}, "
-        + reporting.batch_arithmetic(config, process_group.world_size())
-    )
-    planner.first_lines("reward", config, device, report.say)
+    rows = config.global_batch_size
+    steps = config.max_steps or batches.steps_of(config.epochs, rows, len(train))
+    run.announce(f"step 2, reward model: {steps} steps", "reward", steps)
+    loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = scalar_model.load(
-        config,
-        name,
-        dtype=dtype,
-        zero_stage=config.zero_stage,
-        tokenizer=tokenizer,
-        head="normal",
+        config, config.model_name_or_path, tokenizer=tokenizer, head="normal", **loading
     )
-    report.say(freeze(model, config.trainable_modules))
+    run.say(freeze(model, config.trainable_modules))
     engine = zero.TrainEngine(
-        model,
-        config,
-        dtype=dtype,
-        zero_stage=config.zero_stage,
-        learning_rate=config.learning_rate,
-        total_steps=steps,
+        model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
     )
-    return tokenizer, train, held, demonstrations, engine, steps
+    budget = config.micro_batch_size, config.micro_batch_tokens
 
+    def score(groups: list) -> list[list[float]]:
+        return scorer.score_groups(engine, groups, device, *budget)
 
-def main() -> None:
-    config = run_config.parse(RewardConfig, __doc__)
-    resuming.check_output(config)
-    reporting.quiet_libraries()
-    device = process_group.init(config.timeout_minutes)
-    shared_files.check(config)
-    seed_everything(config.seed, config.deterministic)
-    found = resuming.find(config)
-    resuming.settle_date(config, found)
+    def measure() -> dict[str, float]:
+        return evaluate(held, score)
 
-    # Build: data, model, engine.
-    report = reporting.Report(
-        config.output_dir, config.log_every, config.tensorboard, found and found.step
-    )
-    run = Checkpoints(config, report, found, device)
-    tokenizer, train, held, demonstrations, engine, steps = build(config, device, report)
-    pad_id = tokenizer.pad_token_id
-    report.expect(steps)
-    run_config.save(config, config.output_dir, process_group.world_size(), process_group.is_main())
-
-    parts = {".": checkpoint.ModelFolder(engine.module.classifier, tokenizer, config)}
-    save = functools.partial(checkpoint.save, config.output_dir, parts)
-
-    before = run.once("before", lambda: evaluate(engine, held, config, pad_id, device))
-    report.say(
+    folder = ModelFolder(engine.module.classifier, tokenizer, run.settings)
+    done = run.restore({".": folder}, {"model": engine}, train.fingerprint())
+    before = run.once("before", measure)
+    run.say(
         f"held-out accuracy before: {before['eval/accuracy']:.3f}, always the longer "
         f"answer: {before['eval/accuracy_longer_answer']:.3f}"
     )
 
-    # Loop.
-    bad_steps = reporting.BadSteps(config.max_bad_steps, report.say, save)
-    carried = {"bad_steps": bad_steps, "products": PRODUCTS}
-    done = run.follow({"model": engine}, carried, parts, train.fingerprint())
     with run:
         for step in range(done, steps):
             tick = time.time()
-            chosen = batches.rows_of_step(step, config.global_batch_size, len(train), config.seed)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            budget = config.micro_batch_size, config.micro_batch_tokens
+            chosen = batches.rows_of_step(step, rows, len(train), config.seed)
+            sums = metrics.Sums(device)
             for micro in comparisons.deal(chosen, train, *budget):
-                loss = batch_loss(engine, [train[i] for i in micro], config, pad_id, device)
+                loss = batch_loss(engine, [train[i] for i in micro], config, device)
                 engine.backward(loss, normaliser=len(chosen))
-                loss_sum += loss.detach()
-            metrics = engine.step()
-            bad_steps.note(metrics["skipped"])
-            (loss_sum,) = process_group.sum_over_ranks([loss_sum.item()], device)
-            metrics["loss"] = loss_sum / len(chosen)
-            metrics["seconds"] = time.time() - tick
+                sums.add({"loss": loss})
+            measured = engine.step()
+            run.bad_steps.note(measured["skipped"])
+            measured |= sums.over(len(chosen))
+            measured["seconds"] = time.time() - tick
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                metrics |= evaluate(engine, held, config, pad_id, device)
-            report.log(
-                step + 1,
-                metrics,
-                show=("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds"),
-            )
-            run.after_step(step + 1, metrics)
+                measured |= measure()
+            run.after_step(step + 1, measured, SHOWN)
 
-    # Evaluate, set the bias so that demonstrations score 0 on average, save.
-    after = evaluate(engine, held, config, pad_id, device)
-    shown = score_all(engine, demonstrations, config, pad_id, device)
+    # The bias is set so that demonstrations score 0 on average.
+    after = measure()
+    shown = score([r.answers for r in demonstrations])
     bias = engine.module.bias + sum(s for group in shown for s in group) / len(shown)
     engine.module.set_bias(bias)
-    save()
+    run.save()
     result = {k.removeprefix("eval/"): v for k, v in after.items()}
-    result |= {
-        "accuracy_before": before["eval/accuracy"],
-        "bias": bias,
-        "steps": steps,
-        "seconds": run.seconds(),
-    }
-    reporting.save_result(config.output_dir, result)
-    report.say(
+    result |= {"accuracy_before": before["eval/accuracy"], "bias": bias, "steps": steps}
+    run.finish(
+        result,
         f"held-out accuracy {result['accuracy']:.3f} (95 % by prompt: {result['accuracy_low']:.3f} "
         f"to {result['accuracy_high']:.3f}, {result['pairs']} pairs), always the longer answer "
         f"{result['accuracy_longer_answer']:.3f}, mean margin {result['margin']:.3f}, bias "
-        f"{bias:.3f}; saved {config.output_dir}"
+        f"{bias:.3f}; saved {config.output_dir}",
     )
-    report.close()
-    process_group.shut_down()
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    program.run(main)

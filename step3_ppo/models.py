@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from step3_ppo import ptx
 from step3_ppo.old_logprobs import OldLogprobs
 from step3_ppo.rewards import functions as scoring
-from step3_ppo.rewards.model import RewardModel, differences, readers, reads_text
-from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import zero
 from utils.distributed.offload import FrozenOffload
 from utils.generation.hybrid_engine import HybridEngine
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
+from utils.models.scorer import Reader, Scorer, differences, reads_text
 
 
 @dataclass
@@ -27,16 +27,38 @@ class Models:
     old_logprobs: OldLogprobs
     critic: zero.TrainEngine | None
     reference: object
-    reward: RewardModel | None
+    reward: Scorer | None
     reward_function: Callable | None
-    judge: RewardModel | None
+    judge: Scorer | None
     ema: EMA | None
     ptx: ptx.Examples | None
     frozen_offload: FrozenOffload | None
 
+    def trained(self) -> dict[str, zero.TrainEngine]:
+        """The engines whose weights PPO changes, by name."""
+        engines = {"actor": self.actor, "critic": self.critic}
+        return {name: engine for name, engine in engines.items() if engine is not None}
+
+    def frozen(self) -> dict[str, object]:
+        """The modules whose weights must stay as they are, by name."""
+        scorers = {"reward model": self.reward, "judge": self.judge}
+        models = {"reference": self.reference}
+        models |= {name: one.model for name, one in scorers.items() if one is not None}
+        return {name: getattr(model, "module", model) for name, model in models.items()}
+
     @property
     def hybrid(self) -> HybridEngine:
         return self.rollout_engine.hybrid
+
+
+def readers(config) -> dict[str, Reader]:
+    """How each reward model of the run reads a conversation, by the flag that names it."""
+    read_at = {"reward_model": config.reward_read_at, "judge_model": "auto"}
+    return {
+        flag: Reader.load(getattr(config, flag), config.trust_remote_code, where, config.date)
+        for flag, where in read_at.items()
+        if getattr(config, flag)
+    }
 
 
 def build(config, tokenizer, dtype: str, device) -> Models:
@@ -84,7 +106,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         **frozen,
     )
 
-    def reward_model(flag: str) -> RewardModel | None:
+    def reward_model(flag: str) -> Scorer | None:
         path = getattr(config, flag)
         if not path:
             return None
@@ -92,7 +114,8 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         model = scalar_model.load(
             config, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
         )
-        return RewardModel(zero.frozen(model, **frozen), reader, reads_text(reader, tokenizer))
+        model = zero.frozen(model, **frozen)
+        return Scorer(model, reader, reads_text(reader, tokenizer), device)
 
     reward, judge = reward_model("reward_model"), reward_model("judge_model")
     frozen_offload = None
@@ -128,16 +151,15 @@ def _train(model, config, dtype, zero_stage, learning_rate, **more) -> zero.Trai
     )
 
 
-def parts(models: Models, config, state) -> dict:
-    """What checkpoint.save writes: actor/, critic/, actor_ema/ and state.json."""
+def outputs(models: Models, settings: str) -> dict[str, ModelFolder]:
+    """The folders that are written at the end. settings: their config.yaml."""
     actor, tokenizer = models.actor.module, models.tokenizer
-    found = {"actor": checkpoint.ModelFolder(actor, tokenizer, config)}
+    folders = {"actor": ModelFolder(actor, tokenizer, settings)}
     if models.critic is not None:
-        critic = models.critic.module.classifier
-        found["critic"] = checkpoint.ModelFolder(critic, tokenizer, config)
+        folders["critic"] = ModelFolder(models.critic.module.classifier, tokenizer, settings)
     if models.ema is not None:
-        found["actor_ema"] = checkpoint.ModelFolder(actor, tokenizer, config, models.ema)
-    return found | {".": state}
+        folders["actor_ema"] = ModelFolder(actor, tokenizer, settings, models.ema)
+    return folders
 
 
 def check_same_language(tokenizer, config) -> None:

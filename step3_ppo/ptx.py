@@ -8,11 +8,10 @@ The actor's loss is PPO's plus `ptx_coef` × the mean negative log-likelihood a 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from utils import metrics
 from utils.data import batches, chat_template, fitting, texts
 from utils.data.loading import DataSettings
-from utils.distributed import host_memory, process_group
+from utils.distributed import host_memory
 from utils.models import language_model
 
 
@@ -40,8 +39,8 @@ def load(config, tokenizer) -> Examples:
     return examples
 
 
-def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> float:
-    """Backward passes of one optimizer step's rows; returns the mean loss, nats a token."""
+def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> dict:
+    """Backward passes of one optimizer step's rows; returns `ptx_loss`, nats a token."""
     chosen = batches.rows_of_step(
         examples.steps, config.global_batch_size, len(examples.rows), config.seed
     )
@@ -49,7 +48,7 @@ def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> floa
     taken = {i: examples.rows[i] for i in chosen}
     tokens = sum(sum(taken[i].supervised[1:]) for i in chosen)
     lengths = {i: len(row.ids) for i, row in taken.items()}
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    sums = metrics.Sums(device)
     budget = config.micro_batch_size, config.micro_batch_tokens
     for micro in batches.share(chosen, lengths, *budget):
         ids, mask, supervised = batches.supervised_batch([taken[i] for i in micro], pad_id)
@@ -57,5 +56,5 @@ def add_gradient(actor, examples: Examples, config, pad_id: int, device) -> floa
         logprobs, _ = language_model.wanted_logprobs(actor, ids, mask, supervised)
         nll = -logprobs.sum()
         actor.backward(config.ptx_coef * nll, normaliser=tokens)
-        total += nll.detach()
-    return process_group.sum_over_ranks([total.item()], device)[0] / tokens
+        sums.add({"ptx_loss": nll})
+    return sums.over(tokens)

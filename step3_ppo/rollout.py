@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from step3_ppo import algorithm
+from step3_ppo import algorithm, measures
 from step3_ppo.rewards import functions as scoring
 from utils.data import batches
 from utils.data.prompts import Prompt
@@ -162,8 +162,7 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
         (values,) = score(response_values, models.critic)
     finished = (responses == stop_id).any(1)
     texts = texts_of(models.tokenizer, responses, response_mask)
-    ids = host_memory.send(input_ids, device)
-    asked = ([prompts[i] for i in mine], texts, finished, ids, mask, *limits)
+    asked = ([prompts[i] for i in mine], texts, finished, input_ids, mask, *limits)
     part = Rollout(
         prompt_ids,
         prompt_mask,
@@ -271,6 +270,7 @@ class Experience:
     advantages: torch.Tensor
     returns: torch.Tensor
     scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
+    rewards: torch.Tensor | None = None  # (B,A), of the whole rollout only too
 
 
 def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
@@ -288,51 +288,9 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
     # Without a critic values are 0, and with λ = 1 the advantage is the return itself.
     lam = 1.0 if config.algorithm == "reinforce" else config.lam
     advantages, returns = algorithm.gae(rewards, values, mask, config.gamma, lam)
-    metrics = measure(rollout, config.kl_estimator) | clipped
-    metrics |= {
-        "kl_coef": state.kl_coef,
-        "reward": rewards.sum(1).mean().item(),
-        "advantage_std": advantages[mask].std().item(),
-        "return": algorithm.masked_mean(returns, mask).item(),
-    }
-    if config.algorithm != "reinforce":
-        metrics["explained_variance"] = algorithm.explained_variance(values, returns, mask).item()
+    experience = Experience(rollout, mask, logprobs, values, advantages, returns, scores, rewards)
+    metrics = measures.measure_rollout(rollout, config.kl_estimator) | clipped
+    metrics |= measures.measure_experience(experience, config, state)
     if config.whiten_advantages:
-        advantages = algorithm.whiten(advantages, mask)
-    return Experience(rollout, mask, logprobs, values, advantages, returns, scores), metrics
-
-
-def measure(rollout: Rollout, kl_estimator: str) -> dict[str, float]:
-    """What can be said of a rollout without training. KLs are per response, in nats; `kl` is the
-    estimate that the reward is charged for."""
-    mask = rollout.response_mask
-    estimates = algorithm.kl_estimates(rollout.logprobs, rollout.ref_logprobs)
-    kls = {
-        name: (estimate * mask).sum(1).mean().item()
-        for name, estimate in zip(algorithm.KL_ESTIMATORS, estimates, strict=True)
-    }
-    metrics = {
-        "score": rollout.scores.mean().item(),
-        "score_std": rollout.scores.std(correction=0).item(),
-        "kl": kls[kl_estimator],
-        "entropy": algorithm.masked_mean(rollout.entropies, mask).item(),
-        "response_length": mask.sum(1).float().mean().item(),
-        "eos_share": rollout.finished.float().mean().item(),
-    }
-    if rollout.function_scores.any():
-        metrics["score_function"] = rollout.function_scores.mean().item()
-        metrics["score_model"] = metrics["score"] - metrics["score_function"]
-    if rollout.judge_scores.any():
-        metrics["judge"] = rollout.judge_scores.mean().item()
-        metrics["judge_std"] = rollout.judge_scores.std(correction=0).item()
-    return metrics | {f"kl_{name}": value for name, value in kls.items()}
-
-
-def speeds(rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:
-    """Response tokens a second of each phase that was timed."""
-    tokens = int(rollout.response_mask.sum())
-    return {
-        f"tokens_per_second_{phase}": tokens / seconds[f"seconds_{phase}"]
-        for phase in ("generate", "score", "train")
-        if f"seconds_{phase}" in seconds
-    }
+        experience.advantages = algorithm.whiten(advantages, mask)
+    return experience, metrics

@@ -90,7 +90,7 @@ class State:
         for name, value in saved.items():
             setattr(self, name, value)
 
-    def gather(self, copy) -> Callable[[Path], None]:
+    def snapshot(self, copy) -> Callable[[Path], None]:
         """What writes the state as it is now: see utils/checkpoints/model_folder.py."""
         text = json.dumps(self.state_dict(), indent=2)
         return lambda folder: whole_files.write_text(Path(folder, "state.json"), text + "\n")

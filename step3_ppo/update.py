@@ -6,8 +6,9 @@ import torch
 
 from step3_ppo import algorithm, ptx
 from step3_ppo.rollout import Experience
+from utils import metrics
 from utils.data import batches
-from utils.distributed import host_memory, process_group
+from utils.distributed import host_memory
 from utils.models import language_model
 
 
@@ -26,27 +27,18 @@ def train_on(
                 seed=config.seed + 1 + step * config.ppo_epochs + epoch,
             )
             first = None if updates else follow
-            metrics = step_actor(models, experience, rows, config, device, first)
+            measured = step_actor(models, experience, rows, config, device, first)
             if models.ema is not None:
                 models.ema.update()
             if models.critic is not None:
-                metrics |= step_critic(models.critic, experience, rows, config, device)
-            watch.after_update(metrics, experience, rows, step)
-            updates.append(metrics)
-    return mean_of(updates) | {
+                measured |= step_critic(models.critic, experience, rows, config, device)
+            watch.after_update(measured, experience, rows, step)
+            updates.append(measured)
+    return metrics.mean_over(updates) | {
         f"first_{name}": updates[0][name]
         for name in ("ratio", "approx_kl", "value_gap")
         if name in updates[0]
     }
-
-
-def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means of each metric over the updates where it is finite; NaN where it never is."""
-    means = {}
-    for name in updates[0]:
-        found = [u[name] for u in updates if math.isfinite(u[name])]
-        means[name] = sum(found) / len(found) if found else float("nan")
-    return means
 
 
 def micro_batches(experience: Experience, rows: list[int], config, device):
@@ -80,7 +72,7 @@ def step_actor(
     """Policy update on global rows `rows`; returns metrics as means over their actions."""
     actor = models.actor
     actions = int(experience.mask[rows].sum())  # of all ranks: tokens, or whole answers
-    totals: dict[str, torch.Tensor] = {}
+    sums = metrics.Sums(device)
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_logprobs = language_model.new_logprobs(actor, ids, mask, length, config.temperature)
         told = new_logprobs
@@ -96,12 +88,12 @@ def step_actor(
         if follow is not None:
             follow(ids, mask, length, told, loss)
         actor.backward(loss, normaliser=actions)
-        _add(totals, stats)
+        sums.add(stats)
     extra = {}
     if models.ptx is not None:
         pad_id = models.tokenizer.pad_token_id
-        extra["ptx_loss"] = ptx.add_gradient(actor, models.ptx, config, pad_id, device)
-    return _finish(actor, totals, actions, device, "actor") | extra
+        extra = ptx.add_gradient(actor, models.ptx, config, pad_id, device)
+    return _finish(actor, sums, actions, "actor") | extra
 
 
 def step_critic(engine, experience: Experience, rows: list[int], config, device) -> dict:
@@ -109,7 +101,7 @@ def step_critic(engine, experience: Experience, rows: list[int], config, device)
     actions = int(experience.mask[rows].sum())  # of all ranks
     clipped = config.algorithm == "ppo" and config.clip_value > 0
     clip_value = config.clip_value if clipped else math.inf
-    totals: dict[str, torch.Tensor] = {}
+    sums = metrics.Sums(device)
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
         new_values = engine(ids, mask)[:, -length - 1 : -1][:, : part.mask.shape[1]]
         loss, stats = algorithm.value_loss(
@@ -117,17 +109,9 @@ def step_critic(engine, experience: Experience, rows: list[int], config, device)
         )
         stats["value_gap"] = ((new_values - part.values).abs() * part.mask).sum().detach()
         engine.backward(loss, normaliser=actions)
-        _add(totals, stats)
-    return _finish(engine, totals, actions, device, "critic")
+        sums.add(stats)
+    return _finish(engine, sums, actions, "critic")
 
 
-def _finish(engine, totals: dict, actions: int, device, who: str) -> dict[str, float]:
-    sums = process_group.sum_over_ranks(torch.stack(list(totals.values())).tolist(), device)
-    metrics = {name: total / actions for name, total in zip(totals, sums, strict=True)}
-    return metrics | {f"{who}_{name}": value for name, value in engine.step().items()}
-
-
-def _add(totals: dict[str, torch.Tensor], stats: dict[str, torch.Tensor]) -> None:
-    """Sums over micro-batches, in fp64 on the device: to read one would be to wait for it."""
-    for name, value in stats.items():
-        totals[name] = totals.get(name, 0.0) + value.double()
+def _finish(engine, sums: metrics.Sums, actions: int, who: str) -> dict[str, float]:
+    return sums.over(actions) | {f"{who}_{name}": value for name, value in engine.step().items()}

@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from utils import whole_files
-from utils.data.rows import DataError
-from utils.distributed import peers, preemption, process_group
-from utils.distributed.process_group import StopRun
+from utils.distributed import process_group
+from utils.metrics import check as check_metrics
 
 
 class Report:
@@ -67,6 +63,7 @@ class Report:
         """Record one step; `show` names what the console line holds, in that order."""
         if not self.main:
             return
+        check_metrics(metrics)
         record = {"step": step} | {k: _plain(v) for k, v in metrics.items()}
         with whole_files.naming(self._metrics):
             whole_files.append(self._file, json.dumps(record, ensure_ascii=False) + "\n")
@@ -99,90 +96,6 @@ def keep_lines_through(path: Path, step: int) -> None:
         if done:
             kept.append(line + "\n")
     whole_files.write_text(path, "".join(kept))
-
-
-class BadSteps:
-    """Counts skipped optimizer steps, and saves and ends a run that does nothing else.
-
-    Every rank must note the same steps: `save` is a collective.
-    """
-
-    def __init__(self, limit: int, say: Callable[[str], None], save: Callable[[], None]):
-        self.limit, self.say, self.save = limit, say, save
-        self.total = self.in_a_row = 0
-
-    def state_dict(self) -> dict:
-        return {"total": self.total, "in_a_row": self.in_a_row}
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.total, self.in_a_row = saved["total"], saved["in_a_row"]
-
-    def note(self, skipped: bool, what: str = "a loss or gradient that is not finite") -> None:
-        """Raises StopRun once more than `limit` steps in a row were skipped."""
-        if not skipped:
-            self.in_a_row = 0
-            return
-        self.total += 1
-        self.in_a_row += 1
-        self.say(
-            f"skipped on all ranks, for {what} ({self.in_a_row} in a row, {self.total} in all)"
-        )
-        if self.in_a_row > self.limit:
-            self.save()
-            raise StopRun(
-                f"{self.in_a_row} optimizer steps in a row were skipped (--max_bad_steps "
-                f"{self.limit}), the last for {what}; the weights as last stepped are saved. "
-                "Likely causes: --learning_rate too high (try a tenth), fp16 or bf16 where the "
-                "model's activations overflow it (try fp32), a damaged checkpoint, or data of one "
-                "kind that breaks the model"
-            )
-
-
-def run(main) -> None:
-    """Call a step's `main`; what a user can mend ends as a message, not as a traceback a rank.
-
-    DataError, SystemExit("…") and files that cannot be written or read are such. Any other
-    exception is a bug and keeps its traceback.
-    """
-    preemption.watch()
-    try:
-        main()
-    except KeyboardInterrupt:
-        peers.stop()
-        if process_group.is_main():
-            print("interrupted; --resume auto goes on from the newest checkpoint", flush=True)
-        os._exit(130)
-    except RuntimeError as error:
-        peers.wait_for_news()  # a collective fails where a peer has died
-        if not process_group.timed_out(error):
-            raise
-        print(
-            f"error on rank {process_group.rank()}: another rank did not come to a collective "
-            "within --timeout_minutes: it hangs, or its work takes longer than that; the run ends, "
-            f"--resume auto goes on from the newest checkpoint ({error})",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-    except (DataError, OSError, SystemExit) as error:
-        peers.stop()
-        preemption.stop()
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
-            process_group.end_process(error.code or 0)
-            raise
-        if not process_group.is_main():
-            # Rank 0 mostly fails the same way and speaks for all: the launcher ends this rank
-            # when rank 0 exits. A failure of this rank alone is told a little later.
-            time.sleep(3.0)
-        print(
-            f"error: {error}"
-            if process_group.is_main()
-            else f"error on rank {process_group.rank()}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # peers may wait in a collective for ever; the launcher ends them
-    process_group.end_process()
 
 
 def save_result(output_dir: str, result: dict) -> None:
@@ -234,17 +147,3 @@ def batch_arithmetic(config, world_size: int) -> str:
         f"global batch {config.global_batch_size} = micro batch {config.micro_batch_size} × "
         f"accumulation {accumulation} × ranks {world_size}"
     )
-
-
-def quiet_libraries() -> None:
-    """Silence what is not about the run: info logs of libraries, and notices to developers."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -91,6 +91,21 @@ def folder_beside(folder: str | Path, flag: str = "--output_dir") -> Iterator[Pa
             shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
 
 
+def move_into(new: Path, folder: Path, stale: str) -> None:
+    """Move every file of `new` into `folder`, each in one step; other files there stay, but for
+    those that match `stale`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {file.name for file in new.iterdir()}
+    for name in written:
+        sync(new / name)
+    for name in sorted(written):
+        os.replace(new / name, folder / name)
+    for old in folder.glob(stale):
+        if old.name not in written:
+            old.unlink()
+    sync(folder)
+
+
 def sync(path: str | Path) -> None:
     """The content of a file, or the names in a folder, are on the disk afterwards."""
     handle = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The self-check's questions about what models are given: samples, stop token, template, data."""
+"""Checks of what models are given and trained on: samples, stop token, template, rewards, data."""
 
 import dataclasses
 import json
@@ -8,23 +8,24 @@ import torch
 import yaml
 
 from step3_ppo import algorithm
-from step3_ppo.checks.models import PROBE_COPIES, Doubt, Fault, distributions, own_rows
-from utils.data import chat_template, comparisons, fitting, rows, splits
+from step3_ppo.checks.probe import BEFORE, COPIES, Doubt, Fault, Probe, check, distributions
+from utils.data import chat_template, comparisons, fitting, rows, splits, tables
 from utils.data.loading import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
-from utils.models import reward_reader
+from utils.models import scorer
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 
 
-def samples_follow_the_policy(check) -> str:
+@check(BEFORE, "samples follow the policy")
+def samples_follow_the_policy(probe: Probe) -> str:
     """Sampled tokens are as surprising as the policy's entropy says: not greedy, not truncated."""
-    probe = own_rows(check)
-    seen, kept = distributions(check, probe), probe.response_mask.to(check.device)
+    own = probe.own_rows()
+    seen, kept = distributions(probe, own), own.response_mask.to(probe.device)
     surprise = -seen.logprobs - seen.entropies
     sums = [x[kept].double().sum() for x in (surprise, seen.variances)]
-    total, variance, count = process_group.sum_over_ranks([*sums, kept.sum()], check.device)
+    total, variance, count = process_group.sum_over_ranks([*sums, kept.sum()], probe.device)
     excess, z = total / count, total / (variance**0.5 + 1e-9)
     what = f"−log p exceeds the entropy by {excess:+.3f} nats a token ({z:+.1f} standard errors)"
     # Upwards a rare token among sure ones is many standard errors, so size counts there too.
@@ -37,38 +38,34 @@ def samples_follow_the_policy(check) -> str:
     return f"over {count:.0f} tokens {what}"
 
 
-def ranks_and_rows_draw_apart(check) -> str:
+@check(BEFORE, "ranks and rows draw apart")
+def ranks_and_rows_draw_apart(probe: Probe) -> str:
     """Copies of one prompt must not all get one answer, nor two ranks the same answers."""
-    probe, world = check.probe, process_group.world_size()
-    pad_id, sure = check.models.tokenizer.pad_token_id, True
-    answers = probe.response_ids.where(probe.response_mask, pad_id).tolist()
-    logs = probe.logprobs.sum(1).tolist()
-    alike = {"rows": 0.0, "ranks": 0.0}
-    everywhere = {"rows": True, "ranks": world > 1}
-    for first in range(0, len(answers), PROBE_COPIES * world):
-        for copy in range(PROBE_COPIES):
-            for rank in range(world):
-                at = first + copy * world + rank
-                for what, other in (("rows", first + rank), ("ranks", first + copy * world)):
-                    if at != other:
-                        everywhere[what] &= answers[at] == answers[other]
-                        alike[what] += logs[at]
-        sure = sure and alike["rows"] > -20
-    for what, equal in everywhere.items():
-        if equal and alike[what] < -20:
+    rollout, world = probe.rollout, process_group.world_size()
+    ids = rollout.response_ids.where(rollout.response_mask, probe.models.tokenizer.pad_token_id)
+    # (prompts, copies, ranks, …): rollout.collect deals row i to rank i % ranks.
+    answers, logs = ids.view(-1, COPIES, world, ids.shape[1]), rollout.logprobs.sum(1)
+    logs = logs.view(answers.shape[:3])
+    for what, first, others in (
+        ("rows", answers[:, :1], (answers[:, 1:], logs[:, 1:])),
+        ("ranks", answers[:, :, :1], (answers[:, :, 1:], logs[:, :, 1:])),
+    ):
+        log_chance = float(others[1].sum())  # that they come out as they are, like the first
+        if log_chance < -20 and bool((others[0] == first).all()):
             raise Fault(
                 f"all {what} drew the same answers to the same prompts, which by chance has "
-                f"probability e^{alike[what]:.0f}: they share their noise, and a rollout holds "
-                f"fewer samples than it seems; see generation.uniform_noise and rollout.collect"
+                f"probability e^{log_chance:.0f}: they share their noise, and a rollout holds "
+                "fewer samples than it seems; see generation.uniform_noise and rollout.collect"
             )
-    different = len({tuple(a) for a in answers})
-    note = "; the policy is too sure to tell more" if sure else ""
-    return f"{different} different answers among {len(answers)}, {world} ranks{note}"
+    note = "; the policy is too sure to tell more" if float(logs[:, 1:].sum()) > -20 else ""
+    different = len(set(map(tuple, ids.tolist())))
+    return f"{different} different answers among {len(ids)}, {world} ranks{note}"
 
 
-def stop_token(check) -> str:
+@check(BEFORE, "stop token")
+def stop_token(probe: Probe) -> str:
     """EOS is another token than pad, counted once, scored, and missing where an answer is cut."""
-    tokenizer = check.models.tokenizer
+    tokenizer, rollout = probe.models.tokenizer, probe.rollout
     stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if stop == pad:
         raise Fault(
@@ -84,50 +81,50 @@ def stop_token(check) -> str:
             f"{mask.sum(1).tolist()}: a stop token outside the mask is never learned; see "
             "generation.mask_through_stop"
         )
-    scores, zeros = torch.ones(3), torch.zeros(3, 4)
-    rewards, _ = algorithm.token_rewards(scores, zeros, zeros, mask, 0.1)
+    zeros = torch.zeros(3, 4)
+    rewards, _ = algorithm.token_rewards(torch.ones(3), zeros, zeros, mask, 0.1)
     if rewards.argmax(1).tolist() != [1, 0, 3] or float(rewards.sum()) != 3.0:
         raise Fault(
             f"the score falls on positions {rewards.argmax(1).tolist()} and not on the last "
             "tokens 1, 0, 3; see algorithm.token_rewards"
         )
-    probe = check.probe
-    last = probe.response_mask.long().sum(1) - 1
-    ends = probe.response_ids.gather(1, last[:, None]).squeeze(1) == stop
-    if not torch.equal(ends, probe.finished):
+    last = rollout.response_mask.long().sum(1, keepdim=True) - 1
+    ends = rollout.response_ids.gather(1, last).squeeze(1) == stop
+    if not torch.equal(ends, rollout.finished):
         raise Fault(
-            f"{int((ends != probe.finished).sum())} of {len(ends)} sampled answers are called "
+            f"{int((ends != rollout.finished).sum())} of {len(ends)} sampled answers are called "
             "finished without a stop token in their mask, or the other way round"
         )
-    expected = check.models.hybrid.train_engine.module.config.eos_token_id
+    expected = probe.models.actor.module.config.eos_token_id
     if expected != stop:
         raise Fault(f"the model's config stops at {expected}, the tokenizer at {stop}")
-    share = float(probe.finished.float().mean())
+    share = float(rollout.finished.float().mean())
     return f"{tokenizer.eos_token!r} is inside loss, mask and reward; {share:.0%} of probe ended"
 
 
-def same_language(check) -> str:
+@check(BEFORE, "same language")
+def same_language(probe: Probe) -> str:
     """Prompts are the tokens that training rows begin with, for the policy and who scores it."""
-    tokenizer, reward = check.models.tokenizer, check.models.reward
-    limit = check.config.max_prompt_length
-    for prompt in check.held[:PROMPTS_TRIED]:
-        fitted = fitting.shortened(tokenizer, prompt.messages, limit)
+    tokenizer, reward = probe.models.tokenizer, probe.models.reward
+    for prompt in probe.held[:PROMPTS_TRIED]:
+        fitted = fitting.shortened(tokenizer, prompt.messages, probe.config.max_prompt_length)
         turns = (*fitted, {"role": "assistant", "content": "a"})
         try:
             whole = chat_template.encode_conversation(tokenizer, turns)
         except chat_template.TemplateError:
             continue  # a template that rewrites earlier turns; single turns are compared
-        if whole.ids[: whole.last_answer] != list(prompt.ids):
+        start = whole.ids[: whole.last_answer]
+        if start != list(prompt.ids):
             raise Fault(
                 f"the prompt {prompt.messages[-1]['content'][:80]!r} is given to the policy as "
                 f"{tokenizer.decode(prompt.ids)[-80:]!r} and stands in training rows as "
-                f"{tokenizer.decode(whole.ids[: whole.last_answer])[-80:]!r}: the chat template "
-                "is not the one the policy was trained with; use step 1's output folder whole"
+                f"{tokenizer.decode(start)[-80:]!r}: the chat template is not the one the policy "
+                "was trained with; use step 1's output folder whole"
             )
         if whole.ids[-1] != tokenizer.eos_token_id:
             raise Fault(f"an answer ends with {tokenizer.decode(whole.ids[-1:])!r} in the template")
     if reward is None:
-        return f"template and stop token agree; scores come from {check.config.reward_function}"
+        return f"template and stop token agree; scores come from {probe.config.reward_function}"
     if not reward.by_text:
         return "policy and reward model share vocabulary, template, stop and pad token"
     if reward.reader.read_at == "end":
@@ -135,13 +132,14 @@ def same_language(check) -> str:
     return "the reward model has another tokenizer or template: answers go to it as text"
 
 
-def reward_model_sanity(check) -> str:
+@check(BEFORE, "reward model")
+def reward_model_sanity(probe: Probe) -> str:
     """The reward model tells better from worse, and better than length does; its bias is set."""
-    config, reward = check.config, check.models.reward
+    config, reward = probe.config, probe.models.reward
     if reward is None:
         return "no reward model: scores come from --reward_function"
     if config.preference_data:
-        found = _held_out_accuracy(check)
+        result = _held_out_accuracy(probe)
     else:
         path = Path(config.reward_model) / "result.json"
         if not path.exists():
@@ -149,16 +147,16 @@ def reward_model_sanity(check) -> str:
                 f"{config.reward_model} has no result.json of step 2: whether it tells better from "
                 "worse is not known; name comparisons with --preference_data"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))
-    low, high = found["accuracy_low"], found["accuracy_high"]
-    longer = found["accuracy_longer_answer"]
+        result = json.loads(path.read_text(encoding="utf-8"))
+    low, high = result["accuracy_low"], result["accuracy_high"]
+    longer = result["accuracy_longer_answer"]
     text = (
-        f"right on {found['accuracy']:.3f} ({low:.3f} to {high:.3f}, 95 % by prompt) of "
-        f"{found['pairs']} held-out pairs, the longer answer on {longer:.3f}"
+        f"right on {result['accuracy']:.3f} ({low:.3f} to {high:.3f}, 95 % by prompt) of "
+        f"{result['pairs']} held-out pairs, the longer answer on {longer:.3f}"
     )
     if high < 0.5:
         raise Fault(f"{text}: it prefers the worse answer; were the labels swapped in step 2?")
-    if low <= 0.5 or found["accuracy"] <= max(longer, 1 - longer):
+    if low <= 0.5 or result["accuracy"] <= max(longer, 1 - longer):
         raise Doubt(f"{text}: no better than chance or length; PPO will learn what it pays for")
     inner = getattr(reward.model, "module", reward.model)
     if not hasattr(inner.classifier.config, "reward_bias"):
@@ -169,12 +167,11 @@ def reward_model_sanity(check) -> str:
     return f"{text}; bias {inner.bias:.3f}"
 
 
-def _held_out_accuracy(check) -> dict:
+def _held_out_accuracy(probe: Probe) -> dict:
     """The reward model's accuracy on held-out pairs of --preference_data, as step 2 measures it."""
-    config, reward = check.config, check.models.reward
+    config, reward = probe.config, probe.models.reward
     bad = rows.BadRows(config.max_bad_rows)
-
-    plain = dataclasses.replace(
+    settings = dataclasses.replace(
         config.pick(DataSettings), data_schema="auto", data_weights=[], data_split=""
     )
     # What step 2 held out, not what this run's settings would: the prompt as it read it decides.
@@ -182,10 +179,10 @@ def _held_out_accuracy(check) -> dict:
     if saved.exists():
         then = yaml.safe_load(saved.read_text(encoding="utf-8"))
         same = ("eval_fraction", "seed", "data_split", "data_schema", "columns")
-        plain = dataclasses.replace(plain, **{k: then[k] for k in same if k in then})
+        settings = dataclasses.replace(settings, **{k: then[k] for k in same if k in then})
 
     _, every = splits.train_and_held_out(
-        comparisons.COMPARISONS, config.preference_data, None, plain, 2, bad
+        comparisons.COMPARISONS, config.preference_data, None, settings, 2, bad
     )
     held = []
     for comparison in every[:COMPARISONS_TRIED]:
@@ -194,10 +191,14 @@ def _held_out_accuracy(check) -> dict:
         else:
             held.append(comparison)
     bad.finish("preference_data")
-    texts = [(c, k) for c in held for k in range(len(c.responses))]
-    encoded = [reward.reader.encode(c.prompt, c.responses[k], c.finished[k]) for c, k in texts]
-    scores = reward_reader.scores_of(reward.model, encoded, config.micro_batch_size, check.device)
-    found = {(id(c), k): s for (c, k), s in zip(texts, scores, strict=True)}
+    groups = [
+        [reward.reader.encode(c.prompt, *one) for one in zip(c.responses, c.finished, strict=True)]
+        for c in held
+    ]
+    scores = scorer.score_groups(reward.model, groups, probe.device, config.micro_batch_size)
+    score_of = {
+        (id(c), k): s for c, group in zip(held, scores, strict=True) for k, s in enumerate(group)
+    }
     pairs = [
         (c, i, j)
         for c in held
@@ -210,8 +211,8 @@ def _held_out_accuracy(check) -> dict:
     # Imported here: `evaluate` takes 2.5 s, which --help and refused settings should not pay.
     from utils.intervals import pair_accuracy
 
-    prompts = [str(splits.place(p[0], "")) for p in pairs]
-    ours = pair_accuracy(*([found[id(p[0]), p[k]] for p in pairs] for k in (1, 2)), prompts)
+    prompts = [str(tables.place(p[0], "")) for p in pairs]
+    ours = pair_accuracy(*([score_of[id(p[0]), p[k]] for p in pairs] for k in (1, 2)), prompts)
     lengths = ([float(len(p[0].responses[p[k]])) for p in pairs] for k in (1, 2))
     longer = pair_accuracy(*lengths, prompts)
     return {
@@ -223,13 +224,14 @@ def _held_out_accuracy(check) -> dict:
     }
 
 
-def prompts_are_apart(check) -> str:
+@check(BEFORE, "data")
+def prompts_are_apart(probe: Probe) -> str:
     """Training and held-out prompts share none; few are cut at the limit or come twice."""
-    limit, tokenizer = check.config.max_prompt_length, check.models.tokenizer
+    limit, tokenizer = probe.config.max_prompt_length, probe.models.tokenizer
     # By hashes: the tokens of a million prompts would take gigabytes.
-    train, held = ([hash(tuple(p.ids)) for p in part] for part in (check.prompts, check.held))
+    train, held = ([hash(tuple(p.ids)) for p in part] for part in (probe.train, probe.held))
     shared = len(set(train) & set(held))
-    whole = [chat_template.encode_prompt(tokenizer, p.messages) for p in check.held]
+    whole = [chat_template.encode_prompt(tokenizer, p.messages) for p in probe.held]
     cut = sum(len(ids) > limit for ids in whole) / len(whole)
     twice = 1 - len(set(train)) / len(train)
     text = (
@@ -239,7 +241,7 @@ def prompts_are_apart(check) -> str:
     )
     if shared > 0.05 * len(set(held)):
         raise Fault(f"{text}: evaluation would be of what was trained on; name other held-out data")
-    weighted = any(w > 1 for w in check.config.data_weights)
+    weighted = any(w > 1 for w in probe.config.data_weights)
     if shared or cut > 0.2 or (twice > 0.5 and not weighted):
         raise Doubt(f"{text}; raise --max_prompt_length, or look at the data for duplicates")
     return text

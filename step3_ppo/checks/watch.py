@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from utils import report as reporting
 from utils import whole_files
 from utils.distributed import process_group
 
@@ -18,24 +17,21 @@ MOST_DUMPS = 10  # a run that goes on skipping would fill the disk
 
 
 class Watch:
-    """Sees every rollout, update and step of the main loop. `save` is a collective."""
+    """Sees every rollout, update and step of the main loop. bad_steps: utils.run.BadSteps."""
 
-    def __init__(self, config, say, save):
-        self.config, self.say = config, say
-        self.bad_steps = reporting.BadSteps(config.max_bad_steps, say, save)
+    def __init__(self, config, say, bad_steps):
+        self.config, self.say, self.bad_steps = config, say, bad_steps
         self.history: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict:
         return {
-            "bad_steps": self.bad_steps.state_dict(),
             "history": self.history,
             "warned": sorted(self.warned),
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        self.bad_steps.load_state_dict(saved["bad_steps"])
         self.history, self.warned = saved["history"], set(saved["warned"])
         self.evaluations = [m for m in self.history if "eval/score" in m]
 

@@ -8,8 +8,7 @@ import sys
 import torch
 
 from tests.helpers.engine_builder import RATE, engine_of
-from utils.checkpoints import model_folder as checkpoint
-from utils.distributed import process_group
+from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
 from utils.generation.hybrid_engine import HybridEngine
 from utils.kernels import vocabulary_head
@@ -108,7 +107,7 @@ def check(folder: str, stage: int, dtype: str, offload: str) -> None:
     ids = torch.randint(10, 300, (4, 12), generator=torch.Generator().manual_seed(0))
     now = check_average(engine, ids, name)
     # What is saved is what is trained.
-    state = checkpoint.whole_state_dict(engine.module)
+    state = zero.whole_state_dict(engine.module)
     if process_group.is_main():
         for key, value in now.items():
             assert torch.equal(state[key], value), f"{name}: {key}"

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
-from step3_ppo.rewards.model import readers, reads_text
+from step3_ppo.models import readers
 from utils.data import comparisons, demonstrations, prompts
 from utils.data.loading import DataSettings
+from utils.models.scorer import reads_text
 
 
 def load_step(config, tokenizer, say: Callable[[str], None] = lambda text: None) -> tuple:

@@ -5,12 +5,12 @@ import dataclasses
 from step3_ppo import algorithm, models, rollout, update
 from step3_ppo import main as step3
 from step3_ppo.rewards import functions as scoring
-from step3_ppo.rewards import model as reward_model
 from tests.helpers.planting import around
+from utils.models import scorer
 
 
 def scores_of_the_row_before(patch):
-    around(patch, reward_model.RewardModel, "scores", lambda real, *args: real(*args).roll(1))
+    around(patch, scorer.Scorer, "scores", lambda real, *args: real(*args).roll(1))
 
 
 def function_scores_of_the_row_before(patch):

@@ -3,7 +3,7 @@
 from step3_ppo import algorithm, rollout
 from tests.helpers.planting import around
 from utils.distributed import process_group
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scorer
 
 
 def _bad_scores(patch, bad: dict[int, float]):
@@ -53,4 +53,4 @@ def nan_values_in_training(patch):
         found = real(*args)
         return found * (float("nan") if found.requires_grad else 1.0)
 
-    around(patch, scalar_model, "sequence_scores", values)
+    around(patch, scorer, "sequence_scores", values)

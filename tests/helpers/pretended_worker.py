@@ -21,15 +21,15 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from step3_ppo import rollout  # noqa: E402
-from step3_ppo.checks import models as check_models
+from step3_ppo.checks import probe
 from tests.helpers import (
     not_finite_faults,  # noqa: E402
     pretended_cuda,  # noqa: E402
     pretended_device,  # noqa: E402
 )
 from tests.helpers.planting import around  # noqa: E402
-from utils import report as reporting  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
+from utils.distributed.program import run  # noqa: E402
 from utils.models import language_model  # noqa: E402
 
 
@@ -46,12 +46,12 @@ def typed_lines(patch):
 def probe_joined_before_it_moves(patch):
     """The self-check joined prompts, on the CPU, to answers as they come from the decode loop."""
 
-    def batch(real, check, part):
+    def batch(real, part, device):
         ids = torch.cat([part.prompt_ids, part.response_ids], 1)
         mask = torch.cat([part.prompt_mask, part.response_mask], 1)
-        return ids.to(check.device), mask.to(check.device)
+        return ids.to(device), mask.to(device)
 
-    around(patch, check_models, "_batch", batch)
+    around(patch, probe, "batch", batch)
 
 
 def positions_on_the_host(patch):
@@ -110,4 +110,4 @@ def walk(name: str, program: str, argv: list[str], plant=(), breaks=False) -> No
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    run(main)

@@ -1,8 +1,10 @@
 """A main loop's checkpoints without DeepSpeed: one tensor and one number that training changes."""
 
+import dataclasses
+
 import torch
 
-from utils.checkpoints.checkpoints import Checkpoints
+from utils.checkpoints.checkpoints import Checkpoints, Saving
 
 
 class Report:
@@ -22,7 +24,7 @@ class Weights:
     def __init__(self, size: int = 4):
         self.tensor = torch.zeros(size)
 
-    def gather(self, copy):
+    def snapshot(self, copy):
         copied = copy(self.tensor)
 
         def write(folder):
@@ -32,7 +34,7 @@ class Weights:
         return write
 
 
-class Carried:
+class State:
     def __init__(self):
         self.seen = []
 
@@ -43,7 +45,7 @@ class Carried:
         self.seen = saved["seen"]
 
 
-def follow(config, parts: dict | None = None, carried: dict | None = None) -> Checkpoints:
-    run = Checkpoints(config, Report(), None, torch.device("cpu"))
-    run.follow({}, carried or {}, {".": Weights()} if parts is None else parts, "")
+def follow(config, outputs: dict | None = None, state: dict | None = None) -> Checkpoints:
+    run = Checkpoints(config.pick(Saving), dataclasses.asdict(config), None, Report())
+    run.follow({}, state or {}, {".": Weights()} if outputs is None else outputs, "")
     return run

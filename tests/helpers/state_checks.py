@@ -16,9 +16,8 @@ from tests.helpers.bad_step_checks import step
 from tests.helpers.distributed_checks import whole
 from tests.helpers.engine_builder import engine_of
 from utils.checkpoints import engine_state, manifest
-from utils.checkpoints import model_folder as checkpoint
-from utils.checkpoints.background_writer import Copies, Writing
-from utils.distributed import process_group
+from utils.checkpoints.background import Copies, Writing
+from utils.distributed import process_group, zero
 from utils.models.ema import EMA
 
 LAYOUTS = [
@@ -57,11 +56,11 @@ def write(engine, average, copies: Copies, folder: Path, go: threading.Event) ->
     """Copies this rank's state and has its file written in the background once `go` is set, and
     rank 0's of the whole weights and averages as users get them."""
     copies.begin()
-    wholes = checkpoint.whole_state_dict(engine.module, copies) | {
+    wholes = zero.whole_state_dict(engine.module, copies) | {
         f"average of {k}": v for k, v in average.state_dict(torch.float32, copies).items()
     }
     tensors = engine_state.to_write("model", engine_state.runs_of(engine))
-    tensors |= engine_state.to_write("average", engine_state.runs_of_average(average))
+    tensors |= engine_state.to_write("average", engine_state.runs_of(average))
     tensors = {name: copies(t) for name, t in tensors.items()}
 
     def work() -> dict:
@@ -77,7 +76,7 @@ def write(engine, average, copies: Copies, folder: Path, go: threading.Event) ->
 
 def load(engine, average, reader, record) -> None:
     engine_state.restore(engine, "model", reader, record)
-    engine_state.fill("average", engine_state.runs_of_average(average), reader)
+    engine_state.restore(average, "average", reader, None)
 
 
 def all_of(engine, average) -> dict[str, torch.Tensor]:

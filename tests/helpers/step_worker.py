@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import report as reporting  # noqa: E402
 from utils.distributed import process_group  # noqa: E402
+from utils.distributed.program import run  # noqa: E402
 
 
 def main() -> None:
@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    run(main)

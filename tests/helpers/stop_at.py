@@ -11,7 +11,7 @@ import sys
 import threading
 
 from utils import report as reporting
-from utils.checkpoints import background_writer, manifest
+from utils.checkpoints import background, manifest
 from utils.checkpoints.checkpoints import Checkpoints
 from utils.distributed import preemption, process_group
 
@@ -35,7 +35,7 @@ def main() -> None:
             self._pending.writing.join()  # it is written in the background, as users' runs do
         after_step(self, number, metrics)
         if number == int(step) and how == "crash":
-            assert manifest.steps_in(self.config.output_dir)
+            assert manifest.steps_in(self.saving.output_dir)
             raise Crash
 
     spec = importlib.util.spec_from_file_location("stopped", program)
@@ -48,7 +48,7 @@ def main() -> None:
     except Crash:
         # The next job may run in this process, where a thread of the last one would write on.
         for thread in threading.enumerate():
-            if isinstance(thread, background_writer.Writing):
+            if isinstance(thread, background.Writing):
                 thread.join()
         print(f"crashed after step {step}")
     except SystemExit as stopped:

@@ -1,4 +1,4 @@
-"""The commands a user types: launchers, run_all.sh, launch/ scripts, and what the README says."""
+"""The commands a user types: launchers, run_all.sh, launch/ scripts."""
 
 import json
 import os
@@ -15,10 +15,9 @@ from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.jobs import sft
-from tests.helpers.running import ROOT, files_of
+from tests.helpers.running import ROOT
 from utils.distributed.process_group import free_port
 
-README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 # Ports are asked for when they are used: minutes earlier another program may have taken them.
 LAUNCHERS = {
@@ -255,37 +254,3 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     assert not (tmp_path / "output").exists()
     code, output = run(["bash", ROOT / "run_all.sh", "nope"], tmp_path)
     assert code == 2 and "no recipe nope" in output and "tiny" in output
-
-
-def test_readme_names_real_flags_and_files():
-    known = {f.name for c in (SFTConfig, RewardConfig, PPOConfig, CollectConfig) for f in fields(c)}
-    known |= {"help", "config", "num_accelerators", "rounds", "hostfile", "wat", "settings"}
-    known |= {
-        "check_config",
-        "strategy",
-        "master_port",
-        "checkpoints",
-        "checkpoint",
-        "prompts",
-        "tokenizer",
-        "data",
-        "row",
-        "step",  # the planner's
-    }
-    known |= set("nodes ntasks gpus signal".split())  # sbatch's
-    known |= set("nnodes node_rank nproc_per_node master_addr".split())  # torchrun's
-    assert "@@" not in README, "a figure is still to be filled in"
-    flags = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
-    assert flags - known - {"sft", "reward", "ppo", "collect"} == set()
-    tree = README[README.index("## The house") :].split("```")[1]
-    for name in re.findall(r"[\w/]+\.(?:py|sh)", tree):
-        assert files_of(ROOT, Path(name).name), f"{name} is not in the repository"
-
-
-def test_readme_shows_the_refusal_as_it_is(tmp_path):
-    block = next(b for b in README.split("```") if "these settings cannot work" in b)
-    command, expected = block.strip().split("\n", 1)
-    words = command.removeprefix("$ python ").split()
-    code, output = run([sys.executable, ROOT / words[0], *words[1:]], tmp_path)
-    assert code == 2
-    assert output.strip().splitlines()[-len(expected.splitlines()) :] == expected.splitlines()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from step3_ppo.checks import self_check
-from step3_ppo.checks import updates as check_updates
+from step3_ppo.checks import self_check, updates
+from step3_ppo.checks.probe import Fault
 from tests.helpers.jobs import ppo
 from tests.helpers.running import CLOSE, ROOT, assert_same_path, metrics_of, run_ranks
 from tests.helpers.small_models import config_of
@@ -176,20 +176,18 @@ def test_rounding_is_no_fault_at_the_first_update_and_another_policy_is(dtype, l
     gaps = tolerance * torch.randn(4096, tokens, generator=generator, dtype=torch.float64).sum(1)
 
     def ask(gaps):
-        check = SimpleNamespace(
-            config=config_of(action_level=level),
-            tolerance=tolerance,
-            metrics={
-                "first_ratio": gaps.exp().mean().item(),
-                "first_approx_kl": (torch.expm1(gaps) - gaps).mean().item(),
-                "first_value_gap": tolerance,
-                "response_length": float(max(tokens, 30)),
-            },
-        )
-        return check_updates.on_policy_at_the_first_update(check)
+        metrics = {
+            "first_ratio": gaps.exp().mean().item(),
+            "first_approx_kl": (torch.expm1(gaps) - gaps).mean().item(),
+            "first_value_gap": tolerance,
+            "response_length": float(max(tokens, 30)),
+        }
+        probe = SimpleNamespace(config=config_of(action_level=level), tolerance=tolerance)
+        steps = SimpleNamespace(probe=probe, metrics=metrics)
+        return updates.on_policy_at_the_first_update(steps)
 
     assert "first minibatch: ratio" in ask(gaps)
-    with pytest.raises(check_updates.Fault, match="does not see the policy that sampled"):
+    with pytest.raises(Fault, match="does not see the policy that sampled"):
         ask(gaps + max(0.5, 8 * tolerance * tokens**0.5))
 
 

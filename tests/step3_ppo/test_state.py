@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from step3_ppo.rollout import make_experience, measure
+from step3_ppo.measures import measure_rollout
+from step3_ppo.rollout import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import config_of, drawn_rows, rollout_of
 from utils.distributed.process_group import StopRun
@@ -159,7 +160,7 @@ def test_the_kl_that_is_reported_is_the_kl_that_is_charged(estimator):
     for name in ("k1", "k2", "k3"):
         mean = np.mean([row[name] for row in charged])
         assert metrics[f"kl_{name}"] == pytest.approx(mean, rel=1e-5), "per answer, in nats"
-    assert metrics["kl"] == metrics[f"kl_{estimator}"] == measure(rollout, estimator)["kl"]
+    assert metrics["kl"] == metrics[f"kl_{estimator}"] == measure_rollout(rollout, estimator)["kl"]
     assert metrics["kl_coef"] == kl_coef, "of the state, which adapts it"
     mean_score = np.mean([row["score"] for row in rows])
     assert metrics["reward"] == pytest.approx(mean_score - kl_coef * metrics["kl"], rel=1e-4)
@@ -196,7 +197,7 @@ def test_the_state_is_saved_as_json(tmp_path):
     state = State(kl_coef=0.05, rollouts=7)
     state.see(torch.tensor([1.0, 2.0, 6.0]))
     state.adapt(12.0, 500, config_of(kl_target=6.0))
-    state.gather(None)(tmp_path)
+    state.snapshot(None)(tmp_path)
     assert json.loads((tmp_path / "state.json").read_text()) == {
         "kl_coef": 0.05 * (1 + 0.2 * 500 / 10_000),
         "rollouts": 7,

@@ -1,6 +1,9 @@
-"""Every command of README.md and every recipe: parsed by the real parsers, and (slow) walked for a
-few steps from a folder in which hub names are folders of the hub's layout."""
+"""The documentation is true. Every command of README.md and docs/, and every recipe, is parsed by
+the program's own parser and (slow) walked for a few steps from a folder in which hub names are
+folders of the hub's layout. Every flag, file, module and test that a page names exists."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,7 +19,7 @@ from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.running import ROOT
-from tests.launch.test_launch import LAUNCHERS, README, RECORDER, run
+from tests.launch.test_launch import LAUNCHERS, RECORDER, run
 from utils.settings import fields as run_config
 
 CONFIGS = {
@@ -32,26 +35,35 @@ SET = "HuggingFaceH4/ultrafeedback_binarized"
 NODES = {path.stem for path in (ROOT / "recipes").iterdir()} - {"tiny", "scratch", "qwen2.5-0.5b"}
 NODES = sorted(NODES)
 STEPS = {"step1_sft/main.py", "step2_reward/main.py", "step3_ppo/main.py"}
+README = (ROOT / "README.md").read_text()
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]
+PAGES.append(ROOT / "benchmarks/README.md")
 
 
-def readme_commands() -> list[list[str]]:
-    """The words of each command that README gives, but of those for several nodes (tests/nodes.sh
-    runs them) and the one that shows a refusal (test_launch.py)."""
-    found, given = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
-    for block in README.split("```")[1::2]:
+def commands_of_the_guides() -> list[list[str]]:
+    """The words of each command in README and docs/, each once, but of those for several nodes
+    (tests/nodes.sh runs them) and the one that shows a refusal, which begins with "$"."""
+    commands, given = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
+    for block in (b for page in GUIDES for b in page.read_text().split("```")[1::2]):
         lines = [] if "HOSTS" in block else block.replace("\\\n", " ").splitlines()
         for line in lines:
             if re.match(r"(bash run_all|deepspeed|python) ?", line):
-                found.append([given.get(w, w) for w in shlex.split(line, comments=True)])
-    return found
+                words = [given.get(w, w) for w in shlex.split(line, comments=True)]
+                commands += [words] if words not in commands else []
+    return commands
 
 
 def named(commands) -> list:
     return [pytest.param(c, id=f"{n}_{re.sub(r'.*/', '', c[1])}") for n, c in enumerate(commands)]
 
 
-RUN_ALL = [c for c in readme_commands() if c[1] == "run_all.sh"]
-OTHERS = [c for c in readme_commands() if c[1] != "run_all.sh"]
+def is_benchmark(command) -> bool:
+    return command[1].startswith("benchmarks/")  # an hour each; tests/benchmarks/ runs them
+
+
+RUN_ALL = [c for c in commands_of_the_guides() if c[1] == "run_all.sh"]
+OTHERS = [c for c in commands_of_the_guides() if c[1] != "run_all.sh"]
 
 
 def check(program: str, argv: list[str], ranks: int) -> None:
@@ -83,8 +95,8 @@ def recorded(folder, command, **environment) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("command", named(OTHERS))
-def test_readme_commands_are_what_the_programs_take(command):
-    assert command[1] in CONFIGS or command[1] == "-m"
+def test_commands_are_what_the_programs_take(command):
+    assert command[1] in CONFIGS or command[1] == "-m" or is_benchmark(command)
     check(command[1], command[2:], ranks=1)
 
 
@@ -104,6 +116,76 @@ def test_launch_scripts_start_programs_with_flags_they_take(tmp_path):
     assert len(found) == 15 and all(len(started) == 1 for started in found)
     for ((program, argv),) in found:
         check(program, argv, ranks=8)
+
+
+# What pages name.
+
+TOP = [
+    path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("output", ".venv")
+]
+FILES = [path for top in TOP if top[0] != "." for path in (ROOT / top).rglob("*.*")]
+OF_OTHERS = set(  # flags of sbatch, torchrun, DeepSpeed's launcher, and README's mistaken one
+    "nodes ntasks gpus signal nnodes node_rank nproc_per_node master_addr master_port "
+    "num_accelerators num_gpus hostfile wat".split()
+)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@functools.cache
+def known_flags() -> set[str]:
+    flags = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)} | OF_OTHERS
+    flags |= {"help", "config", "check_config"} | {"sft", "collect", "reward", "ppo"}
+    for path in [ROOT / "run_all.sh", *(p for p in FILES if p.suffix in (".py", ".sh"))]:
+        pattern = r"--([a-z]\w+)" if path.suffix == ".sh" else r"""add_argument\(\s*"--(\w+)"""
+        flags |= set(re.findall(pattern, path.read_text()))
+    return flags
+
+
+def module_exists(dotted: str) -> bool:
+    """Whether a.b.c is a module, or something in the module a.b."""
+    places = [ROOT / dotted.replace(".", "/"), ROOT / dotted.rpartition(".")[0].replace(".", "/")]
+    return places[0].is_dir() or any(p.with_name(f"{p.name}.py").exists() for p in places)
+
+
+@pages
+def test_pages_name_real_flags_and_no_gap(page):
+    text = page.read_text()
+    assert "@@" not in text, "a figure is still to be filled in"
+    assert set(re.findall(r"--([a-z][a-z_0-9]+)", text)) - known_flags() == set()
+
+
+@pages
+def test_files_modules_and_tests_that_pages_name_exist(page):
+    text, tops = page.read_text(), "|".join(TOP)
+    paths = re.findall(rf"(?<![\w/.}}-])((?:{tops})/[\w./*-]*)", text)
+    paths = [path.rstrip("./") for path in paths if "/." not in path]  # .venv_trl may be made
+    missing = {path for path in paths if not any(ROOT.glob(path))}
+    names = {path.name for path in FILES} | {path.name for path in ROOT.iterdir()}
+    scripts = re.findall(r"[\w-]+\.(?:py|sh)\b", text)
+    missing |= {name for name in scripts if name not in names and name != "my_rewards.py"}
+    links = re.findall(r"\]\(([^):#]+)", text)
+    missing |= {link for link in links if not (page.parent / link).exists()}
+    modules = re.findall(rf"(?<![\w/.])(?:{tops})(?:\.[a-z_]\w*)+", text)
+    modules = [m for m in modules if not re.search(r"\.(py|sh|md|png|yaml|json\w*)$", m)]
+    missing |= {m for m in modules if not module_exists(m)}
+    code = "\n".join(path.read_text() for path in FILES if path.name.startswith("test_"))
+    tests = re.findall(r"`(test_\w+)`", text)
+    missing |= {test for test in tests if f"def {test}(" not in code}
+    assert missing == set()
+
+
+def test_the_refusal_is_shown_as_it_is(tmp_path):
+    blocks = [b for page in GUIDES for b in page.read_text().split("```")]
+    block = next(b for b in blocks if "these settings cannot work" in b)
+    command, expected = block.strip().split("\n", 1)
+    words = command.removeprefix("$ python ").split()
+    code, output = run([sys.executable, ROOT / words[0], *words[1:]], tmp_path)
+    assert code == 2
+    assert output.strip().splitlines()[-len(expected.splitlines()) :] == expected.splitlines()
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 1800
 
 
 # Walked.
@@ -211,8 +293,8 @@ def ranked_by_people(folder) -> None:
 
 
 @pytest.mark.slow
-def test_readme_commands_walk(folder):
-    for command in RUN_ALL + OTHERS:
+def test_commands_walk(folder):
+    for command in [c for c in RUN_ALL + OTHERS if not is_benchmark(c)]:
         if "--rankings" in command:
             ranked_by_people(folder)
         walk(folder, command)

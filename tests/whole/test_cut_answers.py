@@ -12,7 +12,6 @@ from evaluation import scores
 from evaluation.prompt_eval import Answer, PromptEvalConfig
 from step2_reward import collect
 from step3_ppo.checks import data as check_data
-from step3_ppo.rewards.model import RewardModel
 from tests.helpers.small_models import config_of
 from utils.data import batches, chat_template, comparisons
 from utils.data import prompts as prompt_data
@@ -21,7 +20,7 @@ from utils.data.rows import BadRows, DataError
 from utils.data.tables import encode_all
 from utils.generation import sampling as generation
 from utils.models import language_model, scalar_model
-from utils.models.reward_reader import Reader
+from utils.models.scorer import Reader, Scorer
 
 CPU = torch.device("cpu")
 USER = {"role": "user", "content": "What is 3 + 4?"}
@@ -59,7 +58,7 @@ def test_ppo_scores_them_so_by_ids_and_by_text(scorer, expected):
     prompts = [SimpleNamespace(messages=(USER,))] * 2
     texts, finished = zip(*ANSWERS, strict=True)
     for by_text in (False, True):
-        reward = RewardModel(scorer.model, scorer.reader, by_text)
+        reward = Scorer(scorer.model, scorer.reader, by_text, CPU)
         found = reward.scores(prompts, texts, torch.tensor(finished), ids, mask, 2)
         assert found.tolist() == pytest.approx([score for _, score in expected], abs=1e-5)
 
@@ -89,14 +88,14 @@ def test_so_does_the_self_check(scorer, expected, tmp_path, monkeypatch):
     rows = [row | {"prompt": prompt} for prompt in ([USER], "What is 3 + 5?")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of(preference_data=[str(path)], reward_model=scorer.folder, eval_fraction=0.5)
-    reward, seen = RewardModel(scorer.model, scorer.reader, False), []
+    reward, seen = Scorer(scorer.model, scorer.reader, False, CPU), []
 
-    def scores_of(model, encoded, *args):
-        seen.extend(encoded)
-        return real(model, encoded, *args)
+    def score_groups(model, groups, *args):
+        seen.extend(ids for group in groups for ids in group)
+        return real(model, groups, *args)
 
-    real = check_data.reward_reader.scores_of
-    monkeypatch.setattr(check_data.reward_reader, "scores_of", scores_of)
+    real = check_data.scorer.score_groups
+    monkeypatch.setattr(check_data.scorer, "score_groups", score_groups)
     models = SimpleNamespace(reward=reward, tokenizer=scorer.reader.tokenizer)
     check = SimpleNamespace(config=config, models=models, device=CPU)
     assert check_data._held_out_accuracy(check)["pairs"] == 1

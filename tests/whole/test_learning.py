@@ -16,6 +16,7 @@ from step3_ppo.state import State
 from tests.helpers.jobs import ppo
 from tests.helpers.running import metrics_of, run_ranks
 from tests.helpers.small_models import Engine, TableActor, TableCritic, config_of, rollout_of
+from utils.run import BadSteps
 
 CPU = torch.device("cpu")
 VOCABULARY, STOP, RIGHT = 8, 2, 5
@@ -105,7 +106,7 @@ def learn(models, rows, step: int, **settings) -> dict[str, float]:
         prompts_per_rollout=ROWS, micro_batch_size=64, **({"global_batch_size": ROWS} | settings)
     )
     experience, metrics = make_experience(rollout_of(rows), config, State(kl_coef=config.kl_coef))
-    watch = Watch(config, say=print, save=lambda: None)
+    watch = Watch(config, print, BadSteps(5, print, lambda: None))
     return metrics | update.train_on(models, experience, config, CPU, step, watch)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from step3_ppo import rollout, update
-from step3_ppo.rewards.model import RewardModel
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
 from tests.helpers.waits import DEVICE, Waits
@@ -14,6 +13,7 @@ from tests.step3_ppo.test_update import VOCABULARY, build_llama, examples
 from utils.distributed import host_memory
 from utils.kernels import packing
 from utils.models.scalar_model import ScalarModel
+from utils.models.scorer import Scorer
 
 ROWS = 12
 
@@ -86,8 +86,7 @@ def scored(found, config):
         rollout.in_micro_batches(*given, rollout.response_values, found.critic)
     ids = torch.cat([part.prompt_ids, part.response_ids], 1)
     mask = torch.cat([part.prompt_mask, part.response_mask], 1)
-    reward = RewardModel(found.critic, None, by_text=False)
-    ids = host_memory.send(ids, DEVICE)
+    reward = Scorer(found.critic, None, False, DEVICE)
     reward.scores(None, None, part.finished, ids, mask, config.micro_batch_size)
 
 

@@ -1,23 +1,22 @@
-"""A run's checkpoints: when one is due, what belongs in it, and taking a run up where one ends.
+"""A run's checkpoints: when one is due, what belongs in it, and going on where one ends.
 
 A checkpoint is made between two passes of the main loop, where no gradient is pending and no
 rollout half used. Which rows a step reads and which noise it samples with are functions of the seed
 and the step, so the step number is the position in the data.
 """
 
-import copy as copying
-import dataclasses
+import copy
 import functools
 import math
 import platform
 import shutil
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.checkpoints import engine_state, manifest, resuming
-from utils.checkpoints import model_folder as checkpoint
-from utils.checkpoints.background_writer import Copies, Writing, does_not_fit
+from utils.checkpoints import engine_state, manifest, model_folder, resuming
+from utils.checkpoints.background import Copies, Writing, does_not_fit
 from utils.distributed import preemption, process_group
 
 
@@ -27,7 +26,20 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in libraries} | {"python": platform.python_version()}
 
 
-@dataclasses.dataclass
+@dataclass(frozen=True)
+class Saving:
+    """When a checkpoint is due and which ones stay, as the settings of these names say."""
+
+    output_dir: str
+    save_every: int
+    save_every_minutes: float
+    save_in_background: str
+    keep_last: int
+    keep_best: str
+    resume_anyway: bool
+
+
+@dataclass
 class Pending:
     """A checkpoint that has no name yet. before: when the one before it was made."""
 
@@ -35,8 +47,8 @@ class Pending:
     folder: Path
     temporary: Path
     before: float
-    record: dict = dataclasses.field(default_factory=dict)
-    files: dict = dataclasses.field(default_factory=dict)  # of this rank, once they are written
+    record: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)  # of this rank, once they are written
     writing: Writing | None = None
     stood: float = 0.0  # seconds that training has waited for it
 
@@ -44,11 +56,12 @@ class Pending:
 class Checkpoints:
     """The checkpoints of one run. Every rank calls every method at the same place.
 
+    settings: all of the run, for the manifest. found: the checkpoint that the run goes on from.
     facts: what the main loop wants to find again, JSON only; saved with each checkpoint.
     """
 
-    def __init__(self, config, report, found: resuming.Found | None, device):
-        self.config, self.report, self.found, self.device = config, report, found, device
+    def __init__(self, saving: Saving, settings: dict, found: resuming.Found | None, report):
+        self.saving, self.settings, self.found, self.report = saving, settings, found, report
         self.facts: dict = found.record["facts"] if found else {}
         self.step = found.step if found else 0
         self._began = time.time() - self.facts.get("seconds", 0.0)
@@ -71,51 +84,63 @@ class Checkpoints:
             self.seal()
         self._copies = None
 
-    def once(self, name: str, compute):
-        """What `compute()` gave when this run began; a resumed run remembers it."""
-        if name not in self.facts:
-            self.facts[name] = compute()
-        return self.facts[name]
-
     def seconds(self) -> float:
         """How long this run has taken, over all its resumptions."""
         return time.time() - self._began
 
-    def follow(self, engines: dict, carried: dict, parts: dict, data: str, average=None) -> int:
-        """Take the run up where the checkpoint found ends, and return how many steps are done.
+    def follow(self, engines: dict, state: dict, outputs: dict, data: str) -> int:
+        """Save these from now on, go on where the checkpoint found ends, and return how many steps
+        are done.
 
-        engines: {name: zero.TrainEngine}, fresh. carried: {name: object with carry() → JSON and
-        take_up(JSON)}. parts: what checkpoint.save writes at the end of the run. data: a
-        fingerprint of the training rows. average: the EMA, where there is one.
+        engines: {name: zero.TrainEngine or EMA}, fresh. state: {name: object with state_dict() →
+        JSON and load_state_dict(JSON)}. outputs: {folder: what model_folder.save writes there at
+        the end of the run}. data: a fingerprint of the training rows.
         """
-        self.engines, self.carried, self.parts = engines, carried, parts
-        self.data, self.average = data, average
+        self.engines, self.state, self.outputs, self.data = engines, state, outputs, data
         if self.found is not None:
             self._restore(self.found)
         return self.step
 
+    def _restore(self, found: resuming.Found) -> None:
+        record = found.record
+        if record["data"] != self.data and not self.saving.resume_anyway:
+            raise SystemExit(
+                f"checkpoint {found.folder} was trained on {record['data']}; the data now is "
+                f"{self.data}: step {found.step} is no place in it. Give the same data, or "
+                "--resume_anyway"
+            )
+        names = [n for n in record["files"] if n.startswith("rank-")]
+        reader = manifest.Reader(found.folder, names)
+        try:
+            for name, engine in self.engines.items():
+                engine_state.restore(engine, name, reader, record["engines"].get(name))
+        except manifest.Damaged as problem:
+            raise SystemExit(f"checkpoint {found.folder} does not fit: {problem}") from None
+        for name, thing in self.state.items():
+            thing.load_state_dict(record["carried"][name])
+        engine_state.restore_random(reader, record["world_size"])
+        self.report.say(f"resumed from {found.folder}, after {found.step} steps")
+
     def after_step(self, step: int, metrics: dict[str, float]) -> None:
         """After `step` passes of the loop: save where it is due; end the run where asked to."""
-        config, main = self.config, process_group.is_main()
         waited = (time.time() - self._saved_at) / 60
-        due = bool(config.save_every) and step % config.save_every == 0
-        due |= 0 < config.save_every_minutes <= waited
+        due = bool(self.saving.save_every) and step % self.saving.save_every == 0
+        due |= 0 < self.saving.save_every_minutes <= waited
         due |= self._is_best(step, metrics)
         # Rank 0's clock and rank 0's metrics decide; any rank's signal counts.
         asked, due, writing = process_group.on_any_rank(
-            [bool(preemption.received()), main and due, self._writing()]
+            [bool(preemption.received()), process_group.is_main() and due, self._writing()]
         )
         if not writing:
             self.seal()
-        if not asked and not due:
-            return
-        saved = self.save(step, wait=asked)
+        if asked or due:
+            saved = self.save(step, wait=asked)
         if asked:
             self._stop(step, saved)
 
     def _is_best(self, step: int, metrics: dict[str, float]) -> bool:
         """Is --keep_best's metric here, and better than ever? (Then it is remembered.)"""
-        name, _, direction = self.config.keep_best.rpartition(":")
+        name, _, direction = self.saving.keep_best.rpartition(":")
         value = metrics.get(name)
         if value is None or not math.isfinite(value):
             return False
@@ -132,12 +157,11 @@ class Checkpoints:
             raise SystemExit(f"{name} after step {step}, and the checkpoint could not be written")
         self.report.say(
             f"{name}: stopped after step {step}, all of it saved in "
-            f"{manifest.folder_of(self.config.output_dir, step)}; --resume auto goes on (exit code "
+            f"{manifest.folder_of(self.saving.output_dir, step)}; --resume auto goes on (exit code "
             f"{preemption.EXIT_CODE})"
         )
         self.report.close()
-        process_group.shut_down()
-        raise SystemExit(preemption.EXIT_CODE)
+        process_group.leave(preemption.EXIT_CODE)
 
     def save(self, step: int, wait: bool = False) -> bool:
         """Write checkpoint `step`, in the background where that is chosen and none must `wait` for
@@ -146,32 +170,63 @@ class Checkpoints:
         if step == self._saved_step:
             return True
         began, copies = time.time(), None if wait else self._choose_copies()
-        folder = manifest.folder_of(self.config.output_dir, step)
+        folder = manifest.folder_of(self.saving.output_dir, step)
         temporary = folder.with_name(f".{folder.name}.writing")
         pending = Pending(step, folder, temporary, self._saved_at)
         try:
             with manifest.failing_together():
                 if process_group.is_main():
-                    shutil.rmtree(pending.temporary, ignore_errors=True)
-                    pending.temporary.mkdir(parents=True)
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
             self.facts["seconds"] = self.seconds()
-            pending.record = copying.deepcopy(self._record(step))
+            pending.record = copy.deepcopy(self._record(step))
             if copies is None:
-                checkpoint.save(pending.temporary / "weights", self.parts)
+                model_folder.save(temporary / "weights", self.outputs)
                 with manifest.failing_together():
-                    pending.files = self._write_files(pending.temporary, self._tensors())
+                    pending.files = self._write_files(temporary, self._tensors())
             else:
-                pending.writing = self._copy_and_write(pending.temporary, copies)
+                pending.writing = self._copy_and_write(temporary, copies)
         except OSError as problem:
             return self._give_up(pending, problem)
         self._pending, self._saved_at, self._saved_step = pending, time.time(), step
         pending.stood = time.time() - began
         return self.seal() if copies is None else True
 
+    def _record(self, step: int) -> dict:
+        return {
+            "format": manifest.FORMAT,
+            "step": step,
+            "world_size": process_group.world_size(),
+            "config": self.settings,
+            "versions": _versions(),
+            "data": self.data,
+            "facts": self.facts,
+            "carried": {name: thing.state_dict() for name, thing in self.state.items()},
+            "engines": {name: engine_state.record_of(e) for name, e in self.engines.items()},
+        }
+
+    def _tensors(self) -> dict:
+        """What this rank writes, by manifest.Reader's keys."""
+        tensors = engine_state.random_state()
+        for name, engine in self.engines.items():
+            tensors |= engine_state.to_write(name, engine_state.runs_of(engine))
+        return tensors
+
+    @staticmethod
+    def _write_files(temporary: Path, tensors: dict) -> dict:
+        """Write this rank's tensors; → {file: size and digest}, rank 0's with the weights."""
+        rank, ranks = process_group.rank(), process_group.world_size()
+        name = f"rank-{rank:04d}-of-{ranks:04d}.safetensors"
+        files = {name: manifest.write_tensors(temporary / name, tensors)}
+        if process_group.is_main():
+            weights = manifest.listed(temporary / "weights", {})
+            files |= {f"weights/{name}": entry for name, entry in weights.items()}
+        return files
+
     def _copy_and_write(self, temporary: Path, copies: Copies) -> Writing:
         """All that changes with the next step is copied here; the thread writes what was copied."""
         copies.begin()
-        writers = {name: part.gather(copies) for name, part in self.parts.items()}
+        writers = {name: part.snapshot(copies) for name, part in self.outputs.items()}
         tensors = {key: copies(t) for key, t in self._tensors().items()}
 
         def write() -> dict:
@@ -182,21 +237,10 @@ class Checkpoints:
 
         return Writing(write)
 
-    @staticmethod
-    def _write_files(temporary: Path, tensors: dict) -> dict:
-        """This rank's tensors; → its part of the list of files, rank 0's with the weights."""
-        rank, ranks = process_group.rank(), process_group.world_size()
-        name = f"rank-{rank:04d}-of-{ranks:04d}.safetensors"
-        files = {name: manifest.write_tensors(temporary / name, tensors)}
-        if process_group.is_main():
-            weights = manifest.listed(temporary / "weights", {})
-            files |= {f"weights/{name}": found for name, found in weights.items()}
-        return files
-
     def _choose_copies(self) -> Copies | None:
         """Memory for copies; None where training waits for the disk. Asked once a run."""
         if not self._chosen:
-            self._chosen, how = True, self.config.save_in_background
+            self._chosen, how = True, self.saving.save_in_background
             problem = does_not_fit(self._bytes_to_copy()) if how == "auto" else ""
             if problem:
                 self.report.say(
@@ -207,11 +251,9 @@ class Checkpoints:
         return self._copies
 
     def _bytes_to_copy(self) -> int:
-        total = sum(t.numel() * t.element_size() for t in self._tensors().values())
+        total = sum(t.nbytes for t in self._tensors().values())
         if process_group.is_main():
-            modules = [engine.module for engine in self.engines.values()]
-            modules += [self.average.module] if self.average is not None else []
-            for p in (p for module in modules for p in module.parameters()):
+            for p in (p for engine in self.engines.values() for p in engine.module.parameters()):
                 total += getattr(p, "ds_numel", p.numel()) * p.element_size()
         return total
 
@@ -229,15 +271,15 @@ class Checkpoints:
             with manifest.failing_together():
                 if pending.writing is not None:
                     pending.files = pending.writing.result()
-            parts = process_group.gather_objects(pending.files)
-            files = {name: found for part in parts for name, found in part.items()}
+            files = {}
+            for part in process_group.gather_objects(pending.files):
+                files |= part
             with manifest.failing_together():
                 if process_group.is_main():
                     files |= manifest.listed(pending.temporary, files)
-                    manifest.seal(
-                        pending.temporary, pending.folder, pending.record | {"files": files}
-                    )
-                    self._remove_old(pending.record)
+                    record = pending.record | {"files": files}
+                    manifest.seal(pending.temporary, pending.folder, record)
+                    self._remove_old(record)
         except OSError as problem:
             return self._give_up(pending, problem)
         self._best = pending.record["facts"].get("best")
@@ -246,7 +288,7 @@ class Checkpoints:
         self.report.say(f"checkpoint {pending.folder}: training stood still {stood:.2f} s{how}")
         return True
 
-    def _give_up(self, pending: "Pending", problem: OSError) -> bool:
+    def _give_up(self, pending: Pending, problem: OSError) -> bool:
         if process_group.is_main():
             shutil.rmtree(pending.temporary, ignore_errors=True)
         self._saved_at, self._saved_step = pending.before, -1
@@ -255,63 +297,18 @@ class Checkpoints:
             self.facts["best"] = self._best
             if self._best is None:
                 del self.facts["best"]
-        older = [str(s) for s in manifest.steps_in(self.config.output_dir)]
+        older = [str(s) for s in manifest.steps_in(self.saving.output_dir)]
         self.report.say(
             f"checkpoint at step {pending.step} could not be written: {problem}. Training "
             f"goes on; whole ones are of steps: {', '.join(older) or 'none'}. Free space under "
-            f"{self.config.output_dir}, or lower --keep_last"
+            f"{self.saving.output_dir}, or lower --keep_last"
         )
         return False
 
-    def _tensors(self) -> dict:
-        found = engine_state.random_state(self.device)
-        for name, engine in self.engines.items():
-            found |= engine_state.to_write(name, engine_state.runs_of(engine))
-        if self.average is not None:
-            runs = engine_state.runs_of_average(self.average)
-            found |= engine_state.to_write("average", runs)
-        return found
-
-    def _record(self, step: int) -> dict:
-        return {
-            "format": manifest.FORMAT,
-            "step": step,
-            "world_size": process_group.world_size(),
-            "config": dataclasses.asdict(self.config),
-            "versions": _versions(),
-            "data": self.data,
-            "facts": self.facts,
-            "carried": {name: thing.state_dict() for name, thing in self.carried.items()},
-            "engines": {name: engine_state.record_of(e) for name, e in self.engines.items()},
-        }
-
     def _remove_old(self, record: dict) -> None:
         """Keep --keep_last of them and the best. (Later ones than the record's are damaged.)"""
-        steps = [s for s in manifest.steps_in(self.config.output_dir) if s <= record["step"]]
+        steps = [s for s in manifest.steps_in(self.saving.output_dir) if s <= record["step"]]
         best = record["facts"].get("best", {}).get("step")
-        for old in steps[self.config.keep_last :] if self.config.keep_last else []:
+        for old in steps[self.saving.keep_last :] if self.saving.keep_last else []:
             if old != best:
-                manifest.remove(manifest.folder_of(self.config.output_dir, old))
-
-    def _restore(self, found: resuming.Found) -> None:
-        record = found.record
-        if record["data"] != self.data and not self.config.resume_anyway:
-            raise SystemExit(
-                f"checkpoint {found.folder} was trained on {record['data']}; the data now is "
-                f"{self.data}: step {found.step} is no place in it. Give the same data, or "
-                "--resume_anyway"
-            )
-        names = [n for n in record["files"] if n.startswith("rank-")]
-        reader = manifest.Reader(found.folder, names)
-        try:
-            for name, engine in self.engines.items():
-                engine_state.restore(engine, name, reader, record["engines"][name])
-            if self.average is not None:
-                runs = engine_state.runs_of_average(self.average)
-                engine_state.fill("average", runs, reader)
-        except manifest.Damaged as problem:
-            raise SystemExit(f"checkpoint {found.folder} does not fit: {problem}") from None
-        for name, thing in self.carried.items():
-            thing.load_state_dict(record["carried"][name])
-        engine_state.restore_random(reader, record["world_size"], self.device)
-        self.report.say(f"resumed from {found.folder}, after {found.step} steps")
+                manifest.remove(manifest.folder_of(self.saving.output_dir, old))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from utils.distributed import process_group
+from utils.models.ema import EMA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -33,8 +34,10 @@ class Run:
 
 
 def runs_of(engine, create=lambda name: False) -> list[Run]:
-    """The runs of a zero.TrainEngine on this rank. Moments that AdamW has not made yet are left
-    out, or made (as zeros) where `create(name)` asks for it."""
+    """The runs of a zero.TrainEngine or an EMA on this rank. Moments that AdamW has not made yet
+    are left out, or made (as zeros) where `create(name)` asks for it."""
+    if isinstance(engine, EMA):
+        return _runs_of_average(engine)
     optimizer, rank = engine.engine.optimizer, process_group.rank()
     base = getattr(optimizer, "optimizer", optimizer)
     found = []
@@ -105,8 +108,7 @@ def _run(name: str, start: int, tensors: dict, p, partitioned: bool) -> Run:
     return Run(name, start, kept, everywhere=not partitioned)
 
 
-def runs_of_average(ema) -> list[Run]:
-    """The EMA's shadow weights on this rank."""
+def _runs_of_average(ema: EMA) -> list[Run]:
     found, rank = [], process_group.rank()
     for name, p in ema.module.named_parameters():
         shadow, sharded = ema.shadow[name], hasattr(p, "ds_id")
@@ -127,7 +129,7 @@ def to_write(part: str, runs: list[Run]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def fill(part: str, runs: list[Run], reader) -> None:
+def _fill(part: str, runs: list[Run], reader) -> None:
     """Copy what `reader` has into the runs."""
     for run in runs:
         for kind, t in run.tensors.items():
@@ -140,10 +142,12 @@ def fill(part: str, runs: list[Run], reader) -> None:
                 t.copy_(reader.read(part, run.name, kind, run.start, t.numel()))
 
 
-def restore(engine, part: str, reader, record: dict) -> None:
-    """Weights, moments, schedule, counters and loss scale of `part` into a fresh engine."""
-    runs = runs_of(engine, create=lambda name: reader.has(part, name, "exp_avg"))
-    fill(part, runs, reader)
+def restore(engine, part: str, reader, record: dict | None) -> None:
+    """Weights, moments, schedule, counters and loss scale of `part` into a fresh engine; the
+    weights of an EMA."""
+    _fill(part, runs_of(engine, create=lambda name: reader.has(part, name, "exp_avg")), reader)
+    if isinstance(engine, EMA):
+        return
     _publish(engine.engine.optimizer)
     inner, scaler = engine.engine, getattr(engine.engine.optimizer, "loss_scaler", None)
     for name in COUNTERS:
@@ -161,8 +165,10 @@ def restore(engine, part: str, reader, record: dict) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
-def record_of(engine) -> dict:
+def record_of(engine) -> dict | None:
     """What `restore` needs beside the tensors."""
+    if isinstance(engine, EMA):
+        return None
     scaler = getattr(engine.engine.optimizer, "loss_scaler", None)
     dynamic = getattr(scaler, "dynamic", False)
     return {
@@ -186,7 +192,7 @@ def _publish(optimizer) -> None:
 # The random number generators of this rank.
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
     """Python's, NumPy's, torch's and this rank's GPU's generators as tensors."""
     _, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
@@ -197,12 +203,12 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
+    if process_group.device().type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(process_group.device())
     return {f"random|{process_group.rank()}|{name}|0": t for name, t in found.items()}
 
 
-def restore_random(reader, saved_ranks: int, device: torch.device) -> None:
+def restore_random(reader, saved_ranks: int) -> None:
     """Take up this rank's generators; of fewer saved ranks the last ones share."""
     rank = str(process_group.rank() % saved_ranks)
 
@@ -215,5 +221,5 @@ def restore_random(reader, saved_ranks: int, device: torch.device) -> None:
     cached = of("numpy_gauss").item()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(of("torch"))
-    if device.type == "cuda" and reader.has("random", rank, "cuda"):
-        torch.cuda.set_rng_state(of("cuda"), device)
+    if process_group.device().type == "cuda" and reader.has("random", rank, "cuda"):
+        torch.cuda.set_rng_state(of("cuda"), process_group.device())

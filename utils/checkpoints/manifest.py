@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from utils import whole_files
 from utils.distributed import process_group
 
 FORMAT = 1
@@ -117,8 +118,7 @@ def listed(folder: Path, known: dict[str, dict]) -> dict[str, dict]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and name not in known:
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
+            whole_files.sync(path)
             found[name] = _measured(path)
     return found
 
@@ -131,19 +131,11 @@ def seal(temporary: Path, folder: Path, record: dict) -> None:
         f.flush()
         os.fsync(f.fileno())
     for inner in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
-        _sync_folder(inner)
+        whole_files.sync(inner)
     if folder.exists():
         remove(folder)  # a damaged one, which this run resumed from before
     os.replace(temporary, folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    whole_files.sync(folder.parent)
 
 
 def _digest_of(record: dict) -> str:

@@ -21,7 +21,7 @@ SPLITS = {
 
 
 class Reader(Protocol):
-    """How a reward model reads conversations (utils/models)."""
+    """How a reward model reads conversations (models/scorer.py)."""
 
     def refusal(self, messages: Sequence[dict]) -> str | None:
         """Why it can score no answer to these messages, or None."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from utils import whole_files
 from utils.distributed import process_group
+from utils.errors import UserError
 
 SHOWN_PROBLEMS = 20
 
@@ -23,7 +24,7 @@ class Row:
     where: str
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """What is wrong with the data, each problem with its place.
 
     problems: one text or several. title, advice: a line before them and one after.

@@ -320,6 +320,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from utils.report import run
+    from utils.distributed.program import run
 
     run(main)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -68,8 +69,8 @@ def init(timeout_minutes: float = 30.0) -> torch.device:
         verbose=False,
     )
     _device = device
-    if is_main() and (told := builds.missing_tools()):
-        print(told, flush=True)
+    if missing := builds.missing_tools():
+        say(missing)
     if dist.get_world_size() > 1:
         peers.look_after()
     return device
@@ -118,6 +119,11 @@ def timed_out(error: RuntimeError) -> bool:
     return bool(re.search(r"[Tt]imed out|Timeout\(ms\)=|collective operation timeout", str(error)))
 
 
+def device() -> torch.device:
+    """This rank's, once it has joined; the CPU before."""
+    return _device
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
@@ -130,6 +136,20 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def say(text: str, file=None) -> None:
+    """Print one line (or block) for people, on rank 0 alone."""
+    if is_main():
+        print(text, file=file, flush=True)
+
+
+def leave(code: int, text: str = "") -> NoReturn:
+    """End the run with this exit code and a line from rank 0. Every rank must call it."""
+    if text:
+        say(text, sys.stderr if code else None)
+    shut_down()
+    raise SystemExit(code)
 
 
 def barrier() -> None:

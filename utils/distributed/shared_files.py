@@ -1,11 +1,9 @@
 """What the machines of a run must share is looked at before anything is read from it."""
 
-import dataclasses
 import hashlib
 import os
 import secrets
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -17,32 +15,27 @@ PASSED_OVER = {"checkpoints", "tensorboard"}  # of a model's folder: read by no 
 WRITTEN = {"output_dir", "output_file", "data_cache"}
 
 
-def check(config) -> None:
+def check(output_dir: str, settings: dict) -> None:
     """End the run where a machine does not see what another one wrote to the output folder, or
-    where data or models at a path differ. Every rank must call it, once all have joined."""
+    where data or models at a path of the `settings` differ. Every rank must call it."""
     leaders = peers.leaders()
     if len(leaders) < 2:
         return
-    problems = _output_problems(config, leaders) + _input_problems(config, leaders)
-    if not problems:
-        return
-    if process_group.is_main():
+    problems = _output_problems(Path(output_dir), leaders) + _input_problems(settings, leaders)
+    if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
-        print(f"the machines do not see the same files:\n{lines}", file=sys.stderr, flush=True)
-    process_group.shut_down()
-    raise SystemExit(2)
+        process_group.leave(2, f"the machines do not see the same files:\n{lines}")
 
 
-def _output_problems(config, leaders: list[int]) -> list[str]:
+def _output_problems(folder: Path, leaders: list[int]) -> list[str]:
     """Each machine writes a file of its own and looks for those of the others."""
-    folder = Path(config.output_dir)
     token = process_group.gather_objects(secrets.token_hex(8))[0]
     files = {rank: folder / f".machine-{token}-{rank}" for rank in leaders}
-    mine, error, unseen = process_group.rank() in leaders, "", []
+    mine, error, unseen = files.get(process_group.rank()), "", []
     if mine:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files[process_group.rank()].touch()
+            mine.touch()
         except OSError as problem:
             error = str(problem)
     process_group.barrier()
@@ -50,7 +43,7 @@ def _output_problems(config, leaders: list[int]) -> list[str]:
         unseen = _unseen(files)
     found = process_group.gather_objects((socket.gethostname(), error, unseen))
     if mine and not error:
-        files[process_group.rank()].unlink(missing_ok=True)
+        mine.unlink(missing_ok=True)
     hosts = [host for host, _, _ in found]
     failed = [f"output_dir={folder} cannot be written to on {h}: {e}" for h, e, _ in found if e]
     pairs = [(hosts[w], hosts[r]) for r in leaders for w in found[r][2] if not found[w][1]]
@@ -70,33 +63,32 @@ def _unseen(files: dict[int, Path]) -> list[int]:
         time.sleep(0.1)
 
 
-def _input_problems(config, leaders: list[int]) -> list[str]:
+def _input_problems(settings: dict, leaders: list[int]) -> list[str]:
     """Settings that name a file or folder which is not the same on every machine."""
-    mine = _inputs(config) if process_group.rank() in leaders else {}
+    mine = _inputs(settings) if process_group.rank() in leaders else {}
     found = process_group.gather_objects((socket.gethostname(), mine))
+    first, inputs = found[0]
     problems = []
-    for setting in found[0][1]:
-        (first, here), *others = [(found[r][0], found[r][1][setting]) for r in leaders]
-        for host, there in others:
-            if here != there:
-                problems.append(
-                    f"{setting[0]}={setting[1]}: {_told(here)} on {first}, {_told(there)} on "
-                    f"{host}; copy it to the same path on every machine, or give one that all mount"
-                )
-                break
+    for setting, here in inputs.items():
+        others = [(found[r][0], found[r][1][setting]) for r in leaders[1:]]
+        for host, there in [other for other in others if other[1] != here][:1]:
+            problems.append(
+                f"{setting[0]}={setting[1]}: {_told(here)} on {first}, {_told(there)} on {host}; "
+                "copy it to the same path on every machine, or give one that all mount"
+            )
     return problems
 
 
-def _inputs(config) -> dict[tuple[str, str], tuple | None]:
+def _inputs(settings: dict) -> dict[tuple[str, str], tuple | None]:
     """(setting, value) → (files, bytes, digest) of what lies at that path, None where nothing."""
-    found = {}
-    for field in dataclasses.fields(config):
-        values = getattr(config, field.name)
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, str) and value and field.name not in WRITTEN:
+    inputs = {}
+    for name in sorted(settings.keys() - WRITTEN):
+        values = settings[name] if isinstance(settings[name], list) else [settings[name]]
+        for value in values:
+            if isinstance(value, str) and value:
                 path = value if os.path.exists(value) else value.rpartition(":")[0]  # NAME:SPLIT
-                found[field.name, value] = _fingerprint(Path(path)) if path else None
-    return found
+                inputs[name, value] = _fingerprint(Path(path)) if path else None
+    return inputs
 
 
 def _fingerprint(path: Path) -> tuple | None:

@@ -6,6 +6,7 @@ Source of the settings: DeepSpeed 0.19 documentation, "DeepSpeed Configuration J
 import contextlib
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from utils.distributed import process_group
 
+Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -252,3 +254,26 @@ def gathered(parameters):
 
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
         yield
+
+
+def to_cpu(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+
+
+@torch.no_grad()
+def whole_state_dict(module: nn.Module, copy: Copy = to_cpu) -> dict[str, torch.Tensor]:
+    """Whole weights on the CPU of rank 0 (an empty dict elsewhere); every rank must call it.
+
+    One weight at a time is whole, so the peak is the largest weight and not the model.
+    """
+    state = {}
+    for name, p in module.named_parameters():
+        with gathered([p]):
+            if process_group.is_main():
+                state[name] = copy(p)
+    if process_group.is_main():
+        persistent = module.state_dict(keep_vars=True)
+        for name, b in module.named_buffers():
+            if name in persistent:
+                state[name] = copy(b)
+    return state

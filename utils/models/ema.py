@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.checkpoints import model_folder as checkpoint
+from utils.distributed import zero
 
 
 class EMA:
@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def state_dict(
-        self, dtype: torch.dtype | None = None, copy: checkpoint.Copy = checkpoint.to_cpu
+        self, dtype: torch.dtype | None = None, copy: zero.Copy = zero.to_cpu
     ) -> dict[str, torch.Tensor]:
         """Whole averaged weights on the CPU, cast to `dtype` (None: each weight's own).
 

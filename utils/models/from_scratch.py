@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from utils import whole_files
-from utils.checkpoints import model_folder as checkpoint
 from utils.data import chat_template, comparisons, demonstrations, rows
-from utils.report import quiet_libraries, run
+from utils.distributed.program import quiet_libraries, run
 from utils.settings.values import columns_of
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -124,7 +123,7 @@ def build(
     with whole_files.folder_beside(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        checkpoint.replace_files(beside, Path(folder))
+        whole_files.move_into(beside, Path(folder), stale="model*.safetensors*")
     count = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {count:,} random weights, {len(tokenizer)} tokens")
 

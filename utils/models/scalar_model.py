@@ -3,7 +3,7 @@
 On disk it is `AutoModelForSequenceClassification` with one label, so the file loads anywhere;
 plain transformers gives the number at the last token that is not padding, which is our score
 before the bias. `config.reward_bias` is subtracted here: these heads have no bias of their own.
-`config.reward_read_at` says at which token it is to be read, see reward_reader.py.
+`config.reward_read_at` says at which token it is to be read, see scorer.py.
 """
 
 import math
@@ -11,7 +11,6 @@ import math
 import torch
 from torch import nn
 
-from utils.distributed import host_memory
 from utils.kernels import packing
 from utils.models import language_model
 
@@ -63,7 +62,7 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
 
     head: what to do where the folder has no head: "saved" refuses; "normal" draws
     N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0. A "saved" one
-    is only asked, so it needs no embedding for the tokenizer's pad (see sequence_scores).
+    is only asked, so it needs no embedding for the tokenizer's pad (see scorer.sequence_scores).
     """
     classifier = language_model.from_pretrained(
         config, path, dtype, zero_stage, tokenizer, scalar=True, grow=head != "saved"
@@ -93,22 +92,3 @@ def _fresh_head(weight: nn.Parameter, kind: str) -> None:
             weight.data.normal_(0.0, std)
     else:
         weight.data.normal_(0.0, std)
-
-
-def last_positions(mask: torch.Tensor) -> torch.Tensor:
-    """(B,T) bool → (B,) index of each row's last True."""
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    return (mask.long() * steps).argmax(-1)
-
-
-def sequence_scores(
-    forward, input_ids: torch.Tensor, mask: torch.Tensor, shared=None
-) -> torch.Tensor:
-    """(B,T) ids and mask → (B,) fp32 score at each row's last token (shared: see ScalarModel).
-
-    Pads are never attended to, so any id does for them: 0, for which all models have an embedding.
-    """
-    input_ids = input_ids.masked_fill(~host_memory.send(mask, input_ids.device), 0)
-    values = forward(input_ids, mask) if shared is None else forward(input_ids, mask, shared)
-    last = host_memory.send(last_positions(mask), values.device)
-    return values.gather(1, last[:, None]).squeeze(1)

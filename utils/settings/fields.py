@@ -256,9 +256,10 @@ class RunConfig:
                 found.append(str(error))
         return found
 
-    def pick(self, record: type):
-        """A dataclass whose fields are some of these settings, filled with their values."""
-        return record(**{field.name: getattr(self, field.name) for field in fields(record)})
+    def pick(self, record: type, **more):
+        """A dataclass whose fields are some of these settings, and `more`, with their values."""
+        names = {field.name for field in fields(record)} - more.keys()
+        return record(**{name: getattr(self, name) for name in names}, **more)
 
     def accumulation(self, world_size: int) -> int:
         return self.global_batch_size // (self.micro_batch_size * world_size)
@@ -391,12 +392,11 @@ def parse(config_class, description: str):
     return config
 
 
-def save(
-    config, folder: str | Path, world_size: int, main: bool = True, name: str = "config.yaml"
-) -> None:
-    """Write `config.yaml` into `folder` (on the main rank); `--config` of it repeats the run."""
-    if not main:
-        return
+def text_of(config, world_size: int) -> str:
+    """All settings as YAML; `--config` of it repeats the run."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    header = f"# {type(config).__name__}, run on {world_size} rank{'s' if world_size > 1 else ''}\n"
-    whole_files.write_text(Path(folder) / name, header + text)
+    return f"# {type(config).__name__}, run on {world_size} rank{'s'[: world_size > 1]}\n{text}"
+
+
+def save(config, folder: str | Path, world_size: int, name: str = "config.yaml") -> None:
+    whole_files.write_text(Path(folder) / name, text_of(config, world_size))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from step3_ppo import update
-from step3_ppo.checks import alignment as check_alignment
-from step3_ppo.checks.models import Fault
+from step3_ppo.checks import alignment
+from step3_ppo.checks.probe import Fault, Probe
 from step3_ppo.rollout import Prompt, make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, TableActor, config_of, drawn_rows, rollout_of
@@ -42,22 +42,21 @@ def experience_of(**settings):
     return config, *make_experience(rollout_of(rows), config, State(kl_coef=0.3))
 
 
-def followed(config, experience, metrics, learned_from=None):
-    """A self-check after one real optimizer step on `learned_from`."""
+def trained(config, experience, metrics, learned_from=None):
+    """FirstSteps after one real optimizer step on `learned_from`."""
     models = SimpleNamespace(actor=Engine(TableActor(VOCABULARY, VOCABULARY)), ptx=None)
-    follow = check_alignment.Followed()
+    trace = alignment.LossTrace()
     device = torch.device("cpu")
     rows = list(range(ROWS))
-    update.step_actor(models, learned_from or experience, rows, config, device, follow)
-    return SimpleNamespace(
-        config=config, experience=experience, metrics=metrics, followed=follow, device=device
-    )
+    update.step_actor(models, learned_from or experience, rows, config, device, trace)
+    probe = SimpleNamespace(config=config)
+    return SimpleNamespace(probe=probe, experience=experience, metrics=metrics, trace=trace)
 
 
 @pytest.mark.parametrize("settings", RULES)
 def test_definitions_and_training_agree_on_every_advantage(settings):
     config, experience, metrics = experience_of(**settings)
-    found, _ = check_alignment.advantages_by_definition(experience, config, metrics["kl_coef"])
+    found, _ = alignment.advantages_by_definition(experience, config, metrics["kl_coef"])
     mask = experience.rollout.response_mask.numpy()
     trained = experience.advantages.expand(found.shape).numpy()
     assert np.abs(trained[mask]).max() > 0.1
@@ -67,9 +66,9 @@ def test_definitions_and_training_agree_on_every_advantage(settings):
 
 @pytest.mark.parametrize("settings", RULES)
 def test_each_token_is_followed_to_the_loss(settings):
-    check = followed(*experience_of(**settings))
-    tokens = int(check.experience.rollout.response_mask.sum())
-    said = check_alignment.advantages_reach_their_tokens(check)
+    steps = trained(*experience_of(**settings))
+    tokens = int(steps.experience.rollout.response_mask.sum())
+    said = alignment.advantages_reach_their_tokens(steps)
     assert said.startswith(f"{tokens} tokens of the first minibatch")
 
 
@@ -106,16 +105,14 @@ def test_what_is_out_of_step_is_a_fault(settings, what):
     config, experience, metrics = experience_of(**settings)
     looked_at, learned_from = out_of_step(experience, what)
     with pytest.raises(Fault, match="out of step|another row's"):
-        check_alignment.advantages_reach_their_tokens(
-            followed(config, looked_at, metrics, learned_from)
-        )
+        alignment.advantages_reach_their_tokens(trained(config, looked_at, metrics, learned_from))
 
 
 def test_answers_drawn_twice_are_each_found():
     config, experience, _ = experience_of()
     twice = experience.rollout.select(list(range(0, ROWS, 2)) * 2)
     experience, metrics = make_experience(twice, config, State(kl_coef=0.3))
-    assert check_alignment.advantages_reach_their_tokens(followed(config, experience, metrics))
+    assert alignment.advantages_reach_their_tokens(trained(config, experience, metrics))
 
 
 @pytest.mark.parametrize("score", [5.3, 0.7])
@@ -128,30 +125,31 @@ def test_rounding_of_whitened_rewards_that_are_all_alike_is_no_fault(score):
     before = experience.rollout
     rollout = dataclasses.replace(before, scores=alike, ref_logprobs=before.logprobs)
     experience, metrics = make_experience(rollout, config, State(kl_coef=0.3))
-    assert check_alignment.advantages_reach_their_tokens(followed(config, experience, metrics))
+    assert alignment.advantages_reach_their_tokens(trained(config, experience, metrics))
 
 
 # Reward functions.
 
 
-class Scored:
-    """A self-check whose answers a function has scored once."""
-
-    def __init__(self, function, seconds=0.1, copies=1):
-        self.rollout = rollout_of(drawn_rows(8, VOCABULARY, seed=1))
-        prompts = [
-            Prompt(({"role": "user", "content": f"{i // copies}"},), "", {}) for i in range(8)
-        ]
-        self.asked, self.tolerance = prompts, 5e-5
-        self.config = config_of(reward_function="own.py:score", reward_function_coef=0.5)
-        decode = lambda ids, skip_special_tokens: ["".join(map(chr, row)) for row in ids]  # noqa: E731
-        tokenizer = SimpleNamespace(batch_decode=decode, pad_token_id=0)
-        self.models = SimpleNamespace(reward=None, reward_function=function, tokenizer=tokenizer)
-        scores = torch.tensor(function([p.messages[0]["content"] for p in prompts], [""] * 8, []))
-        self.probe = dataclasses.replace(
-            self.rollout, scores=0.5 * scores, function_scores=0.5 * scores
-        )
-        self.probe_seconds = {"seconds_score": seconds}
+def scored(function, seconds=0.1, copies=1) -> Probe:
+    """Answers that a function has scored once."""
+    prompts = [Prompt(({"role": "user", "content": f"{i // copies}"},), "", {}) for i in range(8)]
+    decode = lambda ids, skip_special_tokens: ["".join(map(chr, row)) for row in ids]  # noqa: E731
+    tokenizer = SimpleNamespace(batch_decode=decode, pad_token_id=0)
+    scores = function([p.messages[0]["content"] for p in prompts], [""] * 8, [])
+    scores = 0.5 * torch.tensor(scores)
+    rollout = rollout_of(drawn_rows(8, VOCABULARY, seed=1))
+    return Probe(
+        SimpleNamespace(reward=None, reward_function=function, tokenizer=tokenizer),
+        config_of(reward_function="own.py:score", reward_function_coef=0.5),
+        torch.device("cpu"),
+        tolerance=5e-5,
+        train=[],
+        held=[],
+        rollout=dataclasses.replace(rollout, scores=scores, function_scores=scores),
+        asked=prompts,
+        seconds_score=seconds,
+    )
 
 
 def numbers(prompts, responses, rows):
@@ -185,12 +183,12 @@ def that_fails_the_second_time(prompts, responses, rows):
 
 @pytest.mark.parametrize("function", [numbers, over_the_batch])
 def test_scores_of_a_function_that_follow_their_rows_pass(function):
-    said = check_alignment.scores_of_the_probe(Scored(function))
+    said = alignment.scores_belong(scored(function))
     assert "follow their 8 rows" in said and "rolled by one row" in said
 
 
 def test_a_function_may_compare_the_answers_to_one_prompt():
-    said = check_alignment.scores_of_the_probe(Scored(among_the_answers_to_a_prompt, copies=2))
+    said = alignment.scores_belong(scored(among_the_answers_to_a_prompt, copies=2))
     assert "follow their 8 rows" in said
 
 
@@ -200,7 +198,7 @@ def test_a_function_may_compare_the_answers_to_one_prompt():
 )
 def test_scores_of_a_function_that_are_another_rows_are_a_fault(function, said):
     with pytest.raises(Fault, match=said):
-        check_alignment.scores_of_the_probe(Scored(function))
+        alignment.scores_belong(scored(function))
 
 
 def by_place(prompts, responses, rows):
@@ -209,13 +207,13 @@ def by_place(prompts, responses, rows):
 
 def test_answers_to_one_prompt_alone_are_shuffled_too():
     with pytest.raises(Fault, match="another row's"):
-        check_alignment.scores_of_the_probe(Scored(by_place, copies=8))
+        alignment.scores_belong(scored(by_place, copies=8))
 
 
 def test_what_could_not_be_checked_of_a_function_is_said():
-    said = check_alignment.scores_of_the_probe(Scored(at_random))
+    said = alignment.scores_belong(scored(at_random))
     assert "not checked" in said and "own.py:score gives the same rows other scores" in said
-    said = check_alignment.scores_of_the_probe(Scored(of_the_row_before, seconds=31.0))
+    said = alignment.scores_belong(scored(of_the_row_before, seconds=31.0))
     assert said.startswith("not checked: scoring took 31 s")
-    said = check_alignment.scores_of_the_probe(Scored(lambda p, r, rows: [1.0] * len(p)))
+    said = alignment.scores_belong(scored(lambda p, r, rows: [1.0] * len(p)))
     assert said.endswith("(all are alike)")

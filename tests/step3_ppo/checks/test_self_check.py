@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from step3_ppo.checks import self_check
+from step3_ppo.checks.probe import AFTER, AT_START, BEFORE
 from tests.helpers.families import FAMILIES, write
 from tests.helpers.jobs import ppo, reward
 from tests.helpers.running import ROOT, built_once, run_ranks
 from tests.helpers.small_models import config_of
 from utils.data import chat_template
 
-ANYTIME = self_check.BEFORE | self_check.AFTER
-CHECKS = ANYTIME | self_check.AT_START
+ANYTIME = BEFORE | AFTER
+CHECKS = ANYTIME | AT_START
 GENERATOR, PADDING = "generator equals model", "padding changes nothing"
 DROPOUT, POLICY, KL = "dropout is off", "rollouts are on-policy", "KL 0 at the start"
 SAMPLES, APART = "samples follow the policy", "ranks and rows draw apart"
@@ -338,12 +339,14 @@ def test_a_critic_or_reference_of_another_template_is_refused(tiny, house, tmp_p
 def test_an_error_that_is_no_verdict_says_in_which_check_it_came(capfd):
     """It ends the run as it would anywhere, --self_check warn or not."""
 
-    def breaks(check):
+    def breaks(given):
         raise ZeroDivisionError("by nothing")
 
     config, device = config_of(self_check="warn", dtype="fp32"), torch.device("cpu")
     check = self_check.SelfCheck(None, [], [], config, device, print)
     with pytest.raises(ZeroDivisionError, match="by nothing"):
-        check._run({"sound": lambda check: "as it is", "odd": breaks}, "before the first step")
+        check._run(
+            {"sound": lambda given: "as it is", "odd": breaks}, None, "before the first step"
+        )
     told = capfd.readouterr().err
     assert told == "self-check, before the first step: 'odd' broke off on rank 0, no verdict:\n"

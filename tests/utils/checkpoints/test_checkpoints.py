@@ -191,11 +191,11 @@ def test_every_generator_goes_on_where_it_was(tmp_path):
     assert all(
         a != b for x, y in zip(first, others, strict=False) for a, b in zip(x, y, strict=True)
     )
-    state = engine_state.random_state(torch.device("cpu"))
+    state = engine_state.random_state()
     manifest.write_tensors(tmp_path / "r.safetensors", state)
     expected = [draw() for _ in range(4)]
     reader = manifest.Reader(tmp_path, ["r.safetensors"])
-    engine_state.restore_random(reader, saved_ranks=1, device=torch.device("cpu"))
+    engine_state.restore_random(reader, saved_ranks=1)
     assert [draw() for _ in range(4)] == expected
 
 

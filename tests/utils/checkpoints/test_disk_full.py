@@ -23,12 +23,13 @@ from step3_ppo.state import State
 from tests.helpers import small_runs
 from utils import report as reporting
 from utils import whole_files
-from utils.checkpoints import manifest
-from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints import manifest, model_folder
 from utils.data import chat_template, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.rows import BadRows
+from utils.distributed import program
 from utils.models import from_scratch
+from utils.run import BadSteps
 from utils.settings import fields as run_config
 
 LIMIT = 4096  # bytes of a file, where no disk can be made
@@ -55,26 +56,26 @@ def result_json(folder, amount):
 
 
 def state_json(folder, amount):
-    State(kl_coef=0.1 * amount).gather(None)(folder)
+    State(kl_coef=0.1 * amount).snapshot(None)(folder)
 
 
 def bad_step(folder, amount):
     tensor = torch.zeros(amount * 50, 20)
     rollout = Rollout(**{f.name: tensor for f in dataclasses.fields(Rollout)})
     config = PPOConfig(output_dir=str(folder))
-    Watch(config, lambda text: None, lambda: None).dump(rollout, "a reason", 0)
+    Watch(config, print, BadSteps(5, print, lambda: None)).dump(rollout, "a reason", 0)
 
 
 def metrics_jsonl(folder, amount):
     report = reporting.Report(str(folder), 10**9, tensorboard=False, resumed_at=10**6)
     for step in range(40 * amount):
-        report.log(step, {"loss": 1.0, "a rather long name of a metric": 2.0})
+        report.log(step, {"seconds": 1.0, "critic_learning_rate": 2.0, "critic_grad_norm": 2.0})
 
 
 def tensorboard(folder, amount):
     report = reporting.Report(str(folder), 10**9, tensorboard=True, resumed_at=10**6)
     for step in range(1, 300 * amount):
-        report.log(step, {"loss": 1.0})
+        report.log(step, {"seconds": 1.0})
     report.close()
 
 
@@ -109,8 +110,7 @@ def curves_png(folder, amount):
 
 
 def saved_model(folder, amount, model):
-    config = SFTConfig(output_dir="o")
-    checkpoint.save(folder, {"model": checkpoint.ModelFolder(*model, config)})
+    model_folder.save(folder, {"model": model_folder.ModelFolder(*model, "settings")})
 
 
 def new_model(folder, amount, model):
@@ -225,7 +225,7 @@ def test_a_full_disk(writer, disk, model, capsys):
 
 def test_a_full_disk_costs_the_checkpoint_that_is_written_in_the_background(disk, model):
     config = SFTConfig(output_dir=str(disk / "out"), save_every=1)
-    parts = {".": checkpoint.ModelFolder(*model, config)}
+    parts = {".": model_folder.ModelFolder(*model, "settings")}
     with small_runs.follow(config, parts) as run:
         run.after_step(1, {})
         run._pending.writing.join()
@@ -275,9 +275,9 @@ def test_a_folder_that_is_missing_is_made_and_a_file_in_its_place_is_told(writer
 
 def test_a_run_ends_with_the_message_and_no_traceback(monkeypatch, capsys, tmp_path):
     codes = []
-    monkeypatch.setattr(reporting.os, "_exit", codes.append)
+    monkeypatch.setattr(program.os, "_exit", codes.append)
     (tmp_path / "file").write_text("")
-    reporting.run(lambda: whole_files.write_text(tmp_path / "file" / "x", "text"))
+    program.run(lambda: whole_files.write_text(tmp_path / "file" / "x", "text"))
     told = capsys.readouterr().err
     assert codes == [1] and told.startswith("error: cannot write ") and "Traceback" not in told
 

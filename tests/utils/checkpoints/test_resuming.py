@@ -13,6 +13,7 @@ from step1_sft.config import SFTConfig
 from tests.helpers import small_runs
 from utils.checkpoints import manifest, resuming
 from utils.checkpoints.checkpoints import Checkpoints
+from utils.run import output_of
 from utils.settings import fields as run_config
 
 
@@ -38,19 +39,19 @@ def save(config, step: int):
 
 
 def test_an_empty_folder_begins_and_a_used_one_asks(config, tmp_path, capsys):
-    resuming.check_output(config)
-    assert resuming.find(config) is None
+    output_of(config).check()
+    assert output_of(config).find() is None
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text("")  # of a run that ended before its first step
-    resuming.check_output(config)
+    output_of(config).check()
     for name in ("metrics.jsonl", "checkpoints", "result.json"):
         if name == "checkpoints":
             save(config, 2)
         else:
             (out / name).write_text("{}\n")
         with pytest.raises(SystemExit) as ended:
-            resuming.check_output(config)
+            output_of(config).check()
         said = capsys.readouterr().err
         assert ended.value.code == 2 and "--resume auto" in said and "--overwrite" in said
         assert name in said
@@ -62,8 +63,8 @@ def test_overwrite_deletes_the_run_and_leaves_other_files(config, tmp_path):
     for name in ("metrics.jsonl", "result.json", "notes.txt", "model.safetensors"):
         (out / name).write_text("x")
     config = replace(config, overwrite=True)
-    resuming.check_output(config)
-    assert resuming.find(config) is None
+    output_of(config).check()
+    assert output_of(config).find() is None
     assert {p.name for p in out.iterdir()} == {"notes.txt", "model.safetensors"}
 
 
@@ -72,19 +73,19 @@ def test_a_finished_run_is_left_as_it_is(config, tmp_path, capsys):
     (tmp_path / "out/result.json").write_text("{}")
     run_config.save(config, config.output_dir, 1)
     with pytest.raises(SystemExit) as ended:
-        resuming.check_output(replace(config, resume="auto", log_every=3))
+        output_of(replace(config, resume="auto", log_every=3)).check()
     assert ended.value.code == 0 and "nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
-        resuming.check_output(replace(config, resume="auto", epochs=5.0))
+        output_of(replace(config, resume="auto", epochs=5.0)).check()
     assert ended.value.code == 2 and "epochs: 2.0 → 5.0" in capsys.readouterr().err
-    resuming.check_output(replace(config, resume="auto", epochs=5.0, resume_anyway=True))
+    output_of(replace(config, resume="auto", epochs=5.0, resume_anyway=True)).check()
 
 
 @pytest.mark.parametrize("damage", ["lost", "flipped", "no manifest"])
 def test_the_newest_whole_checkpoint_is_taken(config, capsys, damage):
     folders = [save(config, step) for step in (2, 4, 10)]
     auto = replace(config, resume="auto")
-    assert resuming.find(auto).step == 10
+    assert output_of(auto).find().step == 10
     for folder, left in ((folders[2], 4), (folders[1], 2)):
         name = "manifest.json" if damage == "no manifest" else "state"
         data = bytearray((folder / name).read_bytes())
@@ -92,11 +93,11 @@ def test_the_newest_whole_checkpoint_is_taken(config, capsys, damage):
         if damage == "flipped":
             data[3] ^= 1
             (folder / name).write_bytes(data)
-        assert resuming.find(auto).step == left
+        assert output_of(auto).find().step == left
         assert f"{folder} is damaged" in capsys.readouterr().out
     (folders[0] / "state").unlink()
     with pytest.raises(SystemExit, match="none of the 3 checkpoints"):
-        resuming.find(auto)
+        output_of(auto).find()
 
 
 def test_unfinished_ones_are_removed_and_never_read(config, tmp_path):
@@ -105,7 +106,7 @@ def test_unfinished_ones_are_removed_and_never_read(config, tmp_path):
     for name in (".step-000004.writing", ".step-000001.deleting"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "state").write_text("half")
-    assert resuming.find(replace(config, resume="auto")).step == 2
+    assert output_of(replace(config, resume="auto")).find().step == 2
     assert [p.name for p in checkpoints.iterdir()] == ["step-000002"]
 
 
@@ -114,14 +115,14 @@ def test_a_changed_setting_is_shown_and_refused_where_it_changes_what_is_learned
     auto = replace(config, resume="auto")
     changed = replace(auto, learning_rate=2e-3, seed=7, sft_data=["d", "e"])
     with pytest.raises(SystemExit) as ended:
-        resuming.find(changed)
+        output_of(changed).find()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "--resume_anyway" in said
     for line in ("learning_rate: 0.001 → 0.002", "seed: 42 → 7", "sft_data: ['d'] → ['d', 'e']"):
         assert line in said
-    assert resuming.find(replace(changed, resume_anyway=True)).step == 2
+    assert output_of(replace(changed, resume_anyway=True)).find().step == 2
     assert "--resume_anyway: seed: 42 → 7" in capsys.readouterr().out
-    assert resuming.find(replace(auto, zero_stage=3, micro_batch_size=2, log_every=1)).step == 2
+    assert output_of(replace(auto, zero_stage=3, micro_batch_size=2, log_every=1)).find().step == 2
     said = capsys.readouterr().out
     assert "zero_stage: 0 → 3: the same path up to rounding" in said and "log_every" not in said
 
@@ -132,29 +133,29 @@ def test_the_day_of_a_run_is_the_one_it_began_on(config, tmp_path, monkeypatch, 
         monkeypatch.setattr(resuming, "datetime", SimpleNamespace(date=today))
 
     clock("2026-01-31")
-    resuming.settle_date(config)
+    config.date = resuming.date_of(config.date)
     assert config.date == "2026-01-31"
     folder = save(config, 2)
     run_config.save(config, tmp_path / "out", 1)
     clock("2026-02-01")
     again = replace(config, date="", resume="auto")
-    resuming.settle_date(again, resuming.find(again))
+    again.date = resuming.date_of(again.date, output_of(again).find())
     assert again.date == "2026-01-31"
     (tmp_path / "out/result.json").write_text("{}")  # and a finished one is finished
     with pytest.raises(SystemExit) as ended:
-        resuming.check_output(replace(again, date=""))
+        output_of(replace(again, date="")).check()
     assert ended.value.code == 0
 
     flags = ["--config", str(tmp_path / "out/config.yaml"), "--output_dir", str(tmp_path / "new")]
     repeated = run_config.build(SFTConfig, flags, 1)
-    resuming.settle_date(repeated, None)
+    repeated.date = resuming.date_of(repeated.date, None)
     assert repeated.date == "2026-01-31"
     other = replace(again, date="2026-02-01")
     with pytest.raises(SystemExit):
-        resuming.find(other)
+        output_of(other).find()
     assert "date: 2026-01-31 → 2026-02-01" in capsys.readouterr().err
     new = replace(config, date="", output_dir=str(tmp_path / "other"), resume=str(folder))
-    resuming.settle_date(new, resuming.find(new))
+    new.date = resuming.date_of(new.date, output_of(new).find())
     assert new.date == "2026-01-31", "a branch of a run is of its day"
 
 
@@ -172,17 +173,17 @@ def test_every_setting_is_free_or_changes_the_rounding_or_is_refused(config):
 def test_a_checkpoint_named_by_hand(config, tmp_path, capsys):
     folders = [save(config, step) for step in (2, 4)]
     elsewhere = replace(config, resume=str(folders[0]), output_dir=str(tmp_path / "branch"))
-    assert resuming.find(elsewhere).step == 2
-    assert resuming.find(replace(elsewhere, resume=config.output_dir)).step == 4, "an output folder"
+    assert output_of(elsewhere).find().step == 2
+    assert output_of(replace(elsewhere, resume=config.output_dir)).find().step == 4
     here = replace(config, resume=str(folders[0]))
     with pytest.raises(SystemExit) as ended:
-        resuming.find(here)
+        output_of(here).find()
     assert ended.value.code == 2
     assert re.search(r"step-000004.*--overwrite", capsys.readouterr().err)
-    assert resuming.find(replace(here, overwrite=True)).step == 2
+    assert output_of(replace(here, overwrite=True)).find().step == 2
     assert manifest.steps_in(config.output_dir) == [2]
     with pytest.raises(SystemExit, match="no checkpoint there"):
-        resuming.find(replace(config, resume=str(tmp_path)))
+        output_of(replace(config, resume=str(tmp_path))).find()
 
 
 def run_of(config, losses: list[float]) -> Checkpoints:
@@ -255,7 +256,7 @@ def test_metrics_are_kept_up_to_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(6)) + '{"step": 6, "lo')
     report = Report(str(tmp_path), 10, False, resumed_at=3)
-    report.log(4, {"loss": 1.0})
+    report.log(4, {"grad_norm": 1.0})
     report.close()
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]

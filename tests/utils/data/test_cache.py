@@ -197,7 +197,7 @@ def test_a_folder_with_splits_is_kept_split_by_split(tokenizer, tmp_path, large)
 
 def test_who_reads_the_prompts_is_part_of_the_name(tokenizer, tmp_path, large, tiny):
     """Reward models whose templates refuse a prompt leave it out, from a kept file as well."""
-    from utils.models.reward_reader import Reader
+    from utils.models.scorer import Reader
 
     config = DataSettings("", data_cache=str(tmp_path / "cache"))
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]

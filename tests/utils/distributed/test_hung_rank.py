@@ -17,8 +17,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import deepspeed, torch, torch.distributed as dist
-from utils import report
-from utils.distributed import process_group
+from utils.distributed import process_group, program
 
 def main():
     ready = Path(sys.argv[2])
@@ -31,7 +30,7 @@ def main():
         time.sleep(10_000)
     dist.all_reduce(torch.ones(1), group=group)
 
-report.run(main)
+program.run(main)
 """
 
 

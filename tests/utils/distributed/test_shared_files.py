@@ -13,18 +13,10 @@ from utils.distributed.process_group import free_port
 
 # Relative paths differ from machine to machine here, as local disks do. Ranks 0 and 1 are of a.
 RANK = """
-import dataclasses, json, os, socket, sys
+import json, os, socket, sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
 from utils.distributed import peers, process_group, shared_files
-
-@dataclasses.dataclass
-class Config:
-    output_dir: str
-    sft_data: list
-    model_name_or_path: str = "owner/name"
-    learning_rate: float = 1e-3
-    reward_function: str = ""
 
 dist.init_process_group("gloo")
 me = dist.get_rank()
@@ -36,7 +28,7 @@ process_group.shut_down = process_group.barrier
 for number, settings in enumerate(json.loads(sys.argv[3])):
     ended = 0
     try:
-        shared_files.check(Config(**settings))
+        shared_files.check(settings["output_dir"], settings)
     except SystemExit as end:
         ended = end.code
     assert process_group.gather_objects(ended) == [ended] * 4

@@ -13,7 +13,7 @@ from tests.helpers.families import FAMILIES
 from tests.utils.generation.test_sampling import VOCAB, tiny
 from utils.data import batches
 from utils.kernels import packing
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scalar_model, scorer
 
 LENGTHS, LEFT, WIDTH = [14, 3, 9, 1, 11], [0, 2, 4, 1, 3], 16
 TAKE_PACKED = [name for name in FAMILIES if name != "Bloom"]  # ALiBi is added to its own attention
@@ -93,7 +93,7 @@ def test_packed_values_are_padded_values(family):
         model = scalar_model.ScalarModel(classifier)
         values = model(ids, mask)
         slopes = torch.randn(mask.shape, generator=torch.Generator().manual_seed(4)) * mask
-        scores = scalar_model.sequence_scores(model, ids, mask)
+        scores = scorer.sequence_scores(model, ids, mask)
         found.append([values * mask, scores, *gradients(model, (values * slopes).sum())])
     assert found[0][0].std() > 0.5
     for a, e in zip(*found, strict=True):
@@ -123,7 +123,7 @@ def test_answers_that_share_their_prompt_score_as_alone(family, dtype):
     )
     found = []
     for model, shared in ((plain, None), (packed, packing.shared_beginnings(GROUPS))):
-        scores = scalar_model.sequence_scores(model, ids, mask, shared)
+        scores = scorer.sequence_scores(model, ids, mask, shared)
         slopes = torch.linspace(-1, 1, len(answers))
         found.append([scores, *gradients(model, (scores * slopes).sum())])
     assert seen == [sum(map(len, answers)) - 7 - 7 - 1]
@@ -318,8 +318,8 @@ def test_the_varlen_kernel_lets_answers_share_their_prompt(family):
     plain, packed = (
         scalar_model.ScalarModel(m.cuda()) for m in twins(family, torch.bfloat16, labels=1)
     )
-    expected = scalar_model.sequence_scores(plain, ids, mask)
-    actual = scalar_model.sequence_scores(packed, ids, mask, packing.shared_beginnings(GROUPS))
+    expected = scorer.sequence_scores(plain, ids, mask)
+    actual = scorer.sequence_scores(packed, ids, mask, packing.shared_beginnings(GROUPS))
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 

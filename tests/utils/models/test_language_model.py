@@ -15,7 +15,7 @@ from tests.helpers.running import ROOT, run_ranks
 from utils.data import chat_template
 from utils.distributed import zero
 from utils.distributed.zero import lr_factor
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scalar_model, scorer
 
 CONFIG = RewardConfig()
 
@@ -43,7 +43,7 @@ def test_scores_are_transformers_logits_before_the_bias(tiny, tmp_path):
             ids = torch.tensor([f + r if left else r + f for r, f in pairs])
             mask = ids != pad
             for m in (model, again):
-                got = scalar_model.sequence_scores(m, ids, mask)
+                got = scorer.sequence_scores(m, ids, mask)
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 

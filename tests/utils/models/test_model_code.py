@@ -18,11 +18,12 @@ from tests.helpers.families import LLAMA_LIKE
 from tests.helpers.family_folders import write_tokenizer
 from utils.checkpoints import model_folder as checkpoint
 from utils.data import chat_template
-from utils.models import language_model, scalar_model
+from utils.models import language_model, scalar_model, scorer
 from utils.models.ema import EMA
 from utils.planner import shapes as plan_shapes
 
 TEXTS = ["What does Tom like, 7 times?", "Ann likes tea, and Bob likes tea, too."]
+SETTINGS = "output_dir: -\n"
 CONFIG = SFTConfig(output_dir="-", trust_remote_code=True, packing="off")
 HOW = {"dtype": "fp32", "zero_stage": 0}
 FILES = {"configuration_small.py", "layers_small.py", "modeling_small.py", "tokenization_small.py"}
@@ -50,17 +51,17 @@ def loaded(path):
     """(language model, reward model, tokenizer) as the steps load them."""
     tokenizer = chat_template.load_tokenizer(str(path), trust_remote_code=True)
     model = language_model.load(CONFIG, str(path), tokenizer=tokenizer, **HOW)
-    scorer = scalar_model.load(CONFIG, str(path), tokenizer=tokenizer, head="normal", **HOW)
-    scorer.set_bias(0.5)
-    return model.eval(), scorer.eval(), tokenizer
+    scored = scalar_model.load(CONFIG, str(path), tokenizer=tokenizer, head="normal", **HOW)
+    scored.set_bias(0.5)
+    return model.eval(), scored.eval(), tokenizer
 
 
-def save_all(folder, model, scorer, tokenizer) -> None:
+def save_all(folder, model, scored, tokenizer) -> None:
     average = EMA(model, 0.5)
     parts = {
-        "actor": checkpoint.ModelFolder(model, tokenizer, CONFIG),
-        "actor_ema": checkpoint.ModelFolder(model, tokenizer, CONFIG, average),
-        "reward": checkpoint.ModelFolder(scorer.classifier, tokenizer, CONFIG),
+        "actor": checkpoint.ModelFolder(model, tokenizer, SETTINGS),
+        "actor_ema": checkpoint.ModelFolder(model, tokenizer, SETTINGS, average),
+        "reward": checkpoint.ModelFolder(scored.classifier, tokenizer, SETTINGS),
     }
     checkpoint.save(folder, parts)
 
@@ -74,13 +75,13 @@ def moved(tmp_path_factory):
     rows_of = {"spare": custom_model.ROWS, "full": 256 + custom_model.words(TEXTS)}
     for kind, rows in rows_of.items():
         original = custom_model.write(root / "original", TEXTS, rows)
-        model, scorer, tokenizer = loaded(original)
+        model, scored, tokenizer = loaded(original)
         text = tokenizer.apply_chat_template(TURNS, tokenize=False)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         with torch.no_grad():
             logits = model(input_ids=ids).logits.flatten()
-            score = scalar_model.sequence_scores(scorer, ids, torch.ones_like(ids).bool()) + 0.5
-        save_all(root / "out", model, scorer, tokenizer)
+            score = scorer.sequence_scores(scored, ids, torch.ones_like(ids).bool()) + 0.5
+        save_all(root / "out", model, scored, tokenizer)
         shutil.rmtree(original)
         (root / "out").rename(root / kind)
         have = model.get_input_embeddings().num_embeddings
@@ -119,10 +120,10 @@ def test_a_moved_folder_holds_all_that_loads_it(moved, kind, name):
 
 def test_entries_of_classes_that_were_not_loaded_name_the_folder_too(tmp_path):
     """As hub models have them once downloaded: REPOSITORY--module.Class."""
-    model, scorer, tokenizer = loaded(custom_model.write(tmp_path / "original", TEXTS))
+    model, scored, tokenizer = loaded(custom_model.write(tmp_path / "original", TEXTS))
     model.config.auto_map["AutoModel"] = "someone/model--modeling_small.SmallModel"
     model.config.auto_map["AutoModelForMaskedLM"] = "someone/model--modeling_other.Other"
-    save_all(tmp_path / "out", model, scorer, tokenizer)
+    save_all(tmp_path / "out", model, scored, tokenizer)
     shutil.rmtree(tmp_path / "original")
     found = json.loads((tmp_path / "out/actor/config.json").read_text())["auto_map"]
     assert found == custom_model.AUTO_MAP | {
@@ -131,8 +132,8 @@ def test_entries_of_classes_that_were_not_loaded_name_the_folder_too(tmp_path):
 
 
 def test_the_evaluation_loads_it_and_refuses_without_trust(tmp_path):
-    model, scorer, tokenizer = loaded(custom_model.write(tmp_path / "original", TEXTS))
-    save_all(tmp_path / "out", model, scorer, tokenizer)
+    model, scored, tokenizer = loaded(custom_model.write(tmp_path / "original", TEXTS))
+    save_all(tmp_path / "out", model, scored, tokenizer)
     actor, reward = str(tmp_path / "out/actor"), str(tmp_path / "out/reward")
     again, its = checkpoints.load_checkpoint(actor, dtype="fp32", trust_remote_code=True)
     ids = torch.tensor([chat_template.encode_prompt(its, TURNS)])
@@ -156,17 +157,17 @@ def test_a_family_without_a_class_for_scores_gets_one(tmp_path):
     tokenizer = chat_template.load_tokenizer(folder)
     how = HOW | {"tokenizer": tokenizer}
     plain = SFTConfig(output_dir="-", packing="off")
-    scorer = scalar_model.load(plain, folder, head="normal", **how).eval()
+    scored = scalar_model.load(plain, folder, head="normal", **how).eval()
     checkpoint.save(
-        tmp_path, {"reward": checkpoint.ModelFolder(scorer.classifier, tokenizer, plain)}
+        tmp_path, {"reward": checkpoint.ModelFolder(scored.classifier, tokenizer, SETTINGS)}
     )
     again = scalar_model.load(plain, str(tmp_path / "reward"), **how).eval()
     ids = torch.arange(20, 30)[None]
     mask = torch.ones_like(ids, dtype=torch.bool)
     backbone = transformers.AutoModelForCausalLM.from_pretrained(folder).base_model
-    expected = backbone(input_ids=ids).last_hidden_state @ scorer.classifier.score.weight.T
-    for model in (scorer, again):
+    expected = backbone(input_ids=ids).last_hidden_state @ scored.classifier.score.weight.T
+    for model in (scored, again):
         torch.testing.assert_close(model(ids, mask), expected[..., 0], rtol=1e-5, atol=1e-6)
-    assert plan_shapes.count(scorer.classifier.config, True).parameters == sum(
-        p.numel() for p in scorer.parameters()
+    assert plan_shapes.count(scored.classifier.config, True).parameters == sum(
+        p.numel() for p in scored.parameters()
     )

@@ -1,5 +1,6 @@
-"""Where and how reward models from elsewhere are read: behind the stop token, without a pad, and
-conversations that their templates refuse, which must be found before anything is trained."""
+"""Where and how reward models from elsewhere are read: behind the stop token, without a pad, by
+text in a template of their own; conversations that their templates refuse, which must be found
+before anything is trained."""
 
 import dataclasses
 import json
@@ -13,18 +14,20 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from step2_reward import collect
 from step2_reward.config import RewardConfig
 from step3_ppo import models as step3_models
-from step3_ppo.rewards.model import RewardModel, reads_text
 from step3_ppo.rollout import Prompt
 from tests.helpers import families
+from tests.helpers.jobs import ppo
 from tests.helpers.loading import load_step
+from tests.helpers.running import metrics_of, run_ranks
 from tests.helpers.small_models import Engine, config_of
 from utils.data import batches, chat_template
 from utils.data import prompts as prompt_data
 from utils.data.rows import BadRows, DataError
 from utils.data.tables import encode_all
-from utils.models import reward_reader, scalar_model
-from utils.models.reward_reader import Reader
+from utils.models import scalar_model, scorer
+from utils.models.scorer import Reader, Scorer, differences, reads_text
 
+CPU = torch.device("cpu")
 USER = {"role": "user", "content": "What is 3 + 4?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 # As Gemma's refuses system turns and a Mistral's an answer without text.
@@ -73,6 +76,12 @@ def plain_score(folder, ids: list[int]) -> float:
         return model.score(hidden)[0, -1].item()
 
 
+def alone_scores(model, rows, micro_batch_size: int) -> list[float]:
+    """Of rows that are each a group of their own."""
+    groups = scorer.score_groups(model, [[row] for row in rows], CPU, micro_batch_size)
+    return [score for (score,) in groups]
+
+
 def load(folder, reader):
     config = RewardConfig()
     return scalar_model.load(
@@ -85,7 +94,7 @@ def test_a_public_model_is_read_behind_the_newline_that_follows_the_answer(tiny,
     reader = Reader.load(folder)
     policy = chat_template.load_tokenizer(str(tiny / "base_model"))
     assert reader.read_at == "end" and reads_text(reader, policy)
-    reward = RewardModel(load(folder, reader), reader, by_text=True)
+    reward = Scorer(load(folder, reader), reader, True, CPU)
     talk = (SYSTEM, USER, {"role": "assistant", "content": "7"}, {"role": "user", "content": "+ 1"})
     prompts = [Prompt((USER,), "", {}, [5]), Prompt(talk, "", {}, [5]), Prompt(talk, "", {}, [5])]
     answers, finished = ["7", "It is 8", "It is"], torch.tensor([True, True, False])
@@ -157,11 +166,11 @@ def test_a_model_without_a_pad_of_its_own_scores_batches(tmp_path, pad):
     assert model.classifier.get_input_embeddings().num_embeddings == rows  # it has not grown
     encoded = [reader.encode((USER,), "7" * n, True) for n in (1, 9, 4)]
     alone = [plain_score(folder, ids) - model.bias for ids in encoded]
-    together = reward_reader.scores_of(model, encoded, 3, torch.device("cpu"))
+    together = alone_scores(model, encoded, 3)
     assert together == pytest.approx(alone, abs=1e-5) and len({round(x, 4) for x in alone}) == 3
     ids = batches.pad(encoded, rows)  # a pad that the model has no embedding for
     mask = batches.pad([[True] * len(e) for e in encoded], False)
-    by_ids = RewardModel(model, reader, by_text=False)
+    by_ids = Scorer(model, reader, False, CPU)
     scores = by_ids.scores(None, None, torch.ones(3).bool(), ids, mask, 3)
     assert scores.tolist() == pytest.approx(alone, abs=1e-5)
     # A critic that starts from it is trained and saved, with a row for the pad of the policy.
@@ -193,7 +202,7 @@ def test_a_public_model_whose_pad_is_its_stop_token_is_read_as_transformers_trai
         expected = plain(input_ids=ids).logits.item()
     reader = Reader.load(folder)
     encoded = [reader.encode((USER,), "It is 7", True)]
-    found = reward_reader.scores_of(load(folder, reader), encoded, 1, torch.device("cpu"))
+    found = alone_scores(load(folder, reader), encoded, 1)
     assert found == pytest.approx([expected], abs=1e-5)
     assert abs(expected - plain_score(folder, ids[0].tolist())) > 1e-3
 
@@ -287,3 +296,63 @@ def test_a_critic_may_start_from_a_public_model_that_shares_the_tokenizer(
     own = AutoModelForSequenceClassification.from_pretrained(folder).base_model
     weights = [next(m.layers.parameters()) for m in (backbone, own)]
     assert torch.equal(*weights)
+
+
+# A reward model of another family, tokenizer and template than the policy's reads text.
+
+
+def test_scores_are_those_of_the_text_in_its_own_template(tiny, other):
+    tokenizer = chat_template.load_tokenizer(str(other))
+    policy = chat_template.load_tokenizer(str(tiny / "base_model"))
+    assert differences(policy, tokenizer) == ["vocabulary", "chat template"]
+    model = scalar_model.load(RewardConfig(), str(other), dtype="fp32", zero_stage=0).eval()
+    prompts = [
+        Prompt(({"role": "user", "content": "What is 3 + 4?"},), "", {}, [5, 6]),
+        Prompt(({"role": "user", "content": "从小到大排列：1 7 6"},), "", {}, [5, 6, 9]),
+        Prompt(({"role": "user", "content": "Spell the word lamp."},), "", {}, [5]),
+    ]
+    answers, finished = ["7", "1 6 7", "l a<|im_end|> m"], torch.tensor([True, False, True])
+    texts = [
+        "user<|im_start|>What is 3 + 4?|assistant<|im_start|>7<|im_end|>",
+        "user<|im_start|>从小到大排列：1 7 6|assistant<|im_start|>1 6 7",
+        "user<|im_start|>Spell the word lamp.|assistant<|im_start|>l a m<|im_end|>",
+    ]
+    # What the policy's ids are must not matter.
+    ids = torch.randint(3, 400, (3, 12))
+    reader = Reader.load(str(other))
+    assert (reader.max_length, reader.read_at) == (1024, "stop")  # it has a bias
+    reward = Scorer(model, reader, True, torch.device("cpu"))
+    found = reward.scores(prompts, answers, finished, ids, torch.ones_like(ids).bool(), 2)
+    plain = AutoModelForSequenceClassification.from_pretrained(other).eval()
+    expected = []
+    for prompt, answer, done, text in zip(prompts, answers, finished, texts, strict=True):
+        encoded = tokenizer(text, add_special_tokens=False).input_ids
+        assert reader.encode(prompt.messages, answer, bool(done)) == encoded
+        assert (encoded[-1] == tokenizer.eos_token_id) == done
+        assert encoded.count(tokenizer.eos_token_id) == done
+        with torch.no_grad():
+            expected.append(plain(input_ids=torch.tensor([encoded])).logits[0, 0] - 0.25)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert len({round(x, 3) for x in found.tolist()}) == 3
+    short = Reader(tokenizer, 5, "stop")
+    kept = reader.encode(prompts[0].messages, "7", True)[-5:]
+    assert short.encode(prompts[0].messages, "7", True) == kept
+
+
+def test_ppo_runs_with_it_under_every_sharding(tiny, chain, other, tmp_path):
+    """The critic then starts from the SFT model: the reward model cannot read the policy's ids."""
+    flags = ("--max_steps", 2, "--prompts_per_rollout", 8)
+    jobs = [
+        ppo(tiny, chain / "sft", other, tmp_path / str(stage), "--zero_stage", stage, *flags)
+        for stage in (0, 3)
+    ]
+    said = run_ranks(jobs, 1)
+    assert said.count("the reward model has another tokenizer or template") == 2
+    assert "FAULT" not in said and "DOUBT" not in said
+    scores = [metrics_of(tmp_path / str(stage), "score") for stage in (0, 3)]
+    assert len(scores[0]) == 2 and scores[0][0] != 0 and scores[0] == pytest.approx(scores[1])
+    for stage in (0, 3):
+        config = json.loads((tmp_path / str(stage) / "critic/config.json").read_text())
+        assert config["architectures"] == ["LlamaForSequenceClassification"]
+        critic = chat_template.load_tokenizer(str(tmp_path / str(stage) / "critic"))
+        assert not differences(critic, chat_template.load_tokenizer(str(chain / "sft")))

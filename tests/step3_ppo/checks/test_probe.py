@@ -1,4 +1,4 @@
-"""What the self-check costs a rank: it does not grow with the ranks, nor with the vocabulary."""
+"""How the self-check measures, and that a rank's cost does not grow with ranks or vocabulary."""
 
 import inspect
 from types import SimpleNamespace
@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from step3_ppo.checks import data as check_data
-from step3_ppo.checks import models as check_models
+from step3_ppo.checks import data, models, probe
 from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
 from utils.distributed import process_group
 from utils.models import language_model
@@ -16,21 +15,24 @@ from utils.models import language_model
 VOCABULARY, ROWS_A_RANK = 50, 32
 
 
-def check_of(world: int, monkeypatch, rank: int = 0, **settings):
-    """A running self-check of one of `world` ranks, with the probe that it would have there."""
+def probe_of(world: int, monkeypatch, rank: int = 0, **settings) -> probe.Probe:
+    """The probe that one of `world` ranks would have."""
     monkeypatch.setattr(process_group, "world_size", lambda: world)
     monkeypatch.setattr(process_group, "rank", lambda: rank)
     torch.manual_seed(0)
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape)).eval()
-    probe = rollout_of(drawn_rows(ROWS_A_RANK * world, VOCABULARY, seed=1))
-    return SimpleNamespace(
-        probe=probe,
-        models=SimpleNamespace(
-            actor=Engine(model), tokenizer=SimpleNamespace(eos_token_id=1, pad_token_id=0)
-        ),
-        config=config_of(micro_batch_size=8, **settings),
-        device=torch.device("cpu"),
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    return probe.Probe(
+        SimpleNamespace(actor=Engine(model), tokenizer=tokenizer),
+        config_of(micro_batch_size=8, **settings),
+        torch.device("cpu"),
+        tolerance=5e-5,
+        train=[],
+        held=[],
+        rollout=rollout_of(drawn_rows(ROWS_A_RANK * world, VOCABULARY, seed=1)),
+        asked=[],
+        seconds_score=0.0,
     )
 
 
@@ -50,8 +52,8 @@ def passes(monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 8])
 def test_a_rank_forwards_its_own_rows_however_many_ranks_there_are(world, monkeypatch, passes):
-    check = check_of(world, monkeypatch, rank=world - 1)
-    check_models.train_forward(check, check_models.own_rows(check))
+    given = probe_of(world, monkeypatch, rank=world - 1)
+    probe.train_forward(given, given.own_rows())
     assert sum(rows for rows, _ in passes) == ROWS_A_RANK
 
 
@@ -59,28 +61,28 @@ def test_the_ranks_own_rows_are_those_it_drew_and_all_of_them(monkeypatch):
     """rollout.collect deals row i to rank i % ranks."""
     seen = []
     for rank in range(4):
-        rows = check_models.own_rows(check_of(4, monkeypatch, rank))
+        rows = probe_of(4, monkeypatch, rank).own_rows()
         assert len(rows.scores) == ROWS_A_RANK
         seen.append(rows.scores)
     together = torch.stack(seen, 1).flatten()
-    assert torch.equal(together, check_of(4, monkeypatch).probe.scores)
+    assert torch.equal(together, probe_of(4, monkeypatch).rollout.scores)
 
 
 def test_logits_exist_for_a_few_rows_at_a_time_and_say_the_same(monkeypatch, passes):
-    check = check_of(1, monkeypatch, temperature=0.7)
-    probe = check.probe
-    ids = torch.cat([probe.prompt_ids, probe.response_ids], 1)
-    mask = torch.cat([probe.prompt_mask, probe.response_mask], 1)
-    length = probe.response_ids.shape[1]
-    logits = language_model.response_logits(check.models.actor, ids, mask, length) / 0.7
+    given = probe_of(1, monkeypatch, temperature=0.7)
+    rollout = given.rollout
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1)
+    length = rollout.response_ids.shape[1]
+    logits = language_model.response_logits(given.models.actor, ids, mask, length) / 0.7
     policy = torch.distributions.Categorical(logits=logits)
     passes.clear()
-    row = check_models.PROBE_TOKENS * VOCABULARY
-    monkeypatch.setattr(check_models, "LOGITS_AT_ONCE", 3 * row + row // 2)
-    found = check_models.distributions(check, probe)
+    row = probe.MOST_TOKENS * VOCABULARY
+    monkeypatch.setattr(probe, "LOGITS_AT_ONCE", 3 * row + row // 2)
+    found = probe.distributions(given, rollout)
     assert max(rows for rows, _ in passes) == 3
-    kept, close = probe.response_mask, dict(rtol=1e-4, atol=1e-5)
-    own = policy.log_prob(probe.response_ids)
+    kept, close = rollout.response_mask, dict(rtol=1e-4, atol=1e-5)
+    own = policy.log_prob(rollout.response_ids)
     torch.testing.assert_close(found.logprobs[kept], own[kept], **close)
     torch.testing.assert_close(found.best, policy.logits.max(-1).values, **close)
     torch.testing.assert_close(found.entropies, policy.entropy(), **close)
@@ -89,16 +91,16 @@ def test_logits_exist_for_a_few_rows_at_a_time_and_say_the_same(monkeypatch, pas
 
 
 def test_impossible_tokens_leave_the_sums_finite(monkeypatch):
-    check = check_of(1, monkeypatch)
+    given = probe_of(1, monkeypatch)
     bias = torch.zeros(VOCABULARY).index_fill_(0, torch.tensor([3]), -torch.inf)
-    head = check.models.actor.module.lm_head
+    head = given.models.actor.module.lm_head
     head.register_forward_hook(lambda *call: call[-1] + bias)
-    found = check_models.distributions(check, check.probe)
+    found = probe.distributions(given, given.rollout)
     assert found.entropies.isfinite().all() and found.variances.isfinite().all()
 
 
 def test_the_probe_is_decoded_in_batches_of_generation_tokens(monkeypatch):
-    new, check = 6, check_of(1, monkeypatch, generation_tokens=50, max_response_length=6)
+    new, given = 6, probe_of(1, monkeypatch, generation_tokens=50, max_response_length=6)
     asked = []
 
     def generate(request, settings):
@@ -107,13 +109,13 @@ def test_the_probe_is_decoded_in_batches_of_generation_tokens(monkeypatch):
         tokens = request.prompt_ids[:, -1:].expand(rows, settings.max_new_tokens)
         return SimpleNamespace(response_ids=tokens, logprobs=tokens.float())
 
-    check.models.rollout_engine = SimpleNamespace(generate=generate)
+    given.models.rollout_engine = SimpleNamespace(generate=generate)
     noise = torch.rand(ROWS_A_RANK, new)
-    responses, logprobs = check_models._decode(check, check.probe, new, noise)
+    decoded, logprobs = models._decode(given, given.rollout, new, noise)
     assert all(rows * (width + new) <= 50 for rows, width in asked) and len(asked) > 3
     # In their order, each behind its own prompt, whatever was cut off at the left.
-    assert torch.equal(responses, check.probe.prompt_ids[:, -1:].expand(-1, new))
-    assert torch.equal(logprobs, responses.float())
+    assert torch.equal(decoded.response_ids, given.rollout.prompt_ids[:, -1:].expand(-1, new))
+    assert torch.equal(logprobs, decoded.response_ids.float())
 
 
 def test_what_ranks_have_drawn_counts_together(monkeypatch):
@@ -123,10 +125,10 @@ def test_what_ranks_have_drawn_counts_together(monkeypatch):
         process_group, "sum_over_ranks", lambda v, d: sums.append(list(v)) or [1] * 3
     )
     for rank in range(2):
-        check_data.samples_follow_the_policy(check_of(2, monkeypatch, rank))
-    together = check_of(2, monkeypatch)
+        data.samples_follow_the_policy(probe_of(2, monkeypatch, rank))
+    together = probe_of(2, monkeypatch)
     together.config.micro_batch_size = 64
     monkeypatch.setattr(process_group, "world_size", lambda: 1)
-    check_data.samples_follow_the_policy(together)
+    data.samples_follow_the_policy(together)
     for first, second, both in zip(*sums, strict=True):
         assert float(first + second) == pytest.approx(float(both), rel=1e-4)

@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from step3_ppo.checks import models as check_models
+from step3_ppo.checks import updates
 from tests.helpers.pretended_device import Pretended
 
 GPU = [
@@ -39,31 +39,31 @@ def test_is_the_sum_of_bits_by_odd_places(dtype, monkeypatch):
             expected += bits * (2 * place + 1)
             place += 1
     before = [p.clone() for p in model.parameters()]
-    assert place == 1850 and check_models.checksum(model.parameters()) == expected % 2**64
-    monkeypatch.setattr(check_models, "CHECKSUM_CHUNK", 7)
-    assert check_models.checksum(model.parameters()) == expected % 2**64
+    assert place == 1850 and updates.checksum(model.parameters()) == expected % 2**64
+    monkeypatch.setattr(updates, "CHECKSUM_CHUNK", 7)
+    assert updates.checksum(model.parameters()) == expected % 2**64
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", BYTES, ids=str)
 def test_one_bit_of_one_weight_is_noticed(dtype):
     model = model_of(dtype)
-    before, width = check_models.checksum(model.parameters()), 8 * dtype.itemsize
+    before, width = updates.checksum(model.parameters()), 8 * dtype.itemsize
     weights = list(model.parameters())
     for p, element in ((weights[0], 0), (weights[0], 777), (weights[3], 19)):
         for bit in range(width):
             flip = -(2 ** (width - 1)) if bit == width - 1 else 2**bit  # the last one is the sign
             bits_of(p)[element] ^= flip
-            assert check_models.checksum(model.parameters()) != before, (element, bit)
+            assert updates.checksum(model.parameters()) != before, (element, bit)
             bits_of(p)[element] ^= flip
-    assert check_models.checksum(model.parameters()) == before
+    assert updates.checksum(model.parameters()) == before
 
 
 def test_weights_that_change_places_are_noticed():
     """Two numbers, two rows, two weights of one shape: no sum of magnitudes could tell."""
     model = torch.nn.Sequential(*(torch.nn.Linear(12, 12) for _ in range(2)))
     before, (first, second) = (
-        check_models.checksum(model.parameters()),
+        updates.checksum(model.parameters()),
         (model[0].weight, model[1].weight),
     )
 
@@ -79,21 +79,21 @@ def test_weights_that_change_places_are_noticed():
 
     for change in (numbers, rows, matrices):
         change()
-        assert check_models.checksum(model.parameters()) != before, change.__name__
+        assert updates.checksum(model.parameters()) != before, change.__name__
         change()
-        assert check_models.checksum(model.parameters()) == before, change.__name__
+        assert updates.checksum(model.parameters()) == before, change.__name__
 
 
 @pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=GPU)])
 def test_is_the_same_on_every_device(device):
     """A GPU adds in another order, which no floating sum survives."""
     model = model_of()[0]
-    at_home = check_models.checksum(model.parameters())
+    at_home = updates.checksum(model.parameters())
     if device == "cuda":
-        assert check_models.checksum(model.to("cuda").parameters()) == at_home
+        assert updates.checksum(model.to("cuda").parameters()) == at_home
         return
     with Pretended():
-        assert check_models.checksum(model.to("cuda").parameters()) == at_home
+        assert updates.checksum(model.to("cuda").parameters()) == at_home
         assert next(model.parameters()).is_cuda
 
 
@@ -102,6 +102,6 @@ def test_shards_are_read_where_they_lie():
     whole, sharded = model_of(), model_of()
     for p in sharded.parameters():
         p.ds_tensor, p.data = p.data.flatten(), torch.empty(0)
-    assert check_models.checksum(sharded.parameters()) == check_models.checksum(whole.parameters())
+    assert updates.checksum(sharded.parameters()) == updates.checksum(whole.parameters())
     next(sharded.parameters()).ds_tensor[5] *= -1
-    assert check_models.checksum(sharded.parameters()) != check_models.checksum(whole.parameters())
+    assert updates.checksum(sharded.parameters()) != updates.checksum(whole.parameters())

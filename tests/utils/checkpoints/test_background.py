@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from step1_sft.config import SFTConfig
 from tests.helpers import small_runs
-from utils.checkpoints import background_writer, manifest
-from utils.checkpoints import model_folder as checkpoint
+from utils.checkpoints import background, manifest
+from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import preemption
 from utils.distributed.process_group import StopRun
@@ -53,13 +53,13 @@ def whole(config, step: int) -> dict:
 
 
 def test_what_is_written_is_the_state_of_its_step(config, held):
-    weights, carried = small_runs.Weights(), small_runs.Carried()
-    run = small_runs.follow(config, {"actor": weights}, {"thing": carried})
+    weights, state = small_runs.Weights(), small_runs.State()
+    run = small_runs.follow(config, {"actor": weights}, {"thing": state})
     with run:
         for step in range(1, 4):
             torch.manual_seed(step)
             weights.tensor.fill_(step)
-            carried.seen.append(step)
+            state.seen.append(step)
             run.facts.setdefault("losses", []).append(0.5 * step)
             run.after_step(step, {})
             assert folders(config) == [".step-000002.writing"] if step > 1 else True
@@ -90,7 +90,7 @@ def test_a_checkpoint_waits_for_the_one_before_it(config, held):
 
 
 def test_the_memory_of_the_copies_is_taken_once():
-    copies, tensors = background_writer.Copies(), [torch.rand(3, 5), torch.arange(4)]
+    copies, tensors = background.Copies(), [torch.rand(3, 5), torch.arange(4)]
     addresses = []
     for turn in range(2):
         tensors[0] += turn
@@ -112,7 +112,7 @@ def test_a_models_folder_is_of_the_moment_it_was_copied(tiny, tmp_path):
     )
     model.config.reward_bias = 1.0
     expected = {name: p.clone() for name, p in model.named_parameters()}
-    write = checkpoint.ModelFolder(model, tokenizer, SFTConfig()).gather(background_writer.Copies())
+    write = ModelFolder(model, tokenizer, "").snapshot(background.Copies())
     model.config.reward_bias = 2.0
     with torch.no_grad():
         for p in model.parameters():
@@ -156,7 +156,7 @@ def test_a_mistake_in_the_background_is_no_full_disk(config, monkeypatch):
 
 
 def test_without_the_memory_training_waits(config, monkeypatch):
-    monkeypatch.setattr(background_writer.host_memory, "free_bytes", lambda: 30_000)
+    monkeypatch.setattr(background.host_memory, "free_bytes", lambda: 30_000)
     run = small_runs.follow(config)
     needed = run._bytes_to_copy()
     assert 15_000 < needed < 30_000, "it would fit, but not with a margin"

@@ -1,0 +1,158 @@
+"""What the self-check's checks share: what they are given, how they measure, how they judge.
+
+A check is a function registered by `@check(when, name)`. It takes a Probe or FirstSteps, returns
+what it measured, or raises Fault or Doubt. Every rank runs every check on the same rows and takes
+part in every collective.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from step3_ppo.models import Models
+from step3_ppo.rollout import Experience, Prompt, Rollout
+from utils.distributed import process_group
+from utils.models import language_model
+
+COPIES, MOST_TOKENS, NOISE = 4, 32, 2**31 + 7  # answers a prompt and rank; a noise of its own
+LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB in fp32
+
+
+class Fault(Exception):
+    """Something is wrong: what, the values, the likely cause, the remedy. Stops the run, unless
+    --self_check warn."""
+
+
+class Doubt(Exception):
+    """Something that may be wrong or intended, told like a Fault. The run goes on."""
+
+
+BEFORE: dict[str, Callable] = {}  # given a Probe, before the first optimizer step
+AT_START: dict[str, Callable] = {}  # the same, true of untrained weights alone: no resumed run's
+AFTER: dict[str, Callable] = {}  # given FirstSteps, after the first rollout's optimizer steps
+
+
+def check(when: dict[str, Callable], name: str) -> Callable:
+    """Decorator: registers a check in `when` under the name that it is reported by."""
+
+    def register(function: Callable) -> Callable:
+        when[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The run, and answers by which it is checked."""
+
+    models: Models
+    config: object  # the run's PPOConfig
+    device: torch.device
+    tolerance: float  # of a mean difference relative to 1 + |x|; one token may have ten times it
+    train: Sequence[Prompt]
+    held: Sequence[Prompt]  # held-out prompts
+    rollout: Rollout  # of a few of them: `COPIES` answers a rank each
+    asked: list[Prompt]  # the prompt of each row of the rollout
+    seconds_score: float  # what scoring the rollout took
+
+    def own_rows(self) -> Rollout:
+        """The rows that this rank has drawn, as many on every rank. A check that runs a model runs
+        it on these, so that its cost does not grow with the ranks."""
+        rank, world = process_group.rank(), process_group.world_size()
+        return self.rollout.select(list(range(rank, len(self.rollout.scores), world)))
+
+    def must_agree(self, a, b, what: str, cause: str) -> str:
+        """Raises Fault where `a` and `b` differ by more than the tolerance on any rank."""
+        mean, most = worst(*apart(a, b))
+        if mean > self.tolerance or most > 10 * self.tolerance:
+            raise Fault(
+                f"{what} differ by {mean:.2g} on average and {most:.2g} at most (allowed "
+                f"{self.tolerance:.0e} and {10 * self.tolerance:.0e}): {cause}"
+            )
+        return f"{what} within {most:.1e}"
+
+
+@dataclass(frozen=True)
+class FirstSteps:
+    """The first rollout that was trained on and the optimizer steps on it."""
+
+    probe: Probe  # as it was before them
+    experience: Experience
+    asked: list[Prompt]  # the prompt of each row
+    metrics: dict[str, float]
+    trace: object  # alignment.LossTrace of the first optimizer step
+    weights: object  # updates.WeightsBefore
+
+    def as_probe(self) -> Probe:
+        """Checks of answers, asked of the rollout's."""
+        seconds = self.metrics["seconds_score"]
+        rollout = self.experience.rollout
+        return replace(self.probe, rollout=rollout, asked=self.asked, seconds_score=seconds)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """(mean, maximum) of |a − b| relative to 1 + |a|; infinite where either is not finite."""
+    gap = ((a.float() - b.float()).abs() / (1 + a.float().abs())).nan_to_num(torch.inf, torch.inf)
+    return (float(gap.mean()), float(gap.max())) if gap.numel() else (0.0, 0.0)
+
+
+def worst(*gaps: float) -> list[float]:
+    """The largest of each over the ranks: one that stopped alone would leave the others waiting."""
+    return [max(gap) for gap in zip(*process_group.gather_objects(gaps), strict=True)]
+
+
+def batch(rollout: Rollout, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,P+R) ids and mask on the device, wherever the parts of the rollout lie."""
+    ids = (rollout.prompt_ids, rollout.response_ids)
+    masks = (rollout.prompt_mask, rollout.response_mask)
+    return tuple(torch.cat([x.to(device) for x in pair], 1) for pair in (ids, masks))
+
+
+@torch.no_grad()
+def train_forward(probe: Probe, rollout: Rollout, critic: bool = False) -> torch.Tensor:
+    """(B,R) log-probabilities (or values) by the forward pass that updates take, in train mode."""
+    models, micro = probe.models, probe.config.micro_batch_size
+    ids, mask = batch(rollout, probe.device)
+    length, pieces = rollout.response_ids.shape[1], []
+    for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
+        if critic:
+            pieces.append(models.critic(i, m)[:, -length - 1 : -1])
+        else:
+            settings = (length, probe.config.temperature)
+            pieces.append(language_model.new_logprobs(models.actor, i, m, *settings))
+    return torch.cat(pieces)
+
+
+@dataclass
+class Distributions:
+    """What a model says of each response position: (B,R) fp32 each, in nats."""
+
+    logprobs: torch.Tensor  # of the token that stands there
+    best: torch.Tensor  # of the likeliest token
+    entropies: torch.Tensor
+    variances: torch.Tensor  # of −log p under p
+
+
+@torch.no_grad()
+def distributions(probe: Probe, rollout: Rollout, model=None) -> Distributions:
+    """Of the actor in train mode, or of `model`, at --temperature. Logits exist for a few rows at a
+    time: all of them would be gigabytes."""
+    model = model or probe.models.actor
+    ids, mask = batch(rollout, probe.device)
+    length = rollout.response_ids.shape[1]
+    # By the limit and not by this rank's length, so that all ranks take as many forward passes.
+    row = MOST_TOKENS * probe.models.actor.module.config.vocab_size
+    micro = max(1, min(probe.config.micro_batch_size, LOGITS_AT_ONCE // row))
+    pieces = []
+    for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
+        logits = language_model.response_logits(model, i, m, length)
+        # Impossible tokens (−∞) add 0 to the sums, where 0 × −∞ would be no number.
+        logs = (logits.float() / probe.config.temperature).log_softmax(-1).clamp(min=-1e4)
+        own = logs.gather(-1, i[:, -length:, None]).squeeze(-1)
+        p = logs.exp()
+        entropy = -torch.linalg.vecdot(p, logs)
+        variance = torch.linalg.vecdot(p, logs.square()) - entropy.square()
+        pieces.append((own, logs.amax(-1), entropy, variance.clamp(min=0)))
+    return Distributions(*map(torch.cat, zip(*pieces, strict=True)))

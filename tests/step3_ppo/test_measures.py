@@ -1,0 +1,107 @@
+"""Step 3's measures, recomputed token by token in float64, and the table they stand in."""
+
+import math
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from step3_ppo import measures
+from utils import metrics
+
+LENGTHS = [3, 1, 5]
+
+
+@pytest.fixture
+def rollout():
+    torch.manual_seed(0)
+    mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+    tokens = {name: torch.randn(3, 5) * mask for name in ("logprobs", "ref_logprobs", "entropies")}
+    return SimpleNamespace(
+        response_mask=mask,
+        finished=torch.tensor([True, False, True]),
+        scores=torch.randn(3),
+        function_scores=torch.randn(3),
+        judge_scores=torch.zeros(3),
+        **tokens,
+    )
+
+
+def rows_of(rollout, name) -> list[list[float]]:
+    found = getattr(rollout, name).double().tolist()
+    return [row[:n] for row, n in zip(found, LENGTHS, strict=True)]
+
+
+def test_measures_of_a_rollout(rollout):
+    entropies = [x for row in rows_of(rollout, "entropies") for x in row]
+    scores, function = rollout.scores.tolist(), rollout.function_scores.tolist()
+    kl = dict.fromkeys(("k1", "k2", "k3"), 0.0)
+    for own, other in zip(
+        rows_of(rollout, "logprobs"), rows_of(rollout, "ref_logprobs"), strict=True
+    ):
+        for p, q in zip(own, other, strict=True):
+            kl["k1"] += (p - q) / 3
+            kl["k2"] += (p - q) ** 2 / 2 / 3
+            kl["k3"] += (math.exp(q - p) - 1 + p - q) / 3
+    expected = {
+        "score": statistics.fmean(scores),
+        "score_std": statistics.pstdev(scores),
+        "kl": kl["k2"],
+        "entropy": statistics.fmean(entropies),
+        "response_length": 3.0,
+        "eos_share": 2 / 3,
+        "score_function": statistics.fmean(function),
+        "score_model": statistics.fmean(scores) - statistics.fmean(function),
+        **{f"kl_{name}": value for name, value in kl.items()},
+    }
+    assert measures.measure_rollout(rollout, "k2") == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_not_asked_for_is_left_out(rollout):
+    rollout.function_scores = torch.zeros(3)
+    rollout.judge_scores = rollout.scores
+    found = measures.measure_rollout(rollout, "k1")
+    assert not {"score_function", "score_model"} & found.keys()
+    assert found["judge"] == found["score"] and found["judge_std"] == found["score_std"]
+
+
+def test_measures_of_an_experience(rollout):
+    torch.manual_seed(1)
+    mask = rollout.response_mask
+    rewards, values, advantages, returns = (torch.randn(3, 5) * mask for _ in range(4))
+    experience = SimpleNamespace(
+        mask=mask, rewards=rewards, values=values, advantages=advantages, returns=returns
+    )
+    flat = {name: x.double()[mask].tolist() for name, x in vars(experience).items()}
+    errors = [r - v for r, v in zip(flat["returns"], flat["values"], strict=True)]
+    expected = {
+        "kl_coef": 0.3,
+        "reward": sum(flat["rewards"]) / 3,
+        "advantage_std": statistics.stdev(flat["advantages"]),
+        "return": statistics.fmean(flat["returns"]),
+        "explained_variance": 1
+        - statistics.pvariance(errors) / statistics.pvariance(flat["returns"]),
+    }
+    for algorithm in ("ppo", "reinforce"):
+        config, state = SimpleNamespace(algorithm=algorithm), SimpleNamespace(kl_coef=0.3)
+        found = measures.measure_experience(experience, config, state)
+        assert found == pytest.approx(expected, rel=1e-5)
+        expected.pop("explained_variance", None)  # REINFORCE has no critic
+
+
+def test_a_new_measure_is_one_function(rollout, monkeypatch):
+    monkeypatch.setattr(metrics, "TABLE", {})
+    monkeypatch.setattr(measures, "_OF_ROLLOUT", {})
+
+    @measures.of_rollout("longest", "tokens", "the longest response")
+    def longest(rollout, _):
+        return float(rollout.response_mask.sum(1).max())
+
+    assert measures.measure_rollout(rollout, "k1") == {"longest": 5.0}
+    metrics.check(["longest", "eval/longest"])
+
+
+def test_speeds_are_of_phases_that_were_timed(rollout):
+    found = measures.speeds(rollout, {"seconds_generate": 2.0, "seconds_train": 0.5, "kl": 1.0})
+    assert found == {"tokens_per_second_generate": 4.5, "tokens_per_second_train": 18.0}

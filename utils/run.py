@@ -1,0 +1,163 @@
+"""A run from its settings to its result: what the steps do alike before, beside and after their
+loops. It owns no loop; each step's main.py does."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from utils import report as reporting
+from utils.checkpoints import model_folder, resuming
+from utils.checkpoints.checkpoints import Checkpoints, Saving
+from utils.data import chat_template
+from utils.distributed import process_group, program, shared_files, zero
+from utils.distributed.process_group import StopRun
+from utils.kernels.cpu_products import PRODUCTS
+from utils.models import language_model
+from utils.planner import plan
+from utils.seeding import seed_everything
+from utils.settings import fields
+
+
+def join(config) -> torch.device:
+    """Join the other ranks, look at what all machines must share, seed; → this rank's device."""
+    program.quiet_libraries()
+    device = process_group.init(config.timeout_minutes)
+    shared_files.check(config.output_dir, dataclasses.asdict(config))
+    seed_everything(config.seed, config.deterministic)
+    return device
+
+
+def output_of(config) -> resuming.Output:
+    return config.pick(resuming.Output, settings=dataclasses.asdict(config))
+
+
+class Run:
+    """One run of one step. Every rank calls every method at the same place.
+
+    facts: what `main` wants to find again when the run is resumed, JSON only. bad_steps: see
+    BadSteps. settings: the run's config.yaml.
+    """
+
+    def __init__(self, config):
+        """Everything before data and models: is the output folder free, which checkpoint does the
+        run go on from, which day is it. Ends the process where nothing is left to do."""
+        self.config = config
+        output_of(config).check()
+        self.device = join(config)
+        self.dtype = zero.resolve_dtype(config.dtype, self.device)
+        self.found = output_of(config).find()
+        config.date = resuming.date_of(config.date, self.found)
+        self.report = reporting.Report(
+            config.output_dir,
+            config.log_every,
+            config.tensorboard,
+            resumed_at=self.found and self.found.step,
+        )
+        self.say = self.report.say
+        self.settings = fields.text_of(config, process_group.world_size())
+        if process_group.is_main():
+            fields.save(config, config.output_dir, process_group.world_size())
+        self.bad_steps = BadSteps(config.max_bad_steps, self.say, self.save)
+        self.checkpoints = Checkpoints(
+            config.pick(Saving), dataclasses.asdict(config), self.found, self.report
+        )
+        self.facts = self.checkpoints.facts
+
+    def load_tokenizer(self, length: int, flags: str):
+        """The model's tokenizer, once it is sure that the model has positions for so many tokens as
+        `flags` ask for."""
+        name, trusted = self.config.model_name_or_path, self.config.trust_remote_code
+        language_model.check_positions(name, length, flags, trusted)
+        return chat_template.load_tokenizer(name, trusted, self.config.date)
+
+    def announce(self, what: str, kind: str, steps: int) -> None:
+        """Say what this run is going to do, of how many steps, and the memory it will take. kind:
+        its name in the planner."""
+        arithmetic = reporting.batch_arithmetic(self.config, process_group.world_size())
+        self.say(f"{what}, {self.dtype}, ZeRO-{self.config.zero_stage}, {arithmetic}")
+        plan.first_lines(kind, self.config, self.device, self.say)
+        self.report.expect(steps)
+
+    def restore(self, outputs: dict, engines: dict, data: str, **state) -> int:
+        """Go on where the checkpoint ends that the run is resumed from, if it is; → how many steps
+        are done. What is given here is in every checkpoint.
+
+        outputs: {folder: what model_folder.save writes there at the end}. engines: {name:
+        zero.TrainEngine or EMA}. data: a fingerprint of the training rows. state: objects with
+        state_dict() → JSON and load_state_dict().
+        """
+        self.outputs = outputs
+        state |= {"bad_steps": self.bad_steps, "products": PRODUCTS}
+        return self.checkpoints.follow(engines, state, outputs, data)
+
+    def once(self, name: str, compute):
+        """What `compute()` gave when this run began; a resumed run remembers it."""
+        if name not in self.facts:
+            self.facts[name] = compute()
+        return self.facts[name]
+
+    def __enter__(self) -> "Run":
+        """The loop begins: from now on a signal to end waits for the end of a step."""
+        self.checkpoints.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.checkpoints.__exit__(*error)
+
+    def after_step(self, step: int, metrics: dict[str, float], show: tuple[str, ...]) -> None:
+        """Log step number `step`, save a checkpoint where one is due, end where a signal asks."""
+        self.report.log(step, metrics, show)
+        self.checkpoints.after_step(step, metrics)
+
+    def save(self) -> None:
+        """Write the models to the output folder, as they are."""
+        model_folder.save(self.config.output_dir, self.outputs)
+
+    def finish(self, result: dict, text: str) -> None:
+        """Write result.json, say `text`, leave the other ranks."""
+        result |= {"seconds": self.checkpoints.seconds()}
+        reporting.save_result(self.config.output_dir, result)
+        self.say(text)
+        self.close()
+
+    def close(self) -> None:
+        self.report.close()
+        process_group.shut_down()
+
+
+class BadSteps:
+    """Counts skipped optimizer steps, and saves and ends a run that does nothing else.
+
+    Every rank must note the same steps: `save` is a collective.
+    """
+
+    def __init__(self, limit: int, say: Callable[[str], None], save: Callable[[], None]):
+        self.limit, self.say, self.save = limit, say, save
+        self.total = self.in_a_row = 0
+
+    def state_dict(self) -> dict:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.total, self.in_a_row = saved["total"], saved["in_a_row"]
+
+    def note(self, skipped: bool, what: str = "a loss or gradient that is not finite") -> None:
+        """Raises StopRun once more than `limit` steps in a row were skipped."""
+        if not skipped:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        self.say(
+            f"skipped on all ranks, for {what} ({self.in_a_row} in a row, {self.total} in all)"
+        )
+        if self.in_a_row > self.limit:
+            self.save()
+            raise StopRun(
+                f"{self.in_a_row} optimizer steps in a row were skipped (--max_bad_steps "
+                f"{self.limit}), the last for {what}; the weights as last stepped are saved. "
+                "Likely causes: --learning_rate too high (try a tenth), fp16 or bf16 where the "
+                "model's activations overflow it (try fp32), a damaged checkpoint, or data of one "
+                "kind that breaks the model"
+            )
