@@ -20,7 +20,7 @@ def looks_local(name: str) -> bool:
     parts = Path(name).parts
     return (
         name.startswith(("/", ".", "~"))
-        or name.lower().endswith((".txt", *rows.FILES))
+        or name.lower().endswith((".txt", *files.FILES))
         or len(parts) > 2
         or (len(parts) == 2 and Path(parts[0]).is_dir())
     )
