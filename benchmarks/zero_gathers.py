@@ -36,7 +36,7 @@ class Collectives(TorchDispatchMode):
 def engine_of(model, zero_stage: int = 3):
     """The training engine of one random model."""
     from utils.distributed import zero
-    from utils.settings.fields import RunConfig
+    from utils.settings.run_config import RunConfig
 
     config = RunConfig(zero_stage=zero_stage, dtype="fp32", micro_batch_size=1)
     return zero.TrainEngine(

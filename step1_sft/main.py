@@ -24,7 +24,7 @@ from utils.generation.hybrid_engine import HybridEngine
 from utils.metrics import Metric
 from utils.models import language_model
 from utils.run import Run
-from utils.settings import fields as settings
+from utils.settings import command_line
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 metrics.register(
@@ -104,7 +104,7 @@ class Answers:
 
 
 def main() -> None:
-    config = settings.parse(SFTConfig, __doc__)
+    config = command_line.parse(SFTConfig, __doc__)
     run = Run(config)
     device = run.device
 

@@ -23,7 +23,7 @@ from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import scalar_model, scorer
 from utils.run import Run
-from utils.settings import fields as settings
+from utils.settings import command_line
 
 SHOWN = ("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds")
 
@@ -65,24 +65,12 @@ def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
 def evaluate(ranked: list[Ranked], score) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
-    from utils.intervals import pair_accuracy
+    from utils.intervals import ranking_accuracy
 
     scores = score([r.answers for r in ranked])
-    winners, losers, _ = losses.ranked_pairs([r.labels for r in ranked])
-    flat = [s for group in scores for s in group]
-    sizes = [float(c) for r in ranked for c in r.characters]
-    owners = [str(r.prompt) for r in ranked for _ in r.answers]
-    prompts = [owners[i] for i in winners]
-    ours = pair_accuracy([flat[i] for i in winners], [flat[i] for i in losers], prompts)
-    longer = pair_accuracy([sizes[i] for i in winners], [sizes[i] for i in losers], prompts)
-    return {
-        "eval/accuracy": ours["accuracy"],
-        "eval/accuracy_low": ours["low"],
-        "eval/accuracy_high": ours["high"],
-        "eval/margin": ours["margin"],
-        "eval/accuracy_longer_answer": longer["accuracy"],
-        "eval/pairs": ours["pairs"],
-    }
+    labels, lengths = [r.labels for r in ranked], [r.characters for r in ranked]
+    measured = ranking_accuracy(labels, scores, lengths, [r.prompt for r in ranked])
+    return {f"eval/{name}": value for name, value in measured.items()}
 
 
 def freeze(model, patterns: list[str]) -> str:
@@ -102,7 +90,7 @@ def freeze(model, patterns: list[str]) -> str:
 
 
 def main() -> None:
-    config = settings.parse(RewardConfig, __doc__)
+    config = command_line.parse(RewardConfig, __doc__)
     run = Run(config)
     device = run.device
 

@@ -26,7 +26,7 @@ from utils.data.loading import DataSettings
 from utils.distributed import process_group, program
 from utils.models.scorer import reads_text
 from utils.run import Run
-from utils.settings import fields as settings
+from utils.settings import command_line
 
 SHOWN = (
     "score",
@@ -118,7 +118,7 @@ def result_of(before: dict, after: dict, facts: dict) -> dict:
 
 
 def main() -> None:
-    config = settings.parse(PPOConfig, __doc__)
+    config = command_line.parse(PPOConfig, __doc__)
     if config.check_only:
         config = config.shortened()
     run = Run(config)

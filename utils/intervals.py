@@ -70,6 +70,36 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     return centre - half, centre + half
 
 
+def ranking_accuracy(labels, scores, lengths, prompts) -> dict[str, float]:
+    """Measures of a reward model on every pair of answers to one prompt of which one is better.
+
+    labels[p][k]: how good answer k to prompts[p] is; scores and lengths: alike, the model's and the
+    text's. Pairs of equal `prompts` are drawn together by the interval.
+    """
+    pairs = [
+        (p, i, j)
+        for p, group in enumerate(labels)
+        for i, better in enumerate(group)
+        for j, worse in enumerate(group)
+        if better > worse
+    ]
+    owners = [str(prompts[p]) for p, _, _ in pairs]
+
+    def measured(values) -> dict[str, float]:
+        better, worse = [values[p][i] for p, i, _ in pairs], [values[p][j] for p, _, j in pairs]
+        return pair_accuracy(better, worse, owners)
+
+    model, longer = measured(scores), measured(lengths)
+    return {
+        "accuracy": model["accuracy"],
+        "accuracy_low": model["low"],
+        "accuracy_high": model["high"],
+        "margin": model["margin"],
+        "accuracy_longer_answer": longer["accuracy"],
+        "pairs": model["pairs"],
+    }
+
+
 def pair_accuracy(better: list[float], worse: list[float], prompts: list[str]) -> dict[str, float]:
     metric = PairAccuracy(keep_in_memory=True)
     return metric.compute(predictions=better, references=worse, prompts=prompts)

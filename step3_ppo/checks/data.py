@@ -196,32 +196,14 @@ def _held_out_accuracy(probe: Probe) -> dict:
         for c in held
     ]
     scores = scorer.score_groups(reward.model, groups, probe.device, config.micro_batch_size)
-    score_of = {
-        (id(c), k): s for c, group in zip(held, scores, strict=True) for k, s in enumerate(group)
-    }
-    pairs = [
-        (c, i, j)
-        for c in held
-        for i in range(len(c.responses))
-        for j in range(len(c.responses))
-        if c.scores[i] > c.scores[j]
-    ]
-    if not pairs:
+    labels = [c.scores for c in held]
+    if all(len(set(group)) == 1 for group in labels):
         raise Doubt(f"preference_data={config.preference_data} holds out no pair that differs")
     # Imported here: `evaluate` takes 2.5 s, which --help and refused settings should not pay.
-    from utils.intervals import pair_accuracy
+    from utils.intervals import ranking_accuracy
 
-    prompts = [str(tables.place(p[0], "")) for p in pairs]
-    ours = pair_accuracy(*([score_of[id(p[0]), p[k]] for p in pairs] for k in (1, 2)), prompts)
-    lengths = ([float(len(p[0].responses[p[k]])) for p in pairs] for k in (1, 2))
-    longer = pair_accuracy(*lengths, prompts)
-    return {
-        "accuracy": ours["accuracy"],
-        "accuracy_low": ours["low"],
-        "accuracy_high": ours["high"],
-        "accuracy_longer_answer": longer["accuracy"],
-        "pairs": ours["pairs"],
-    }
+    lengths = [[len(text) for text in c.responses] for c in held]
+    return ranking_accuracy(labels, scores, lengths, [tables.place(c, "") for c in held])
 
 
 @check(BEFORE, "data")

@@ -11,7 +11,7 @@ from tests.helpers.plan_checks import tensor_bytes
 from utils.checkpoints import engine_state
 from utils.distributed import zero
 from utils.generation.hybrid_engine import HybridEngine
-from utils.settings.fields import RunConfig
+from utils.settings.run_config import RunConfig
 
 
 def no_waiting():

@@ -190,7 +190,7 @@ def average_thrown_away(patch):
 
     def start(real, self, module, decay):
         real(self, module, decay)
-        config = step3.run_config.parse(step3.PPOConfig, step3.__doc__)
+        config = step3.command_line.parse(step3.PPOConfig, step3.__doc__)
         path = config.model_name_or_path
         model = language_model.load(config, path, dtype="fp32", zero_stage=3)
         self.twin = zero.frozen(

@@ -6,7 +6,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from utils.intervals import interval_by_prompt, pair_accuracy, wilson_interval
+from utils.intervals import (
+    interval_by_prompt,
+    pair_accuracy,
+    ranking_accuracy,
+    wilson_interval,
+)
 
 
 def test_pair_accuracy_by_hand():
@@ -101,3 +106,15 @@ def test_wilson_bounds_solve_their_equation(right, n):
     assert low <= share + 1e-12 and share <= high + 1e-12 and low < high
     assert (low == pytest.approx(0, abs=1e-12)) == (right == 0)
     assert (high == pytest.approx(1, abs=1e-12)) == (right == n)
+
+
+def test_a_ranking_is_all_its_pairs_that_differ():
+    """By hand: 3 answers with a tie make 2 pairs, 2 equal ones none, 2 others one."""
+    labels, prompts = [(1.0, 0.0, 0.0), (2.0, 2.0), (0.5, 1.5)], ["a", "b", "c"]
+    scores, lengths = [(3.0, 1.0, 4.0), (7.0, 9.0), (1.0, 1.5)], [(5, 9, 2), (1, 2), (8, 8)]
+    found = ranking_accuracy(labels, scores, lengths, prompts)
+    assert found["pairs"] == 3 and found["accuracy"] == pytest.approx(2 / 3)
+    assert found["margin"] == pytest.approx((2.0 - 1.0 + 0.5) / 3)
+    assert found["accuracy_longer_answer"] == pytest.approx((0 + 1 + 0.5) / 3)
+    by_prompt = interval_by_prompt(np.array([1.0, 0.0, 1.0]), ["a", "a", "c"])
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(by_prompt)

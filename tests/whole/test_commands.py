@@ -20,7 +20,8 @@ from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.running import ROOT
 from tests.launch.test_launch import LAUNCHERS, RECORDER, run
-from utils.settings import fields as run_config
+from utils.settings import command_line
+from utils.settings.fields import ConfigError
 
 CONFIGS = {
     "step1_sft/main.py": SFTConfig,
@@ -71,8 +72,8 @@ def check(program: str, argv: list[str], ranks: int) -> None:
     if program not in CONFIGS:
         return
     try:
-        run_config.build(CONFIGS[program], argv, ranks)
-    except run_config.ConfigError as error:
+        command_line.build(CONFIGS[program], argv, ranks)
+    except ConfigError as error:
         problems = [x for x in str(error).split("\n") if "does not exist" not in x]
         assert not problems, f"{program} {' '.join(argv)}"
 

@@ -40,7 +40,7 @@ from utils.data.rows import BadRows, DataError
 from utils.data.sources import files_behind
 from utils.data.tables import Digest, Table, View, places_of, schema_of, to_batch
 from utils.distributed import process_group
-from utils.settings.fields import folder_problem
+from utils.settings.run_config import check_folder
 
 SMALL = 8 * 2**20  # bytes of files, below which reading again costs less than keeping
 CHUNK = 1000  # rows that a worker gets at a time
@@ -229,7 +229,9 @@ def folder_for(settings: DataSettings) -> Path:
     from huggingface_hub.constants import HF_HOME
 
     home = Path(HF_HOME, "rlhf_rows")
-    if problem := folder_problem(str(home)):
+    try:
+        check_folder(str(home))
+    except ValueError as problem:
         _say(f"rows are kept in {settings.output_dir}/data_cache: {problem} (--data_cache)")
         return Path(settings.output_dir, "data_cache")
     return home

@@ -24,7 +24,7 @@ from utils.data.prompts import PROMPTS
 from utils.data.rows import SHOWN_PROBLEMS, BadRows, DataError
 from utils.data.sources import stream_rows
 from utils.data.tables import prompt_of
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 from utils.terminal import coloured, visible
 
 KINDS = {

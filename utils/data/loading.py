@@ -14,7 +14,7 @@ from utils.data import schemas
 from utils.data.reading import Reading, Schema
 from utils.data.rows import BadRow, BadRows, DataError, Row
 from utils.data.sources import stream_rows
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 T = TypeVar("T")
 

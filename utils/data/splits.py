@@ -13,7 +13,7 @@ from utils.data.loading import DataSettings, Kind
 from utils.data.rows import BadRows, DataError
 from utils.data.sources import has_split
 from utils.data.tables import View
-from utils.settings.values import shares_of
+from utils.settings.run_config import shares_of
 
 
 def load_step(

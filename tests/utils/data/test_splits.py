@@ -13,7 +13,7 @@ from utils.data.prompts import Prompt
 from utils.data.rows import BadRows, DataError
 from utils.data.splits import held_out, in_share, repeated, train_and_held_out
 from utils.data.tables import place, prompt_of
-from utils.settings.values import shares_of
+from utils.settings.run_config import shares_of
 
 
 def apply_weight(items, weight, seed):
