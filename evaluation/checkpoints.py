@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.data import chat_template, fitting
+from utils.data import chat_template, files, fitting
 from utils.distributed import zero
 from utils.models import language_model, loading
 
