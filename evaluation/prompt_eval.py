@@ -85,10 +85,6 @@ class PromptEvalConfig(Settings):
     attn_implementation: str = setting("auto", "sdpa, eager, …; auto: transformers' choice")
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
-    # Not settings: scalar_model.load asks for them.
-    gradient_checkpointing = False
-    packing = "off"
-
     def of_strategy(self) -> dict:
         """The settings that the chosen strategy reads."""
         read_with = f"strategy={self.strategy}"

@@ -34,6 +34,7 @@ from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
 from utils.models import language_model, scalar_model, scorer
+from utils.models.loading import Loading
 from utils.models.scorer import Reader
 from utils.run import join, output_of
 from utils.settings import command_line
@@ -340,9 +341,9 @@ def main() -> None:
         print(counts.line("prompts"), flush=True)
     # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.
     reward_model = reader and scalar_model.load(
-        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
+        config.pick(Loading), config.reward_model, dtype=dtype, tokenizer=reader.tokenizer
     )
-    model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
+    model = language_model.load(config.pick(Loading), config.policy, dtype=dtype, zero_stage=0)
     answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
     tokens = math.fsum(len(a.text) for group in answers for a in group)
     sampled = keep_samples(config, prompts, answers) if process_group.is_main() else None
