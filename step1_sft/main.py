@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, demonstrations, fitting
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import host_memory, program, zero
 from utils.generation import engines
 from utils.generation.engine import Request, Sampling, Setup, synced

@@ -22,7 +22,7 @@ from step3_ppo.update import train_on
 from utils import report as reporting
 from utils.data import batches, toy_tasks
 from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import program
 from utils.models.scorer import reads_text
 from utils.run import Run
