@@ -1,6 +1,6 @@
 """Learning curves of step 3 and of TRL's PPOTrainer on the embedded task, at equal samples.
 
-Both start from one SFT model and one reward model and take recipes/tiny.sh's settings of PPO; the
+Both start from one SFT model and one reward model and take recipes/tiny.yaml's settings of PPO; the
 verifier judges both on the 512 held-out prompts with our sampler and the same noise, as
 evaluation/summary.py does.
 

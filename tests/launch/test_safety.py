@@ -205,11 +205,3 @@ def test_the_environment_is_not_saved(tmp_path, monkeypatch):
     config = command_line.build(SFTConfig, NEEDED, 1)
     command_line.save(config, tmp_path, 1)
     assert SECRETS[0] not in (tmp_path / "config.yaml").read_text()
-
-
-def test_security_md_names_tests_that_are_there():
-    names = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
-    assert len(names) >= 8
-    for file, test in names:
-        text = (ROOT / "tests" / file).read_text()
-        assert f"def {test}" in text if test else text
