@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from utils.planner.workload import Role, Workload
 from utils.settings.fields import setting
 from utils.settings.run_config import RunConfig
 
@@ -19,7 +20,7 @@ def check_patterns(patterns: list[str]) -> None:
 class RewardConfig(RunConfig):
     """A batch counts comparisons: one prompt with its K answers, which go forward together."""
 
-    section = "reward"
+    sections = ("all", "reward")
     weighted = "preference_data"
     preference_data: list[str] = setting(
         [], "pairs or rankings: files, folders or hub names", needed=True
@@ -39,3 +40,13 @@ class RewardConfig(RunConfig):
         r"train only weights whose name matches one of these patterns, e.g. layers\.(30|31)\.",
         check=check_patterns,
     )
+
+    def workload(self) -> Workload:
+        """What the planner computes memory and time from, for comparisons of two answers."""
+        return self.pick(
+            Workload,
+            roles=(Role("model", self.model_name_or_path, scalar=True, trained=True),),
+            length=self.max_length,
+            predicted=self.max_length,
+            rows_a_sample=2,
+        )
