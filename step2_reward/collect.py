@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class CollectConfig(RunConfig):
 
     sections = ("all", "collect")
     weighted = "prompt_data"
+    trains = False
     output_dir: str = free("", "folder of bad_rows.jsonl; empty: that of --output_file")
     model_name_or_path: str = setting("", "not read: see --policy")
     policy: str = setting("", "folder or hub name of the model to sample from")
@@ -91,23 +93,16 @@ class CollectConfig(RunConfig):
         folder = str(Path(values.get("output_file", "")).parent)
         return values | {"output_dir": values.get("output_dir") or folder}
 
-    def problems(self, world_size: int) -> list[str]:
-        problems = super().problems(world_size)
-        if self.labeller == "file":
-            if not self.rankings:
-                problems.append("labeller=file needs --rankings FILE")
-        elif not self.policy or not self.prompt_data:
-            problems.append(
-                f"labeller={self.labeller} samples answers: set --policy, --prompt_data"
-            )
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        yield from super().contradictions(world_size)
+        if self.labeller == "file" and not self.rankings:
+            yield "labeller=file needs --rankings FILE"
+        if self.labeller != "file" and not (self.policy and self.prompt_data):
+            yield f"labeller={self.labeller} samples answers: set --policy and --prompt_data"
         if self.labeller == "reward_model" and not self.reward_model:
-            problems.append("labeller=reward_model needs --reward_model FOLDER")
+            yield "labeller=reward_model needs --reward_model FOLDER"
         if self.output_file and os.path.isdir(self.output_file):
-            problems.append(f"output_file={self.output_file!r} is a folder; name a file in it")
-        return problems
-
-    def batch_problems(self, world_size: int) -> list[str]:
-        return []  # nothing is trained, and micro-batches of prompts may differ in size
+            yield f"output_file={self.output_file!r} is a folder; name a file in it"
 
 
 class Sampled(NamedTuple):
