@@ -51,6 +51,11 @@ def test_a_module_s_function():
     assert load(name) is reward_functions.rouge_l
 
 
+def test_the_old_name_of_the_shipped_functions_is_told_the_new_one():
+    said = refusal("step3_ppo.reward_functions:rouge_l")
+    assert said.endswith("give step3_ppo.rewards.shipped:rouge_l")
+
+
 @pytest.mark.parametrize("form", ["{}:f", "./{}:f", "{absolute}:f"])
 def test_a_file_s_function(form):
     path = write("sub/my rewards.py", GOOD)
