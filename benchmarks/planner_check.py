@@ -181,7 +181,7 @@ def train_ppo(config, dtype: str, device) -> None:
     # One prompt is a token shorter, so that there is something to mask.
     lengths = [config.max_prompt_length - (i == 0) for i in range(config.rollout_size())]
     prompts = [
-        rollouts.Prompt(torch.randint(10, 300, (n,), generator=generator).tolist(), (), {})
+        rollouts.Prompt((), "", {}, torch.randint(10, 300, (n,), generator=generator).tolist())
         for n in lengths
     ]
     for step in range(2):

@@ -4,7 +4,6 @@ deepspeed step2_reward/collect.py --policy SFT --prompt_data DATA --labeller ver
     --output_file comparisons.jsonl
 """
 
-import functools
 import itertools
 import json
 import os
@@ -20,9 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 from utils import whole_files
 from utils.checkpoints import resuming
-from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
+from utils.data import (
+    batches,
+    chat_template,
+    comparisons,
+    rows,
+    splits,
+    tables,
+    toy_tasks,
+)
 from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
@@ -259,14 +266,14 @@ def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
     """The comparisons, and beside them the settings that they were made with."""
     path = Path(config.output_file)
     labels = labels or [None] * len(lines)
-    comparisons = [c for pair in zip(lines, labels, strict=True) if (c := ranked(*pair))]
-    if not comparisons:
+    kept = [row for pair in zip(lines, labels, strict=True) if (row := ranked(*pair))]
+    if not kept:
         raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
-    write_rows(path, comparisons)
+    write_rows(path, kept)
     settings = settings_of(config)
     command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
     say(
-        f"{path}: {len(comparisons)} comparisons; {len(lines) - len(comparisons)} prompts left "
+        f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
         "out, whose answers were all alike or equally good"
     )
 
@@ -280,37 +287,27 @@ def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     columns = columns_of(config.columns)
-    read = preferences.load_comparisons([config.rankings], columns=columns, bad=bad)
+    read = comparisons.load_comparisons([config.rankings], columns=columns, bad=bad)
     bad.finish(config.rankings)
-    prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in read]
+    prompts = [prompt_data.Prompt(c.prompt, c.where, {}) for c in read]
     answers = [list(map(Sampled, c.responses, c.finished)) for c in read]
     write(config, rows_of(config, prompts, answers), [list(c.scores) for c in read])
 
 
-def load_prompts(config, tokenizer, reader: Reader | None):
-    """(prompts that the policy's template and the reward model's can render, their ids)."""
+def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.Prompt]:
+    """Prompts that the policy's template and the reward model's can render."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    load = functools.partial(
-        instructions.load_prompts,
-        schema=config.data_schema,
-        columns=columns_of(config.columns),
-        bad=bad,
-    )
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
-    prompts, _ = splits.train_and_held_out(
-        config.prompt_data,
-        lambda names, role: load(names, split_role=role),
-        instructions.PROMPT_SPLITS["eval"],
-        config.pick(DataSettings),
-        step=2,
-        bad=bad,
+    train, _ = splits.train_and_held_out(
+        prompt_data.PROMPTS, config.prompt_data, None, config.pick(DataSettings), 2, bad
     )
-    random.Random(config.seed).shuffle(prompts)
-    prompts = prompts[: config.num_prompts or None]
-    if reader is not None:
-        prompts = prompt_data.readable(prompts, [reader], bad)
-    limits = config.max_prompt_length, config.long_prompts
-    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, *limits, bad)
+    order = list(range(len(train)))
+    random.Random(config.seed).shuffle(order)
+    encode = prompt_data.Encode(
+        tokenizer, config.max_prompt_length, config.long_prompts, (reader,) if reader else ()
+    )
+    chosen = (train[i] for i in order[: config.num_prompts or None])
+    prompts, counts = tables.encode_all(chosen, encode, bad)
     bad.finish("prompt_data")
     say(counts.line("prompts"))
     other = [p.where for p in prompts if not toy_tasks.is_task(p.row)]
@@ -319,7 +316,7 @@ def load_prompts(config, tokenizer, reader: Reader | None):
             f"labeller=verifier: {other[0]} is no task of utils/data/toy_tasks.py ({len(other)} in "
             "all), which alone it judges; choose --labeller reward_model, file or none for others"
         )
-    return prompts, encoded
+    return prompts
 
 
 def say(text: str) -> None:
@@ -336,7 +333,8 @@ def collect(config, device) -> None:
         reader = Reader.load(
             config.reward_model, config.trust_remote_code, config.reward_read_at, config.date
         )
-    prompts, encoded = load_prompts(config, tokenizer, reader)
+    prompts = load_prompts(config, tokenizer, reader)
+    encoded = [prompt.ids for prompt in prompts]
     if reader is not None:
         # Before hours of sampling: a folder that holds no reward model is refused now.
         model = scalar_model.load(how, reader.name, dtype=dtype, tokenizer=reader.tokenizer)

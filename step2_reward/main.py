@@ -18,7 +18,7 @@ from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, comparisons
 from utils.data.comparisons import Ranked
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import scalar_model, scorer

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from utils.data.chat_template import READ_AT, READ_AT_HELP
+from utils.generation import engines
 from utils.settings.fields import free, rounding, setting
 from utils.settings.run_config import RunConfig
 
@@ -51,9 +52,9 @@ class PPOConfig(RunConfig):
     )
     hybrid_engine: str = rounding(
         "auto",
-        "who samples: our decode loop (native), DeepSpeed's rollout class where it passes a check, "
-        "the fastest that passes, or our loop on the module as it stands (off, for debugging)",
-        choices=("auto", "deepspeed", "native", "off"),
+        "who samples: our decode loop (native, auto), DeepSpeed's rollout class (deepspeed), or "
+        "our loop on the module as it stands (off, for debugging)",
+        choices=engines.CHOICES,
     )
     offload_frozen: bool = rounding(
         False, "reference and reward models in CPU memory between their uses (CUDA)"
