@@ -19,15 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 from utils import whole_files
 from utils.checkpoints import resuming
-from utils.data import (
-    batches,
-    chat_template,
-    comparisons,
-    rows,
-    splits,
-    tables,
-    toy_tasks,
-)
+from utils.data import batches, chat_template, comparisons, rows, splits, tables, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
@@ -93,15 +85,10 @@ class CollectConfig(RunConfig):
 
     def problems(self, world_size: int) -> list[str]:
         problems = super().problems(world_size)
-        if self.labeller == "file":
-            if not self.rankings:
-                problems.append("labeller=file needs --rankings FILE")
-        elif not self.policy or not self.prompt_data:
-            problems.append(
-                f"labeller={self.labeller} samples answers: set --policy, --prompt_data"
-            )
-        if self.labeller == "reward_model" and not self.reward_model:
-            problems.append("labeller=reward_model needs --reward_model FOLDER")
+        needed = {"file": ["rankings"], "reward_model": ["policy", "prompt_data", "reward_model"]}
+        for name in needed.get(self.labeller, ["policy", "prompt_data"]):
+            if not getattr(self, name):
+                problems.append(f"labeller={self.labeller} needs --{name}, which is empty")
         if self.output_file and os.path.isdir(self.output_file):
             problems.append(f"output_file={self.output_file!r} is a folder; name a file in it")
         return problems
@@ -269,9 +256,9 @@ def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
     kept = [row for pair in zip(lines, labels, strict=True) if (row := ranked(*pair))]
     if not kept:
         raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
-    write_rows(path, kept)
     settings = settings_of(config)
     command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
+    write_rows(path, kept)
     say(
         f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
         "out, whose answers were all alike or equally good"

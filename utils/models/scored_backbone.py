@@ -38,11 +38,11 @@ class BackboneForSequenceClassification(PreTrainedModel):
         """(B,T) ids → logits (B,labels) at each row's last token that is not padding."""
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
-        found = self.base_model(input_ids, attention_mask=attention_mask.long(), **kwargs)
+        output = self.base_model(input_ids, attention_mask=attention_mask.long(), **kwargs)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (attention_mask.long() * places).argmax(-1)
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        return SequenceClassifierOutput(logits=self.score(found.last_hidden_state)[rows, last])
+        return SequenceClassifierOutput(logits=self.score(output.last_hidden_state)[rows, last])
 
 
 BackboneForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
