@@ -228,7 +228,7 @@ def run_case(case: str, folder: Path, device: str) -> dict:
     from utils.planner import plan as planner
 
     step, size, dtype, ranks, config = config_of(case, folder)
-    found = planner.plan(step, config, dtype, ranks, device)
+    found = planner.plan(config.workload(), dtype, ranks, device)
     port = str(process_group.free_port())
     processes = []
     for rank in range(ranks):

@@ -118,7 +118,7 @@ def main() -> None:
     )
     rows = config.global_batch_size
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(examples))
-    run.announce(f"step 1, SFT: {steps} steps", "sft", steps)
+    run.announce(f"step 1, SFT: {steps} steps", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
         config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
