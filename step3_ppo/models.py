@@ -14,7 +14,6 @@ from utils.generation import engines
 from utils.generation.engine import RolloutEngine, Setup
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
-from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 
 
@@ -65,10 +64,10 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)
     of_scorers = readers(config)
-    how, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
+    loading = dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     actor = _train(
-        language_model.load(how, name, zero_stage=stage, **loading),
+        language_model.load(config, name, zero_stage=stage, **loading),
         config,
         dtype,
         stage,
@@ -82,7 +81,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
         critic = _train(
-            scalar_model.load(how, start, zero_stage=stage, head="zero", **loading),
+            scalar_model.load(config, start, zero_stage=stage, head="zero", **loading),
             config,
             dtype,
             stage,
@@ -91,7 +90,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     stage = config.stage_of_reference()
     frozen = dict(config=config, dtype=dtype, zero_stage=stage, device=device)
     reference = zero.frozen(
-        language_model.load(how, config.reference_model or name, zero_stage=stage, **loading),
+        language_model.load(config, config.reference_model or name, zero_stage=stage, **loading),
         **frozen,
     )
 
@@ -101,7 +100,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
             return None
         reader = of_scorers[flag]
         model = scalar_model.load(
-            how, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
+            config, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
         )
         model = zero.frozen(model, **frozen)
         return Scorer(model, reader, reads_text(reader, tokenizer), device)
