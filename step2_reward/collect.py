@@ -4,7 +4,6 @@ deepspeed step2_reward/collect.py --policy SFT --prompt_data DATA --labeller ver
     --output_file comparisons.jsonl
 """
 
-import itertools
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
+import numpy as np
 
 from utils import whole_files
 from utils.checkpoints import resuming
@@ -176,32 +176,23 @@ def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> l
     """
     if agreement >= 1.0:
         return scores
-    draw = random.Random(seed)
-    noise = [[draw.gauss(0.0, 1.0) for _ in group] for group in scores]
-
-    def noisy(size: float) -> list[list[float]]:
-        return [
-            [s + size * e for s, e in zip(*pair, strict=True)]
-            for pair in zip(scores, noise, strict=True)
-        ]
-
-    low, high = 0.0, 1e4 * (max(map(max, scores)) - min(map(min, scores)) + 1e-9)
+    draw, truth = random.Random(seed), np.array(scores)
+    noise = np.array([[draw.gauss(0.0, 1.0) for _ in group] for group in scores])
+    low, high = 0.0, 1e4 * (np.ptp(truth) + 1e-9)
     for _ in range(60):
         middle = (low + high) / 2
-        agrees = share_agreeing(scores, noisy(middle)) > agreement
+        agrees = share_agreeing(truth, truth + middle * noise) > agreement
         low, high = (middle, high) if agrees else (low, middle)
-    return noisy(high)
+    return (truth + high * noise).tolist()
 
 
-def share_agreeing(truth: list[list[float]], other: list[list[float]]) -> float:
-    """Share of the pairs that differ in `truth` which `other` orders the same way."""
-    same = [
-        (a > b) == (x > y)
-        for groups in zip(truth, other, strict=True)
-        for (a, x), (b, y) in itertools.combinations(zip(*groups, strict=True), 2)
-        if a != b
-    ]
-    return sum(same) / max(len(same), 1)
+def share_agreeing(truth, other) -> float:
+    """(P,K) scores each → share of the pairs that differ in `truth` which `other` orders alike."""
+    truth, other = np.array(truth), np.array(other)
+    i, j = np.triu_indices(truth.shape[1], 1)
+    differ = truth[:, i] != truth[:, j]
+    alike = (truth[:, i] > truth[:, j]) == (other[:, i] > other[:, j])
+    return float(alike[differ].mean()) if differ.any() else 0.0
 
 
 # Rows of the output.

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-# What transformers asks of the outer model and only the family's own class knows.
+# What transformers reads from the outer model and only the family's own class says.
 ASKED = ("_supports_sdpa", "_supports_flash_attn", "supports_gradient_checkpointing")
 
 
