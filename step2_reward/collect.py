@@ -234,10 +234,9 @@ def ranked(row: dict, scores: list[float] | None) -> dict | None:
     return row | columns
 
 
-def write_rows(path: Path, lines: list[dict]) -> None:
-    with whole_files.writing(path, "--output_file") as f:
-        for row in lines:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_rows(file, lines: list[dict]) -> None:
+    for row in lines:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
@@ -248,8 +247,9 @@ def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
     if not kept:
         raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
     settings = settings_of(config)
-    command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
-    write_rows(path, kept)
+    with whole_files.writing(path, "--output_file") as file:
+        write_rows(file, kept)
+        command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
     say(
         f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
         "out, whose answers were all alike or equally good"
@@ -323,7 +323,8 @@ def collect(config, device) -> None:
     # As people would be given it: whatever goes wrong now, the hours of sampling are not lost.
     kept = Path(config.output_file).with_suffix(".sampled.jsonl")
     if process_group.is_main():
-        write_rows(kept, lines)
+        with whole_files.writing(kept, "--output_file") as file:
+            write_rows(file, lines)
     say(f"{kept}: what was sampled, until it is ranked")
 
     labels = LABELLERS[config.labeller](config, prompts, answers, reward)
