@@ -32,7 +32,7 @@ from utils.models.scorer import Reader, Scorer
 from utils.run import join, output_of
 from utils.settings import command_line
 from utils.settings.fields import free, setting
-from utils.settings.run_config import RunConfig, columns_of
+from utils.settings.run_config import RunConfig, check_folder, columns_of
 
 
 @dataclass
@@ -42,7 +42,9 @@ class CollectConfig(RunConfig):
     sections = ("all", "collect")
     weighted = "prompt_data"
     trains = False
-    output_dir: str = free("", "folder of bad_rows.jsonl; empty: that of --output_file")
+    output_dir: str = free(
+        "", "folder of bad_rows.jsonl; empty: that of --output_file", check=check_folder
+    )
     model_name_or_path: str = setting("", "not read: see --policy")
     policy: str = setting("", "folder or hub name of the model to sample from")
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
