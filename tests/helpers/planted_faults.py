@@ -27,7 +27,7 @@ from tests.helpers import (
 from tests.helpers.planting import around, once_built  # noqa: E402
 from utils.data import chat_template  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
-from utils.generation import hybrid_engine
+from utils.generation import engine, weights
 from utils.generation import sampling as generation  # noqa: E402
 from utils.models import ema, language_model
 from utils.report import Report  # noqa: E402
@@ -46,7 +46,7 @@ def stale_generator(patch):
         for name, p in plain.named_parameters():
             p.data = first[name].clone()
 
-    around(patch, hybrid_engine, "_copy_weights", copy)
+    around(patch, weights, "_copy_weights", copy)
 
 
 def generator_of_the_models_as_loaded(patch):
@@ -54,7 +54,7 @@ def generator_of_the_models_as_loaded(patch):
     stale_generator(patch)
 
     def generate(built):
-        with built.hybrid.generating():
+        with engine.synced(built.rollout_engine, built.actor):
             pass
 
     once_built(patch, generate)
@@ -69,7 +69,7 @@ def damaged_generator(patch, ranks=(0, 1)):
             weight = plain.model.layers[1].self_attn.v_proj.weight
             weight.data = weight.data.roll(8, 0)
 
-    around(patch, hybrid_engine, "_copy_weights", copy)
+    around(patch, weights, "_copy_weights", copy)
 
 
 def generator_damaged_on_one_rank(patch):
