@@ -10,9 +10,9 @@ from utils.data.cache import load_view
 from utils.data.chat_template import Encoded, start_of_text
 from utils.data.demonstrations import DEMONSTRATIONS, Conversation
 from utils.data.fitting import Counts
-from utils.data.loading import DataSettings, Kind
-from utils.data.reading import Reading, Schema
+from utils.data.loading import DataSettings, Kind, renamed
 from utils.data.rows import BadRow, BadRows, Row
+from utils.data.schemas import Reading, Schema
 from utils.data.sources import stream_rows
 from utils.data.tables import View
 from utils.data.turns import text_of
@@ -74,5 +74,5 @@ def load(
 def _is_plain(name: str, columns: dict[str, str]) -> bool:
     """Is the first row one of `text`, and of nothing that an answer could be read from?"""
     first = next(stream_rows(name, DEMONSTRATIONS.splits["train"], BadRows(1.0)), None)
-    data = schemas.renamed(first, columns).data if first is not None else {}
+    data = renamed(first, columns).data if first is not None else {}
     return "text" in data and not schemas.has_answer(data)
