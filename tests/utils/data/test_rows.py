@@ -13,7 +13,7 @@ from pyarrow import parquet
 from utils.data.demonstrations import load_conversations
 from utils.data.files import OTHER_THINGS
 from utils.data.rows import BadRows, DataError
-from utils.data.sources import has_split, read_rows
+from utils.data.sources import has_split, stream_rows
 
 GOOD = b'{"a": 1}\n'
 PACKED = gzip.compress(GOOD, mtime=0)  # no clock in it: test names are made from parameters
@@ -34,13 +34,13 @@ def write(path, content):
 
 def problems_of(name, splits=("train",)):
     bad = BadRows()
-    rows = read_rows(name, splits, bad)
+    rows = list(stream_rows(name, splits, bad))
     return rows, bad.problems
 
 
 def refusal_of(name, splits=("train",)):
     with pytest.raises(DataError) as caught:
-        read_rows(name, splits, BadRows())
+        list(stream_rows(name, splits, BadRows()))
     return str(caught.value)
 
 
