@@ -146,10 +146,9 @@ def train_sft(config, dtype: str, device) -> None:
     )
     engine = zero.TrainEngine(
         model,
-        config,
+        config.pick(zero.Training, learning_rate=1e-5),
         dtype=dtype,
         zero_stage=config.zero_stage,
-        learning_rate=1e-5,
         total_steps=2,
     )
     shape = (config.micro_batch_size, config.max_length)
@@ -228,7 +227,7 @@ def run_case(case: str, folder: Path, device: str) -> dict:
     from utils.planner import plan as planner
 
     step, size, dtype, ranks, config = config_of(case, folder)
-    found = planner.plan(step, config, dtype, ranks, device)
+    found = planner.plan(config.workload(), dtype, ranks, device)
     port = str(process_group.free_port())
     processes = []
     for rank in range(ranks):

@@ -118,14 +118,12 @@ def main() -> None:
     )
     rows = config.global_batch_size
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(examples))
-    run.announce(f"step 1, SFT: {steps} steps", "sft", steps)
+    run.announce(f"step 1, SFT: {steps} steps", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
         config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
     )
-    engine = zero.TrainEngine(
-        model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
-    )
+    engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     answers = Answers(run, engine, tokenizer, held)
     budget = config.micro_batch_size, config.micro_batch_tokens
     measure = functools.partial(evaluate, engine, held, budget, pad_id, device)

@@ -107,7 +107,7 @@ def main() -> None:
     )
     rows = config.global_batch_size
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(train))
-    run.announce(f"step 2, reward model: {steps} steps", "reward", steps)
+    run.announce(f"step 2, reward model: {steps} steps", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = scalar_model.load(
         config.pick(Loading),
@@ -117,9 +117,7 @@ def main() -> None:
         **loading,
     )
     run.say(freeze(model, config.trainable_modules))
-    engine = zero.TrainEngine(
-        model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
-    )
+    engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     budget = config.micro_batch_size, config.micro_batch_tokens
 
     def score(groups: list) -> list[list[float]]:

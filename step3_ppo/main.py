@@ -83,7 +83,6 @@ def load(run: Run):
         f"{config.prompts_per_rollout} prompts × {config.samples_per_prompt} samples = "
         f"{config.minibatches()} minibatches of {config.global_batch_size}, {config.ppo_epochs} "
         f"epochs; an action is a {config.action_level}; critic ZeRO-{config.stage_of_critic()}",
-        "ppo",
         config.max_steps,
     )
     models = build(config, tokenizer, run.dtype, run.device)
