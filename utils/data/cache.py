@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
@@ -253,18 +252,11 @@ def once(path: Path, make: Callable) -> None:
         with held:
             if path.exists():
                 return
-            _remove_leftovers(path)
-            own = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")
+            # What a killed process of this machine left has the same name, and is overwritten.
+            own = path.with_name(f"{path.name}.{socket.gethostname()}")
             with whole_files.placing(own, "--data_cache") as beside, open(beside, "wb") as file:
                 make(file)
             os.replace(own, path)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Those of this machine's processes that were killed while they wrote."""
-    for old in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.writing"):
-        if not psutil.pid_exists(int(old.name.removesuffix(".writing").rpartition("-")[2])):
-            old.unlink(missing_ok=True)
 
 
 def _kept_places(path: Path, kind: Kind, salt: str) -> np.ndarray:
