@@ -104,15 +104,15 @@ def unfold(tree: dict, reading) -> list[tuple[str, dict]]:
             message = replies[0]
             turns.append(_turn(message))
         return [("messages", {"messages": turns})]
-    found = []
+    rows = []
     for turns, message, replies in _prompts(tree):
         ranked = [reply for reply in replies if _rank(reply) is not None]
         row = {"prompt": turns, "message_id": message.get("message_id")}
         if reading.use == "prompt":
-            found.append(("prompt", row))
+            rows.append(("prompt", row))
         elif len(ranked) > 1:
             row |= {"responses": [reply.get("text") for reply in ranked]}
-            found.append(("kwise", row | {"ranks": [_rank(reply) for reply in ranked]}))
-    if not found:
+            rows.append(("kwise", row | {"ranks": [_rank(reply) for reply in ranked]}))
+    if not rows:
         reading.note("are trees without two ranked answers to a message, left out")
-    return found
+    return rows

@@ -213,7 +213,7 @@ def in_order(turns: Sequence[dict], system: Any, note: Callable[[str], None]) ->
 
     After an optional system turn, user and assistant must alternate, from user to user; after an
     assistant turn tools may answer. Assistant turns at the beginning are left out and successive
-    turns of the user are joined; note(remark) is told of both.
+    turns of the user are joined, with a remark to note().
     """
     if system is not None and not isinstance(system, str):
         raise BadRow(f"system is {kind_of(system)}, not a string")
