@@ -98,7 +98,7 @@ def unfold(tree: dict, reading) -> list[tuple[str, dict]]:
     if not _sound(tree["prompt"]):
         reading.note("are trees whose first message was deleted or failed review, left out")
         return []
-    if reading.use == "demonstration":
+    if reading.use in ("demonstration", "text"):
         turns, message = [_turn(tree["prompt"])], tree["prompt"]
         while replies := _replies(message):
             message = replies[0]

@@ -35,6 +35,7 @@ PAIR_SCORES = (
     ("chosen-rating", "rejected-rating"),
 )
 SYSTEM = ("system", "system_prompt")
+LEARNED = ("demonstration", "text")  # uses that learn an answer
 # Columns that count beside those of a schema.
 EXTRA = {*SYSTEM, "input", "context", "history", "label", "tools"}.union(*PAIR_SCORES)
 
@@ -43,10 +44,10 @@ EXTRA = {*SYSTEM, "input", "context", "history", "label", "tools"}.union(*PAIR_S
 class Reading:
     """What rows are read for and how; remarks about them.
 
-    use: "demonstration", "prompt", "comparison" or "text". schema: a name, or "auto". columns:
-    {ours: theirs} of those that have other names in the data. texts: "auto" (transcripts become
-    turns), "transcript" (all texts are transcripts) or "plain" (none is). notes: for each remark
-    the number of rows it holds for.
+    use: "demonstration", "text" (the same or plain text), "prompt" or "comparison". schema: a name,
+    or "auto". columns: {ours: theirs} of those that have other names in the data. texts: "auto"
+    (transcripts become turns), "transcript" (all texts are transcripts) or "plain" (none is).
+    notes: for each remark the number of rows it holds for.
     """
 
     use: str
@@ -120,10 +121,14 @@ class Schema:
     def serves(self, use: str) -> bool:
         """Whether rows of this schema can be read for a Reading.use."""
         if self.unfold or self.join:
-            return use != "text"
-        if use == "text":
-            return self.prompt is None
-        return bool({"demonstration": self.answer, "comparison": self.ranked}.get(use, self.prompt))
+            return True
+        if use in LEARNED:
+            return bool(self.answer) or (use == "text" and self.is_plain_text)
+        return bool(self.ranked if use == "comparison" else self.prompt)
+
+    @property
+    def is_plain_text(self) -> bool:
+        return not (self.prompt or self.unfold or self.join)
 
 
 def first_of(names: Iterable[str], data: dict) -> str | None:
@@ -232,7 +237,7 @@ def chat_in(*columns: str) -> tuple[Callable, Callable]:
     def split(data: dict, reading: Reading) -> tuple[str, Any, Any]:
         name = first_of(columns, data)
         turns = data[name]
-        if reading.use == "demonstration":
+        if reading.use in LEARNED:
             turns = without_open_end(turns, name, reading.note)
         return name, *split_answer(turns, name)
 
