@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from evaluation import prompt_eval, summary
-from evaluation.prompt_eval import Answer, PromptEvalConfig, Question
+from evaluation.prompt_eval import Answer, PromptEvalConfig
+from evaluation.questions import Question
 from step1_sft.config import SFTConfig
 from step2_reward import collect
 from step3_ppo.checks.watch import Watch
