@@ -213,7 +213,7 @@ def in_micro_batches(tokens: Tokens, config, device, compute, *args) -> list[tor
 
 def response_logprobs(input_ids, mask, actions, model, temperature: float):
     """(B,P+R) ids and mask, (B,R) actions → (B,R) log-probabilities and entropies."""
-    settings = dict(temperature=temperature, micro_batch_size=len(input_ids), actions=actions)
+    settings = dict(temperature=temperature, with_entropies=True, actions=actions)
     return language_model.response_logprobs(model, input_ids, mask, actions.shape[1], **settings)
 
 

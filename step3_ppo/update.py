@@ -65,8 +65,15 @@ def step_actor(
     count = int(experience.action_mask[rows].sum())  # of all ranks: tokens, or whole answers
     sums = metrics.Sums(device)
     for ids, mask, actions, part in micro_batches(experience, rows, config, device):
-        settings = actions.shape[1], config.temperature, actions
-        of_tokens = new_logprobs = language_model.new_logprobs(actor, ids, mask, *settings)
+        of_tokens, _ = language_model.response_logprobs(
+            actor,
+            ids,
+            mask,
+            actions.shape[1],
+            temperature=config.temperature,
+            actions=actions,
+        )
+        new_logprobs = of_tokens
         if config.action_level == "sequence":
             new_logprobs = algorithm.one_action(of_tokens, host_memory.send(actions, device))
         numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask

@@ -131,37 +131,24 @@ def follows_another(mask: torch.Tensor) -> torch.Tensor:
     return mask & F.pad(mask[:, :-1], (1, 0))
 
 
-def response_part(mask: torch.Tensor, response_length: int, actions=None) -> torch.Tensor:
-    """(B,P+R) mask → what can be predicted in it, without the prompts' P columns; of the R others
-    all, or where `actions` (B,R) says."""
+def response_logprobs(
+    forward,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    response_length: int,
+    *,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+    actions: torch.Tensor | None = None,
+):
+    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and, where asked for, (B,R) fp32
+    entropies in nats (else None), both 0 off the mask and off `actions` (B,R), where that is given;
+    see wanted_logprobs."""
     wanted = follows_another(mask)
     wanted[:, :-response_length] = False
     if actions is not None:
         wanted[:, -response_length:] &= actions
-    return wanted
-
-
-def new_logprobs(forward, input_ids, mask, response_length: int, temperature: float, actions=None):
-    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities with gradient, 0 off the mask and where
-    `actions` (B,R) is False."""
-    wanted = response_part(mask, response_length, actions)
-    found, _ = wanted_logprobs(forward, input_ids, mask, wanted, temperature=temperature)
-    return packing.spread(found, wanted[:, -response_length:])
-
-
-@torch.no_grad()
-def response_logprobs(
-    forward, input_ids, mask, response_length, *, temperature, micro_batch_size, actions=None
-):
-    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and (B,R) fp32 entropies in nats, both
-    0 off the mask and where `actions` (B,R) is False."""
-    logprobs, entropies = [], []
-    whole = response_part(mask, response_length, actions)
-    parts_of = (x.split(micro_batch_size) for x in (input_ids, mask, whole))
-    for ids, m, wanted in zip(*parts_of, strict=True):
-        found = wanted_logprobs(
-            forward, ids, m, wanted, temperature=temperature, with_entropies=True
-        )
-        for parts, values in zip((logprobs, entropies), found, strict=True):
-            parts.append(packing.spread(values, wanted[:, -response_length:]))
-    return torch.cat(logprobs), torch.cat(entropies)
+    settings = dict(temperature=temperature, with_entropies=with_entropies)
+    parts = wanted_logprobs(forward, input_ids, mask, wanted, **settings)
+    answers = wanted[:, -response_length:]
+    return tuple(None if x is None else packing.spread(x, answers) for x in parts)
