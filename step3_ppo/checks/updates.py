@@ -74,7 +74,7 @@ def on_policy_at_the_first_update(steps: FirstSteps) -> str:
     # An answer's log-probability is a sum over its tokens, whose roundings add up as a random walk.
     sequence = steps.probe.config.action_level == "sequence"
     tokens = metrics["response_length"] if sequence else 1.0
-    # (expected, how many tolerances off); KL is of second order in what log-probabilities differ by.
+    # name: (expected, tolerances that it may be off). KL is of second order in the differences.
     allowed = {
         "ratio": (1, 10 * tokens**0.5),
         "approx_kl": (0, 10 * tokens * tolerance),
@@ -138,7 +138,7 @@ def weights_move(steps: FirstSteps) -> str:
         else:
             flag = "learning_rate" if name == "actor" else "critic_learning_rate"
             raise Fault(
-                f"no weight of the {name} has moved, with gradients of norm {norm:.2g} and --{flag} "
+                f"no weight of the {name} has moved, with gradients of norm {norm:.2g} at --{flag} "
                 f"{rate:.2g}: rounding swallows such a rate, or the optimizer steps other weights"
             )
     return f"weights moved: {', '.join(said)}"
