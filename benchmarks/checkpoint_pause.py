@@ -28,7 +28,6 @@ def engine_of(arguments, folder: Path):
     from utils.data import chat_template, toy_tasks
     from utils.distributed import process_group, zero
     from utils.models import from_scratch, language_model
-    from utils.settings import fields as run_config
 
     device = process_group.init()
     torch.set_num_threads(1)  # training has one core; what other threads take is the writer's
@@ -45,7 +44,9 @@ def engine_of(arguments, folder: Path):
         seed=0,
     )
     base = str(folder / "base")
-    config = run_config.RunConfig(
+    from utils.settings.run_config import RunConfig
+
+    config = RunConfig(
         output_dir=str(folder / "out"),
         model_name_or_path=base,
         micro_batch_size=arguments.rows,

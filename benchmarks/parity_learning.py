@@ -174,11 +174,11 @@ def one_run(side: str, source: Path, output: Path, seed: int, max_steps: int) ->
     from step3_ppo.config import PPOConfig
     from utils.data import chat_template
     from utils.distributed.program import quiet_libraries
-    from utils.settings import fields as run_config
+    from utils.settings import command_line
 
     quiet_libraries()
     flags = ppo_flags(source, output, seed, max_steps)
-    config = run_config.build(PPOConfig, flags, world_size=1)
+    config = command_line.build(PPOConfig, flags, world_size=1)
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     judge = Judge(config, source, tokenizer)
     if side == "ours":

@@ -20,7 +20,7 @@ from benchmarks import trl_runner
 from step3_ppo.config import PPOConfig
 from utils.data import chat_template
 from utils.distributed import program
-from utils.settings import fields as run_config
+from utils.settings import command_line
 
 
 class TakeTurns(TrainerCallback):
@@ -38,7 +38,7 @@ class TakeTurns(TrainerCallback):
 
 def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
     """PPOTrainer with the settings of trl_runner.trl_settings: one optimizer step a minibatch."""
-    config = run_config.build(PPOConfig, argv, world_size=1)
+    config = command_line.build(PPOConfig, argv, world_size=1)
     program.quiet_libraries()
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     clock = {"generated": 0.0, "began": 0.0, "scored": 0.0}

@@ -40,9 +40,9 @@ def rollout(turns, argv: list[str]) -> None:
     from step3_ppo.models import build
     from utils.data import batches, chat_template, instructions, rows
     from utils.distributed import process_group, program, zero
-    from utils.settings import fields as run_config
+    from utils.settings import command_line
 
-    config = run_config.build(PPOConfig, argv, world_size=1)
+    config = command_line.build(PPOConfig, argv, world_size=1)
     program.quiet_libraries()
     device = process_group.init()
     torch.manual_seed(config.seed)

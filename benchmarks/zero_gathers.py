@@ -36,7 +36,7 @@ class Collectives(TorchDispatchMode):
 def engine_of(model, zero_stage: int = 3):
     """The training engine of one random model."""
     from utils.distributed import zero
-    from utils.settings.fields import RunConfig
+    from utils.settings.run_config import RunConfig
 
     config = RunConfig(zero_stage=zero_stage, dtype="fp32", micro_batch_size=1)
     return zero.TrainEngine(
@@ -44,16 +44,17 @@ def engine_of(model, zero_stage: int = 3):
     )
 
 
-def rollout(hybrid, ids, mask, new_tokens: int) -> tuple[torch.Tensor, dict, dict]:
+def rollout(engine, actor, ids, mask, new_tokens: int) -> tuple[torch.Tensor, dict, dict]:
     """One rollout in which rank 0 stops at its first token and the others at the limit.
 
     Returns (responses, collectives of the whole rollout, collectives inside its decode loop).
     """
     from utils.distributed import process_group
     from utils.generation import sampling as generation
+    from utils.generation.engine import synced
 
-    settings = dict(stop_id=-1, pad_id=0, all_finished=hybrid.all_finished)
-    with Collectives() as whole, hybrid.generating() as model:
+    with Collectives() as whole, synced(engine, actor):
+        model, settings = engine.generator, dict(stop_id=-1, pad_id=0, in_step=engine.in_step)
         gathered = whole.counts.copy()
         # What greedy decoding gives first is the stop token of rank 0.
         first = generation.generate(model, ids, mask, max_new_tokens=1, **settings)
@@ -71,7 +72,7 @@ def measure(arguments) -> None:
     import transformers
 
     from utils.distributed import process_group
-    from utils.generation.hybrid_engine import HybridEngine
+    from utils.generation.engines.native import NativeEngine
 
     process_group.init()
     config = transformers.LlamaConfig(
@@ -82,12 +83,12 @@ def measure(arguments) -> None:
         num_attention_heads=4,
     )
     torch.manual_seed(0)
-    engine = engine_of(transformers.AutoModelForCausalLM.from_config(config).float())
+    actor = engine_of(transformers.AutoModelForCausalLM.from_config(config).float())
     ids = torch.randint(3, 512, (1, 16), generator=torch.Generator().manual_seed(0))
     mask, rows = torch.ones_like(ids, dtype=torch.bool), []
     for gather in ("rollout", "layer"):
-        hybrid = HybridEngine(engine, gather)
-        responses, whole, inside = rollout(hybrid, ids, mask, arguments.new_tokens)
+        engine = NativeEngine(gather)
+        _, whole, inside = rollout(engine, actor, ids, mask, arguments.new_tokens)
         rows.append(
             {
                 "gather": gather,

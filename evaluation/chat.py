@@ -17,18 +17,20 @@ from evaluation import checkpoints
 from utils import terminal
 from utils.data import rows
 from utils.distributed import program
-from utils.settings import fields as run_config
-from utils.settings.fields import setting
+from utils.settings import command_line
+from utils.settings.fields import Settings, setting
 
 
 @dataclass
-class ChatConfig:
-    checkpoint: str = setting("", "chat model: folder or hub name")
+class ChatConfig(Settings):
+    checkpoint: str = setting("", "chat model: folder or hub name", needed=True)
     system: str = setting("", "system turn that opens the conversation; empty: none")
     temperature: float = setting(0.7, "sampling temperature; 0: the likeliest token always")
-    top_p: float = setting(0.95, "share of the probability that is sampled from")
-    seed: int = setting(42, "seed of the sampling")
-    max_new_tokens: int = setting(128, "tokens an answer at most")
+    top_p: float = setting(
+        0.95, "share of the probability that is sampled from", above=0, at_most=1
+    )
+    seed: int = setting(42, "seed of the sampling", below=2**63)
+    max_new_tokens: int = setting(128, "tokens an answer at most", at_least=1)
     dtype: str = setting(
         "auto",
         "of the weights; auto: bf16 where the GPU or CPU computes it, else fp32",
@@ -37,21 +39,11 @@ class ChatConfig:
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
     def problems(self, world_size: int) -> list[str]:
-        """What cannot work, one sentence each, with the flag that mends it."""
-        found = []
+        found = super().problems(world_size)
         if world_size > 1:
             found.append(f"{world_size} processes were started; start one, with python")
-        if not self.checkpoint:
-            found.append("checkpoint is empty; name a folder with --checkpoint")
-        else:
+        if self.checkpoint:
             found += checkpoints.folder_problems(self.checkpoint, "checkpoint")
-        if self.temperature < 0:
-            found.append(f"temperature={self.temperature} must not be negative; set --temperature")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]; set --top_p")
-        found += run_config.seed_problems(self.seed)
-        if self.max_new_tokens < 1:
-            found.append(f"max_new_tokens={self.max_new_tokens}: set --max_new_tokens ≥ 1")
         if self.dtype == "fp16" and not torch.cuda.is_available():
             found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
         return found
@@ -111,7 +103,7 @@ def talk(config: ChatConfig, model, tokenizer) -> None:
 
 
 def main() -> None:
-    config = run_config.parse(ChatConfig, __doc__)
+    config = command_line.parse(ChatConfig, __doc__)
     program.quiet_libraries()
     sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end the talk
     try:

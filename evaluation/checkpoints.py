@@ -9,7 +9,7 @@ import torch
 
 from utils.data import chat_template, fitting, rows
 from utils.distributed import zero
-from utils.models import language_model, loading
+from utils.models import loading
 
 
 def looks_local(name: str) -> bool:
@@ -82,7 +82,7 @@ def load_checkpoint(
     )
     have = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > have:
-        language_model.fit_to_tokenizer(model, tokenizer, path)
+        loading.fit_to_tokenizer(model, tokenizer, path)
         print(f"{path}: chat template needs {len(tokenizer) - have} new tokens, untrained")
     return (model if device_map else model.to(device)).eval(), tokenizer
 

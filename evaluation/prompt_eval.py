@@ -5,6 +5,7 @@ python evaluation/prompt_eval.py --checkpoints output/step1_sft output/step3_ppo
 Plain transformers loads the folders and samples, so this also shows that they load anywhere.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -23,8 +24,9 @@ from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.data.turns import text_of
 from utils.distributed import program
 from utils.generation import sampling as generation
-from utils.settings import fields as run_config
-from utils.settings.fields import setting
+from utils.settings import command_line
+from utils.settings.fields import Settings, setting
+from utils.settings.run_config import check_folder
 
 BUILT_IN_PROMPTS = (
     "Explain the moon landing to a 6 year old in a few sentences.",
@@ -38,13 +40,13 @@ BUILT_IN_PROMPTS = (
     "如何在一个月内养成早起的习惯?请给出三条建议。",
     "把这句话翻译成英文:学而时习之,不亦说乎?",
 )
-# Which strategy reads a setting; with another one it would be ignored without a word.
-READ_BY = {"temperature": "sample", "top_p": "sample", "num_beams": "beam"}
 
 
 @dataclass
-class PromptEvalConfig:
-    checkpoints: list[str] = setting([], "chat models to compare: folders or hub names")
+class PromptEvalConfig(Settings):
+    checkpoints: list[str] = setting(
+        [], "chat models to compare: folders or hub names", needed=True
+    )
     prompts: list[str] = setting(
         [],
         "text files (a prompt a line), data files, folders or hub names; rows with `turns` are "
@@ -52,15 +54,25 @@ class PromptEvalConfig:
     )
     max_prompts: int = setting(0, "only the first so many prompts; 0: all")
     strategy: str = setting("greedy", "how to decode", choices=("greedy", "sample", "beam"))
-    num_beams: int = setting(4, "beams of strategy beam")
-    temperature: float = setting(1.0, "of strategy sample")
-    top_p: float = setting(1.0, "of strategy sample: share of the probability that is kept")
-    seed: int = setting(42, "seed of strategy sample")
-    max_new_tokens: int = setting(128, "tokens an answer at most")
-    batch_size: int = setting(8, "prompts answered at once")
+    num_beams: int = setting(4, "beams", at_least=2, only_with="strategy=beam")
+    temperature: float = setting(1.0, "of sampling", above=0, only_with="strategy=sample")
+    top_p: float = setting(
+        1.0,
+        "share of the probability that is sampled from",
+        above=0,
+        at_most=1,
+        only_with="strategy=sample",
+    )
+    seed: int = setting(42, "seed of strategy sample", below=2**63)
+    max_new_tokens: int = setting(128, "tokens an answer at most", at_least=1)
+    batch_size: int = setting(8, "prompts answered at once", at_least=1)
     reward_model: str = setting("", "folder of a reward model that scores each answer")
-    reward_read_at: str = setting("auto", READ_AT_HELP, choices=("auto", *READ_AT))
-    output_dir: str = setting("", "write answers.jsonl and answers.md there; empty: print only")
+    reward_read_at: str = setting(
+        "auto", READ_AT_HELP, choices=("auto", *READ_AT), only_with="reward_model"
+    )
+    output_dir: str = setting(
+        "", "write answers.jsonl and answers.md there; empty: print only", check=check_folder
+    )
     dtype: str = setting(
         "auto",
         "of the weights; auto: bf16 where the GPU or CPU computes it, else fp32",
@@ -72,58 +84,28 @@ class PromptEvalConfig:
     attn_implementation: str = setting("auto", "sdpa, eager, …; auto: transformers' choice")
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
-    # Not settings: scalar_model.load asks for them.
-    gradient_checkpointing = False
-    packing = "off"
-
     def of_strategy(self) -> dict:
         """The settings that the chosen strategy reads."""
-        return {name: getattr(self, name) for name, by in READ_BY.items() if by == self.strategy}
+        read_with = f"strategy={self.strategy}"
+        names = [f.name for f in dataclasses.fields(self) if f.metadata["only_with"] == read_with]
+        return {name: getattr(self, name) for name in names}
 
     def problems(self, world_size: int) -> list[str]:
-        """What cannot work, one sentence each, with the flag that mends it."""
-        found = []
+        found = super().problems(world_size)
         if world_size > 1:
             found.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
-        if not self.checkpoints:
-            found.append("checkpoints is empty; name at least one folder with --checkpoints")
         for path in sorted({p for p in self.checkpoints if self.checkpoints.count(p) > 1}):
             found.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
         for path in dict.fromkeys(self.checkpoints):
             found += checkpoints.folder_problems(path, "checkpoints")
         if self.reward_model:
             found += checkpoints.folder_problems(self.reward_model, "reward_model")
-        elif self.reward_read_at != "auto":
-            found.append(
-                f"reward_read_at={self.reward_read_at} needs a --reward_model that is read"
-            )
         for name in self.prompts:
             unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
             if checkpoints.looks_local(unsplit) and not any(
                 Path(n).exists() for n in (name, unsplit)
             ):
                 found.append(f"prompts: {name!r} does not exist; set --prompts to files or folders")
-        for name, strategy in READ_BY.items():
-            changed = getattr(self, name) != getattr(type(self), name)
-            if changed and self.strategy != strategy:
-                found.append(
-                    f"{name}={getattr(self, name)} means nothing to strategy={self.strategy}; "
-                    f"set --strategy {strategy} or leave out --{name}"
-                )
-        if self.strategy == "beam" and self.num_beams < 2:
-            found.append(f"num_beams={self.num_beams} is no beam search; set --num_beams ≥ 2")
-        if self.strategy == "sample" and self.temperature <= 0:
-            found.append(f"temperature={self.temperature} must be above 0; set --temperature")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]; set --top_p")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be at least 1; set --{name}")
-        if self.max_prompts < 0:
-            found.append(f"max_prompts={self.max_prompts} must not be negative; set --max_prompts")
-        found += run_config.seed_problems(self.seed)
-        if self.output_dir and (problem := run_config.folder_problem(self.output_dir)):
-            found.append(f"output_dir={self.output_dir!r}: {problem}; set --output_dir")
         if self.dtype == "fp16" and not torch.cuda.is_available():
             found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
         return found
@@ -364,7 +346,7 @@ def write(config, questions, results, summary: str) -> None:
 
 
 def main() -> None:
-    config = run_config.parse(PromptEvalConfig, __doc__)
+    config = command_line.parse(PromptEvalConfig, __doc__)
     program.quiet_libraries()
     try:
         questions = load_questions(config)

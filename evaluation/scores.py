@@ -5,6 +5,7 @@ import torch
 from utils import report as reporting
 from utils.distributed import zero
 from utils.models import scalar_model, scorer
+from utils.models.loading import Loading
 from utils.models.scorer import Reader
 
 
@@ -14,9 +15,8 @@ def score_all(config, answers) -> list[str]:
     reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = zero.resolve_dtype(config.dtype, device)
-    model = scalar_model.load(
-        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
-    )
+    how = Loading(config.attn_implementation, config.trust_remote_code, packing="off")
+    model = scalar_model.load(how, config.reward_model, dtype=dtype, tokenizer=reader.tokenizer)
     refused, chosen, groups = [], [], []
     for a in answers:
         if why := reader.refusal(a.conversation[:-1]):

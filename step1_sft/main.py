@@ -19,12 +19,13 @@ from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, demonstrations, fitting
 from utils.data.splits import DataSettings
 from utils.distributed import host_memory, program, zero
-from utils.generation import sampling as generation
-from utils.generation.hybrid_engine import HybridEngine
+from utils.generation import engines
+from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.metrics import Metric
 from utils.models import language_model
+from utils.models.loading import Loading
 from utils.run import Run
-from utils.settings import fields as settings
+from utils.settings import command_line
 
 SHOWN = ("loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
 metrics.register(
@@ -65,23 +66,25 @@ def evaluate(engine, examples, budget: tuple[int, int], pad_id, device) -> dict[
 class Answers:
     """Shows people greedy answers to the first held-out prompts; none where `count` is 0."""
 
-    def __init__(self, run: Run, engine, tokenizer, examples):
-        self.run, self.tokenizer, self.examples = run, tokenizer, examples
+    def __init__(self, run: Run, actor, tokenizer, examples):
+        self.run, self.actor, self.tokenizer, self.examples = run, actor, tokenizer, examples
         self.count, self.limit = run.config.sample_answers, run.config.max_length
-        self.hybrid = HybridEngine(engine)
-        how = self.hybrid.choose_gather(run.config.rollout_gather, rows=1, length=self.limit)
+        gather = run.config.rollout_gather
+        self.engine = engines.build(
+            "native", Setup(actor, tokenizer, (), gather, longest=self.limit)
+        )
         if self.count:
-            run.say(f"sampled answers: {how}")
+            run.say(f"sampled answers: {self.engine.description}")
 
     def show(self, when: str) -> None:
         if self.count == 0:
             return
-        with self.hybrid.generating() as generator:
+        with synced(self.engine, self.actor):
             rows = [self.examples.item(i) for i in range(min(self.count, len(self.examples)))]
-            answers = [self.answer(generator, row.messages) for row in rows]
+            answers = [self.answer(row.messages) for row in rows]
         self.run.say("\n".join([f"answers {when}:", *filter(None, answers)]))
 
-    def answer(self, generator, messages) -> str:
+    def answer(self, messages) -> str:
         """The prompt and its answer as two lines; empty where the prompt is too long."""
         length, tokenizer = min(64, self.limit // 2), self.tokenizer
         ids, _ = fitting.encode_prompt(
@@ -89,22 +92,16 @@ class Answers:
         )
         if ids is None:
             return ""
-        prompt = torch.tensor([ids], device=self.run.device)
-        answer = generation.generate(
-            generator,
-            prompt,
-            torch.ones_like(prompt, dtype=torch.bool),
-            max_new_tokens=length,
-            stop_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            all_finished=self.hybrid.all_finished,
-        )
-        text = tokenizer.decode(answer[0], skip_special_tokens=True)
+        prompt = torch.tensor([ids])
+        request = Request(prompt, torch.ones_like(prompt, dtype=torch.bool))
+        sampling = Sampling(length, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        answer = self.engine.generate(request, sampling).response_ids[0]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
         return f"  {messages[-2]['content'][:120]!r}\n    → {text[:120]!r}"
 
 
 def main() -> None:
-    config = settings.parse(SFTConfig, __doc__)
+    config = command_line.parse(SFTConfig, __doc__)
     run = Run(config)
     device = run.device
 
@@ -123,7 +120,9 @@ def main() -> None:
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(examples))
     run.announce(f"step 1, SFT: {steps} steps", "sft", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
-    model = language_model.load(config, config.model_name_or_path, tokenizer=tokenizer, **loading)
+    model = language_model.load(
+        config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
+    )
     engine = zero.TrainEngine(
         model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
     )

@@ -26,75 +26,80 @@ from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
 from utils.models import language_model, scalar_model, scorer
+from utils.models.loading import Loading
 from utils.models.scorer import Reader
 from utils.run import join, output_of
-from utils.settings import fields as run_config
-from utils.settings.fields import RunConfig, setting
-from utils.settings.values import columns_of
+from utils.settings import command_line
+from utils.settings.fields import free, setting
+from utils.settings.run_config import RunConfig, columns_of
 
 
 @dataclass
 class CollectConfig(RunConfig):
     """Of the settings of every step only those that matter to sampling are read."""
 
+    section = "collect"
     weighted = "prompt_data"
+    output_dir: str = free("", "folder of bad_rows.jsonl; empty: that of --output_file")
+    model_name_or_path: str = setting("", "not read: see --policy")
     policy: str = setting("", "folder or hub name of the model to sample from")
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
-    answers_per_prompt: int = setting(4, "K, answers sampled a prompt (InstructGPT: 4 to 9)")
-    max_prompt_length: int = setting(512, "tokens (see --long_prompts)")
-    max_response_length: int = setting(512, "tokens sampled at most")
-    temperature: float = setting(1.0, "sampling temperature")
+    answers_per_prompt: int = setting(
+        4, "K, answers sampled a prompt (InstructGPT: 4 to 9)", at_least=2, at_most=64
+    )
+    max_prompt_length: int = setting(512, "tokens (see --long_prompts)", at_least=1)
+    max_response_length: int = setting(512, "tokens sampled at most", at_least=1)
+    temperature: float = setting(1.0, "sampling temperature", above=0)
     labeller: str = setting(
         "verifier",
         "who ranks: a program, a reward model, a file of human "
         "rankings, or none (write the answers for people to rank)",
         choices=("verifier", "reward_model", "file", "none"),
     )
-    agreement: float = setting(1.0, "verifier: share of pairs labelled as it would (people: 0.73)")
-    reward_model: str = setting("", "labeller reward_model: its folder")
-    reward_read_at: str = setting(
-        "auto", chat_template.READ_AT_HELP, choices=("auto", *chat_template.READ_AT)
+    agreement: float = setting(
+        1.0,
+        "share of pairs labelled as the verifier would (people: 0.73)",
+        above=0.5,
+        at_most=1,
+        only_with="labeller=verifier",
     )
-    rankings: str = setting("", "labeller file: rows of prompt, responses, and ranks or scores")
-    output_file: str = setting("", "where the comparisons go, JSON Lines")
+    reward_model: str = setting(
+        "", "folder of the reward model that ranks", only_with="labeller=reward_model"
+    )
+    reward_read_at: str = setting(
+        "auto",
+        chat_template.READ_AT_HELP,
+        choices=("auto", *chat_template.READ_AT),
+        only_with="labeller=reward_model",
+    )
+    rankings: str = setting(
+        "", "rows of prompt, responses, and ranks or scores", only_with="labeller=file"
+    )
+    output_file: str = setting("", "where the comparisons go, JSON Lines", needed=True)
+
+    @classmethod
+    def completed(cls, values: dict) -> dict:
+        folder = str(Path(values.get("output_file", "")).parent)
+        return values | {"output_dir": values.get("output_dir") or folder}
 
     def problems(self, world_size: int) -> list[str]:
-        self.output_dir = self.output_dir or str(Path(self.output_file or ".").parent)
-        self.model_name_or_path = self.policy or self.model_name_or_path or "-"
-        self.global_batch_size = self.micro_batch_size * world_size  # nothing is trained here
-        found = super().problems(world_size)
-        if not self.output_file:
-            found.append("output_file is empty; say where to write with --output_file")
+        problems = super().problems(world_size)
         if self.labeller == "file":
             if not self.rankings:
-                found.append("labeller=file needs --rankings FILE")
+                problems.append("labeller=file needs --rankings FILE")
         elif not self.policy or not self.prompt_data:
-            found.append(f"labeller={self.labeller} samples answers: set --policy, --prompt_data")
+            problems.append(
+                f"labeller={self.labeller} samples answers: set --policy, --prompt_data"
+            )
         if self.labeller == "reward_model" and not self.reward_model:
-            found.append("labeller=reward_model needs --reward_model FOLDER")
-        read_by = {"reward_model": "reward_model", "reward_read_at": "reward_model"}
-        read_by |= {"rankings": "file", "agreement": "verifier"}
-        for name, labeller in read_by.items():
-            if getattr(self, name) != getattr(type(self), name) and self.labeller != labeller:
-                found.append(
-                    f"{name}={getattr(self, name)} means nothing to labeller={self.labeller}; set "
-                    f"--labeller {labeller} or leave out --{name}"
-                )
-        for name in ("max_prompt_length", "max_response_length"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
-        if self.num_prompts < 0:
-            found.append(f"num_prompts={self.num_prompts} must not be negative; set --num_prompts")
+            problems.append("labeller=reward_model needs --reward_model FOLDER")
         if self.output_file and os.path.isdir(self.output_file):
-            found.append(f"output_file={self.output_file!r} is a folder; name a file in it")
-        if not 2 <= self.answers_per_prompt <= 64:
-            found.append(f"answers_per_prompt={self.answers_per_prompt} must lie in [2, 64]")
-        if not 0.5 < self.agreement <= 1:
-            found.append(f"agreement={self.agreement} must lie in (0.5, 1]; 0.5 would be a coin")
-        if self.temperature <= 0:
-            found.append(f"temperature={self.temperature} must be above 0 to give K answers")
-        return found
+            problems.append(f"output_file={self.output_file!r} is a folder; name a file in it")
+        return problems
+
+    def batch_problems(self, world_size: int) -> list[str]:
+        return []  # nothing is trained, and micro-batches of prompts may differ in size
 
 
 class Sampled(NamedTuple):
@@ -260,7 +265,7 @@ def write(config, prompts, answers, labels) -> None:
         if not kept:
             raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
         settings = settings_of(config)
-        run_config.save(config, settings.parent, process_group.world_size(), name=settings.name)
+        command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
     print(
         f"{path}: {kept} comparisons; {ties} prompts left out, whose answers were all alike or "
         "equally good",
@@ -313,7 +318,7 @@ def load_prompts(config, tokenizer, reader: Reader | None):
 
 
 def main() -> None:
-    config = run_config.parse(CollectConfig, __doc__)
+    config = command_line.parse(CollectConfig, __doc__)
     output_of(config).check_file(Path(config.output_file), settings_of(config))
     device = join(config)
     config.date = resuming.date_of(config.date)
@@ -335,9 +340,9 @@ def main() -> None:
         print(counts.line("prompts"), flush=True)
     # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.
     reward_model = reader and scalar_model.load(
-        config, config.reward_model, dtype=dtype, zero_stage=0, tokenizer=reader.tokenizer
+        config.pick(Loading), config.reward_model, dtype=dtype, tokenizer=reader.tokenizer
     )
-    model = language_model.load(config, config.policy, dtype=dtype, zero_stage=0)
+    model = language_model.load(config.pick(Loading), config.policy, dtype=dtype, zero_stage=0)
     answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
     tokens = math.fsum(len(a.text) for group in answers for a in group)
     sampled = keep_samples(config, prompts, answers) if process_group.is_main() else None

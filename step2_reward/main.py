@@ -22,8 +22,9 @@ from utils.data.splits import DataSettings
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import scalar_model, scorer
+from utils.models.loading import Loading
 from utils.run import Run
-from utils.settings import fields as settings
+from utils.settings import command_line
 
 SHOWN = ("loss", "eval/accuracy", "learning_rate", "grad_norm", "seconds")
 
@@ -90,7 +91,7 @@ def freeze(model, patterns: list[str]) -> str:
 
 
 def main() -> None:
-    config = settings.parse(RewardConfig, __doc__)
+    config = command_line.parse(RewardConfig, __doc__)
     run = Run(config)
     device = run.device
 
@@ -109,7 +110,11 @@ def main() -> None:
     run.announce(f"step 2, reward model: {steps} steps", "reward", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = scalar_model.load(
-        config, config.model_name_or_path, tokenizer=tokenizer, head="normal", **loading
+        config.pick(Loading),
+        config.model_name_or_path,
+        tokenizer=tokenizer,
+        head="normal",
+        **loading,
     )
     run.say(freeze(model, config.trainable_modules))
     engine = zero.TrainEngine(

@@ -4,7 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from utils.data.chat_template import READ_AT, READ_AT_HELP
-from utils.settings.fields import RunConfig, setting
+from utils.generation import engines
+from utils.settings.fields import free, rounding, setting
+from utils.settings.run_config import RunConfig
 
 
 @dataclass
@@ -15,65 +17,79 @@ class PPOConfig(RunConfig):
     prompts_per_rollout × samples_per_prompt = minibatches × global_batch_size.
     """
 
+    section = "ppo"
     weighted = "prompt_data"
     reward_model: str = setting("", "folder written by step2_reward/main.py")
-    reward_read_at: str = setting("auto", READ_AT_HELP, choices=("auto", *READ_AT))
+    reward_read_at: str = setting(
+        "auto", READ_AT_HELP, choices=("auto", *READ_AT), only_with="reward_model"
+    )
     reward_function: str = setting(
         "",
         "package.module:name or FILE.py:name of a callable (prompts, responses, rows) → scores, in "
         "place of the reward model or added to it",
     )
-    reward_function_coef: float = setting(1.0, "what its scores are multiplied by")
-    reward_function_timeout: float = setting(60.0, "seconds it may take a rollout; 0: any")
+    reward_function_coef: float = setting(
+        1.0, "what its scores are multiplied by", only_with="reward_function"
+    )
+    reward_function_timeout: float = free(60.0, "seconds it may take a rollout; 0: any")
     judge_model: str = setting("", "another reward model that only judges held-out answers")
     reference_model: str = setting("", "whom the KL is measured to (default: the SFT model)")
     critic_model: str = setting(
         "", "where the critic starts (default: the reward model; without one the SFT model)"
     )
-    prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
+    prompt_data: list[str] = setting([], "prompts: files, folders or hub names", needed=True)
     preference_data: list[str] = setting(
         [], "comparisons on whose held-out pairs the self-check tries the reward model"
     )
-    max_prompt_length: int = setting(512, "tokens (see --long_prompts)")
-    max_response_length: int = setting(512, "tokens sampled at most")
+    max_prompt_length: int = setting(512, "tokens (see --long_prompts)", at_least=1)
+    max_response_length: int = setting(512, "tokens sampled at most", at_least=1)
 
-    max_steps: int = setting(100, "rollouts")
-    prompts_per_rollout: int = setting(64, "prompts a rollout, over all ranks")
-    samples_per_prompt: int = setting(1, "responses sampled for each of them")
+    max_steps: int = setting(100, "rollouts", at_least=1)
+    prompts_per_rollout: int = setting(64, "prompts a rollout, over all ranks", at_least=1)
+    samples_per_prompt: int = setting(1, "responses sampled for each of them", at_least=1)
     global_batch_size: int = setting(
-        64, "sequences an optimizer step (a minibatch), over all ranks"
+        64, "sequences an optimizer step (a minibatch), over all ranks", at_least=1
     )
-    hybrid_engine: str = setting(
+    hybrid_engine: str = rounding(
         "auto",
-        "who samples: our decode loop (native), DeepSpeed's rollout class where it passes a check, "
-        "the fastest that passes, or our loop on the module as it stands (off, for debugging)",
-        choices=("auto", "deepspeed", "native", "off"),
+        "who samples: our decode loop (native, auto), DeepSpeed's rollout class (deepspeed), or "
+        "our loop on the module as it stands (off, for debugging)",
+        choices=engines.CHOICES,
     )
-    offload_frozen: bool = setting(
+    offload_frozen: bool = rounding(
         False, "reference and reward models in CPU memory between their uses (CUDA)"
     )
-    generation_tokens: int = setting(
+    generation_tokens: int = rounding(
         0, "tokens of prompts and room for answers decoded at once on a rank; 0: all"
     )
-    decode: str = setting(
+    decode: str = rounding(
         "auto",
         "eager; static: fixed shapes; graph: those, each step as one CUDA graph; auto: graph on "
         "GPUs where it can be",
         choices=("auto", "eager", "static", "graph"),
     )
-    release_decode_memory: bool = setting(
+    release_decode_memory: bool = rounding(
         False, "keys, values and graphs make room for training after each rollout"
     )
-    logprobs_from: str = setting(
+    logprobs_from: str = rounding(
         "auto",
         "who says the old log-probabilities: the decode loop as it samples, or another forward "
         "pass; auto: decode where both agreed on the first batch sampled",
         choices=("auto", "decode", "forward"),
     )
-    ppo_epochs: int = setting(1, "passes over each rollout")
-    temperature: float = setting(1.0, "of sampling, and of the log-probabilities trained on")
-    top_p: float = setting(1.0, "1 only: PPO's log-probabilities are of the whole distribution")
-    top_k: int = setting(0, "0 only, for the same reason")
+    ppo_epochs: int = setting(1, "passes over each rollout", at_least=1)
+    temperature: float = setting(
+        1.0, "of sampling, and of the log-probabilities trained on", above=0
+    )
+    # A rollout that leaves out tokens is not drawn from the policy whose log-probabilities PPO
+    # compares: its ratio would be wrong.
+    top_p: float = setting(
+        1.0,
+        "1 only, as PPO compares whole distributions",
+        at_least=1,
+        at_most=1,
+    )
+    top_k: int = setting(0, "0 only, as PPO compares whole distributions", at_most=0)
 
     algorithm: str = setting(
         "ppo",
@@ -90,14 +106,16 @@ class PPOConfig(RunConfig):
         1e-6,
         "peak learning rate of the actor: 1e-6 is for billions of weights, one of a million takes "
         "1e-4",
+        above=0,
+        at_most=1,
     )
     critic_learning_rate: float = setting(
-        0.0, "peak learning rate of the critic; 0: five times the actor's"
+        0.0, "peak learning rate of the critic; 0: five times the actor's", at_most=1
     )
-    critic_zero_stage: int = setting(
+    critic_zero_stage: int = rounding(
         -1, "ZeRO stage of the critic; -1: the actor's", choices=(-1, 0, 1, 2, 3)
     )
-    reference_zero_stage: int = setting(
+    reference_zero_stage: int = rounding(
         -1,
         "3 shards reference and reward model over the ranks; -1: only where the actor is sharded",
         choices=(-1, 0, 3),
@@ -109,10 +127,10 @@ class PPOConfig(RunConfig):
         choices=("k1", "k2", "k3"),
     )
     kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
-    kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts")
-    gamma: float = setting(1.0, "discount")
-    lam: float = setting(0.95, "λ of generalised advantage estimation")
-    clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move")
+    kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts", above=0)
+    gamma: float = setting(1.0, "discount", at_most=1)
+    lam: float = setting(0.95, "λ of generalised advantage estimation", at_most=1)
+    clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move", above=0)
     clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
     dual_clip: float = setting(0.0, "a token of advantage A < 0 counts at most as this × A; 0: off")
     clip_value: float = setting(
@@ -140,140 +158,86 @@ class PPOConfig(RunConfig):
     ptx_data: list[str] = setting(
         [], "demonstrations or rows of plain `text`: files, folders or hub names"
     )
-    ema_decay: float = setting(0.992, "of the averaged actor, once an optimizer step; 0: none")
-    sample_answers: int = setting(3, "held-out prompts whose answers are shown at evaluations")
+    ema_decay: float = setting(
+        0.992, "of the averaged actor, once an optimizer step; 0: none", below=1
+    )
+    sample_answers: int = free(3, "held-out prompts whose answers are shown at evaluations")
 
-    self_check: str = setting(
+    self_check: str = free(
         "on", "what must hold before training; warn: say and go on", choices=("on", "warn", "off")
     )
-    check_only: bool = setting(False, "stop after the self-check; nothing is saved")
-    kl_limit: float = setting(20.0, "nats a response above which a warning is given")
-    stop_at_kl: float = setting(0.0, "nats a response above which the run saves and ends; 0: never")
+    check_only: bool = free(False, "stop after the self-check; nothing is saved")
+    kl_limit: float = free(20.0, "nats a response above which a warning is given", above=0)
+    stop_at_kl: float = free(0.0, "nats a response above which the run saves and ends; 0: never")
 
     def problems(self, world_size: int) -> list[str]:
-        found = super().problems(world_size)
-        if not self.reward_model and not self.reward_function:
-            found.append(
+        rollout, updates = self.rollout_size(), self.ppo_epochs * self.minibatches()
+        checks = [
+            # The rollout.
+            (
+                not self.reward_model and not self.reward_function,
                 "reward_model is empty; set --reward_model to step 2's output folder, or name a "
-                "--reward_function"
-            )
-        if self.reward_read_at != "auto" and not self.reward_model:
-            found.append(
-                f"reward_read_at={self.reward_read_at} needs a --reward_model that is read"
-            )
-        if not self.prompt_data:
-            found.append("prompt_data is empty; name at least one data set with --prompt_data")
-        if self.rollout_size() % max(self.global_batch_size, 1):
-            found.append(
+                "--reward_function",
+            ),
+            (
+                rollout % max(self.global_batch_size, 1),
                 f"prompts_per_rollout × samples_per_prompt = {self.prompts_per_rollout} × "
-                f"{self.samples_per_prompt} = {self.rollout_size()} is not divisible by "
-                f"global_batch_size={self.global_batch_size}; set --prompts_per_rollout to a "
-                "multiple, or lower --global_batch_size"
-            )
-        for name in (
-            "max_steps",
-            "prompts_per_rollout",
-            "samples_per_prompt",
-            "ppo_epochs",
-            "max_prompt_length",
-            "max_response_length",
-            "temperature",
-            "clip_ratio",
-            "kl_limit",
-            "kl_horizon",
-        ):
-            if getattr(self, name) <= 0:
-                found.append(f"{name}={getattr(self, name)} must be above 0; set --{name}")
-        for name in (
-            "kl_coef",
-            "kl_target",
-            "score_clip",
-            "missing_eos_penalty",
-            "critic_learning_rate",
-            "generation_tokens",
-            "clip_ratio_high",
-            "clip_value",
-            "dual_clip",
-            "ptx_coef",
-            "reward_function_timeout",
-            "stop_at_kl",
-            "sample_answers",
-        ):
-            if getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)} must not be negative; set --{name}")
-        if self.kl_target > 0 and self.kl_horizon <= self.rollout_size() * 0.2:
-            found.append(
-                f"kl_horizon={self.kl_horizon} is too short for rollouts of {self.rollout_size()} "
-                "sequences: kl_coef would jump; set --kl_horizon well above the rollout"
-            )
-        found += self._problems_of_sampling() + self._problems_of_the_algorithm()
-        found += self._problems_of_the_engine()
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"{name}={getattr(self, name)} must lie in [0, 1]; set --{name}")
-        if self.critic_learning_rate > 1:
-            found.append(f"critic_learning_rate={self.critic_learning_rate} is above 1.0; lower it")
-        if not 0 <= self.ema_decay < 1:
-            found.append(f"ema_decay={self.ema_decay} must lie in [0, 1); set --ema_decay")
-        return found
-
-    def _problems_of_sampling(self) -> list[str]:
-        found = []
-        for name, off in (("top_p", 1.0), ("top_k", 0)):
-            if getattr(self, name) != off:
-                found.append(
-                    f"{name}={getattr(self, name)}: a rollout that leaves out tokens is not drawn "
-                    "from the policy whose log-probabilities PPO compares, and the ratio would be "
-                    f"wrong; set --{name} {off}, and lower --temperature for safer samples"
-                )
-        in_step = self.zero_stage == 3 and self.rollout_gather == "layer"
-        if in_step and self.decode in ("static", "graph"):
-            found.append(
+                f"{self.samples_per_prompt} = {rollout} is not divisible by global_batch_size="
+                f"{self.global_batch_size}; set --prompts_per_rollout to a multiple, or lower "
+                "--global_batch_size",
+            ),
+            (
+                self.zero_stage == 3
+                and self.rollout_gather == "layer"
+                and self.decode in ("static", "graph"),
                 f"decode={self.decode} and rollout_gather=layer: ranks that gather each layer "
-                "together cannot replay a step apart; set --decode eager"
-            )
-        return found
-
-    def _problems_of_the_algorithm(self) -> list[str]:
-        found = []
-        if self.algorithm != "ppo" and (self.ppo_epochs != 1 or self.minibatches() != 1):
-            found.append(
+                "together cannot replay a step apart; set --decode eager",
+            ),
+            (
+                self.offload_frozen and self.stage_of_reference() == 3,
+                "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
+                "--reference_zero_stage 0, or --offload all for shards in CPU memory",
+            ),
+            (
+                self.hybrid_engine == "deepspeed" and self.rollout_gather == "rollout",
+                "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
+                "--rollout_gather auto, or --hybrid_engine native",
+            ),
+            # The algorithm.
+            (
+                self.algorithm != "ppo" and updates != 1,
                 f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
                 f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
-                f"{self.rollout_size()} (now {self.global_batch_size}), one step a rollout"
-            )
-        if 0 < self.dual_clip <= 1:
-            found.append(f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off")
-        if bool(self.ptx_coef) != bool(self.ptx_data):
-            found.append(
-                f"ptx_coef={self.ptx_coef} and ptx_data={self.ptx_data} need each other; set both"
-            )
-        if self.kl_target > 0 and self.kl_coef == 0:
-            found.append("kl_target multiplies kl_coef=0, which stays 0; set --kl_coef above 0")
-        if self.algorithm == "reinforce" and self.critic_model:
-            found.append(
+                f"{rollout} (now {self.global_batch_size}), one step a rollout",
+            ),
+            (
+                self.algorithm == "reinforce" and self.critic_model,
                 f"algorithm=reinforce has no critic that critic_model={self.critic_model!r} could "
-                "start; leave out --critic_model"
-            )
-        if self.reward_function_coef != 1.0 and not self.reward_function:
-            found.append("reward_function_coef needs a --reward_function that it multiplies")
-        if self.check_only and self.self_check == "off":
-            found.append("check_only asks for the self-check and self_check=off refuses it")
-        return found
-
-    def _problems_of_the_engine(self) -> list[str]:
-        found = []
-        if self.offload_frozen and self.stage_of_reference() == 3:
-            found.append(
-                "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
-                "--reference_zero_stage 0, or --offload all for shards in CPU memory"
-            )
-        if self.hybrid_engine == "deepspeed" and self.rollout_gather == "rollout":
-            found.append(
-                "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
-                "--rollout_gather auto, or --hybrid_engine native"
-            )
-        return found
+                "start; leave out --critic_model",
+            ),
+            (
+                0 < self.dual_clip <= 1,
+                f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off",
+            ),
+            (
+                bool(self.ptx_coef) != bool(self.ptx_data),
+                f"ptx_coef={self.ptx_coef} and ptx_data={self.ptx_data} need each other; set both",
+            ),
+            (
+                self.kl_target > 0 and self.kl_coef == 0,
+                "kl_target multiplies kl_coef=0, which stays 0; set --kl_coef above 0",
+            ),
+            (
+                self.kl_target > 0 and self.kl_horizon <= rollout * 0.2,
+                f"kl_horizon={self.kl_horizon} is too short for rollouts of {rollout} sequences: "
+                "kl_coef would jump; set --kl_horizon well above the rollout",
+            ),
+            (
+                self.check_only and self.self_check == "off",
+                "check_only asks for the self-check and self_check=off refuses it",
+            ),
+        ]
+        return super().problems(world_size) + [problem for wrong, problem in checks if wrong]
 
     def shortened(self) -> "PPOConfig":
         """The same run with a first rollout of one optimizer step, for --check_only."""

@@ -23,10 +23,10 @@ from utils import report as reporting
 from utils.data import batches, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.splits import DataSettings
-from utils.distributed import process_group, program
+from utils.distributed import program
 from utils.models.scorer import reads_text
 from utils.run import Run
-from utils.settings import fields as settings
+from utils.settings import command_line
 
 SHOWN = (
     "score",
@@ -65,8 +65,6 @@ def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> 
 
 def load(run: Run):
     """(training prompts, held-out prompts, models) of this run."""
-    from utils.generation import engine as rollout_engines
-
     config, say = run.config, run.say
     length = config.max_prompt_length + config.max_response_length
     tokenizer = run.load_tokenizer(length, "--max_prompt_length, --max_response_length")
@@ -89,9 +87,7 @@ def load(run: Run):
         config.max_steps,
     )
     models = build(config, tokenizer, run.dtype, run.device)
-    rows = config.decoded_at_once(process_group.world_size())
-    others = [models.critic] if models.critic is not None else []
-    say(rollout_engines.settle(models.rollout_engine, config, rows, others))
+    say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")
     models.old_logprobs.say = say
@@ -118,7 +114,7 @@ def result_of(before: dict, after: dict, facts: dict) -> dict:
 
 
 def main() -> None:
-    config = settings.parse(PPOConfig, __doc__)
+    config = command_line.parse(PPOConfig, __doc__)
     if config.check_only:
         config = config.shortened()
     run = Run(config)

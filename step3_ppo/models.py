@@ -8,9 +8,10 @@ from step3_ppo.old_logprobs import OldLogprobs
 from step3_ppo.rewards import functions as scoring
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
-from utils.distributed import zero
+from utils.distributed import process_group, zero
 from utils.distributed.offload import FrozenOffload
-from utils.generation.hybrid_engine import HybridEngine
+from utils.generation import engines
+from utils.generation.engine import RolloutEngine, Setup
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 from utils.models.scorer import Reader, Scorer, differences, reads_text
@@ -23,7 +24,7 @@ class Models:
 
     tokenizer: object
     actor: zero.TrainEngine
-    rollout_engine: object  # who samples: see utils/generation/engine.py
+    rollout_engine: RolloutEngine
     old_logprobs: OldLogprobs
     critic: zero.TrainEngine | None
     reference: object
@@ -46,10 +47,6 @@ class Models:
         models |= {name: one.model for name, one in scorers.items() if one is not None}
         return {name: getattr(model, "module", model) for name, model in models.items()}
 
-    @property
-    def hybrid(self) -> HybridEngine:
-        return self.rollout_engine.hybrid
-
 
 def readers(config) -> dict[str, Reader]:
     """How each reward model of the run reads a conversation, by the flag that names it."""
@@ -62,8 +59,6 @@ def readers(config) -> dict[str, Reader]:
 
 
 def build(config, tokenizer, dtype: str, device) -> Models:
-    from utils.generation import engine as rollout_engines
-
     reward_function = scoring.load(config.reward_function) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
@@ -71,20 +66,13 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     of_scorers = readers(config)
     loading = dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
-    actor, rollout_engine = rollout_engines.build(
+    actor = _train(
+        language_model.load(config, name, zero_stage=stage, **loading),
         config,
-        lambda: language_model.load(config, name, zero_stage=config.zero_stage, **loading),
-        lambda model, tokens: _train(
-            model, config, dtype, config.zero_stage, config.learning_rate, injected_tokens=tokens
-        ),
-        tokenizer,
         dtype,
+        stage,
+        config.learning_rate,
     )
-    if config.logprobs_from == "decode" and rollout_engine.name != "native":
-        raise SystemExit(
-            f"logprobs_from=decode: the {rollout_engine.name} engine tells no log-probabilities; "
-            "set --logprobs_from auto or --hybrid_engine native"
-        )
     critic = None
     if config.algorithm != "reinforce":
         # A reward model of another language cannot read the policy's ids, whatever it knows.
@@ -126,7 +114,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     return Models(
         tokenizer=tokenizer,
         actor=actor,
-        rollout_engine=rollout_engine,
+        rollout_engine=_rollout_engine(config, tokenizer, actor, critic),
         old_logprobs=OldLogprobs(config.logprobs_from),
         critic=critic,
         reference=reference,
@@ -139,7 +127,29 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     )
 
 
-def _train(model, config, dtype, zero_stage, learning_rate, **more) -> zero.TrainEngine:
+def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
+    """Asked for last: how weights are gathered depends on the memory that all models leave."""
+    setup = Setup(
+        actor=actor,
+        tokenizer=tokenizer,
+        others=() if critic is None else (critic,),
+        gather="layer" if config.hybrid_engine == "off" else config.rollout_gather,
+        decode=config.decode,
+        tokens_at_once=config.generation_tokens,
+        rows_at_once=config.decoded_at_once(process_group.world_size()),
+        longest=config.max_prompt_length + config.max_response_length,
+        keep_memory=not config.release_decode_memory,
+    )
+    engine = engines.build(config.hybrid_engine, setup)
+    if config.logprobs_from == "decode" and not engine.tells_logprobs:
+        raise SystemExit(
+            f"logprobs_from=decode: the {engine.name} engine tells no log-probabilities; "
+            "set --logprobs_from auto or --hybrid_engine native"
+        )
+    return engine
+
+
+def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
     return zero.TrainEngine(
         model,
         config,
@@ -147,7 +157,6 @@ def _train(model, config, dtype, zero_stage, learning_rate, **more) -> zero.Trai
         zero_stage=zero_stage,
         learning_rate=learning_rate,
         total_steps=config.optimizer_steps(),
-        **more,
     )
 
 

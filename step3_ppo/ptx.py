@@ -26,7 +26,7 @@ from utils.data.reading import Reading
 from utils.data.splits import DataSettings
 from utils.distributed import host_memory
 from utils.models import language_model
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 
 @dataclass

@@ -21,6 +21,8 @@ from utils.data.prompts import Prompt
 from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
 from utils.generation import sampling as generation
+from utils.generation.engine import Request, Sampling, synced
+from utils.generation.weights import in_eval_mode
 from utils.models import language_model
 
 
@@ -83,34 +85,6 @@ def _gather(parts: list[Rollout], order: list[int]) -> Rollout:
     return Rollout(**fields)
 
 
-def sample(models, prompt_ids, prompt_mask, noise, parts, config) -> list[torch.Tensor | None]:
-    """(B,P) prompts, (B,·) noise → (B,R) responses, R the length of the longest, and (B,R) fp32
-    log-probabilities and entropies as the decode loop saw them (None where the engine does not
-    tell). parts: slices of the rows that are decoded together."""
-    from utils.generation.engine import Request, Sampling
-
-    stop_id = models.tokenizer.eos_token_id
-    sampling = Sampling(
-        config.max_response_length,
-        config.temperature,
-        stop_id=stop_id,
-        pad_id=models.tokenizer.pad_token_id,
-        logprobs=models.old_logprobs.source != "forward",
-    )
-    found = []
-    for rows in parts:
-        left = int(prompt_mask[rows].long().argmax(1).min())  # pads that none of them needs
-        request = Request(prompt_ids[rows, left:], prompt_mask[rows, left:], noise[rows])
-        batch = models.rollout_engine.generate(request, sampling)
-        found.append((batch.response_ids, batch.logprobs, batch.entropies))
-    if config.release_decode_memory:
-        models.rollout_engine.release()
-    columns = zip(*found, strict=True)
-    responses, *seen = (None if x[0] is None else torch.cat(x) for x in columns)
-    longest = int(generation.mask_through_stop(responses, stop_id).sum(1).max())
-    return [x if x is None else x[:, :longest] for x in (responses, *seen)]
-
-
 @torch.no_grad()
 def collect(models, prompts: list[Prompt], config, device, noise_step: int, judge=False):
     """Sample and score one response for each of `prompts` (all ranks' rows).
@@ -120,47 +94,42 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
     """
     rank, world = process_group.rank(), process_group.world_size()
     pad_id, stop_id = models.tokenizer.pad_token_id, models.tokenizer.eos_token_id
-    noise = generation.uniform_noise(
-        len(prompts), config.max_response_length, config.seed, noise_step
-    )
+    length = config.max_response_length
+    noise = generation.uniform_noise(len(prompts), length, config.seed, noise_step)
     # Like lengths together, and the same number of rows and so of forward passes on every rank.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
     per_rank = -(-len(order) // world)
     filled = list(itertools.islice(itertools.cycle(order), per_rank * world))
     mine = filled[rank::world]
-    # The longest of all ranks' i-th rows decides, so that all take as many batches.
-    lengths = [len(prompts[i].ids) for i in filled]
-    widths = [max(lengths[i : i + world]) for i in range(0, len(filled), world)]
-    parts = generation.batches_of(widths, config.max_response_length, config.generation_tokens)
     prompt_ids, prompt_mask = batches.prompt_batch([prompts[i].ids for i in mine], pad_id)
 
     started = time.time()
-    with models.hybrid.generating() as generator:
-        asked = prompt_ids.to(device), prompt_mask.to(device)
-        found = sample(models, *asked, noise[mine], parts, config)
-        # From here on all is on the CPU, but for the ids that a model reads and what it answers.
-        responses, *decoded = (None if x is None else x.cpu() for x in found)
-        generated = time.time()
-        response_mask = generation.mask_through_stop(responses, stop_id)
-        input_ids = torch.cat([prompt_ids, responses], 1)
-        mask = torch.cat([prompt_mask, response_mask], 1)
-        decoded = [None if x is None else x * response_mask for x in decoded]
-        limits = config.micro_batch_size, config.micro_batch_tokens
-        micro = batches.in_step(mask.sum(1).tolist(), *limits)
-        score = functools.partial(
-            in_micro_batches, micro, device, prompt_ids, prompt_mask, responses, response_mask
-        )
-        if models.old_logprobs.source != "decode":
-            # With the weights that the update starts from; its mode is another, but dropout is 0.
-            scored = score(response_logprobs, generator, config.temperature)
-        if models.old_logprobs.source is None:
-            models.old_logprobs.compare(decoded, scored)
-        logprobs, entropies = decoded if models.old_logprobs.source == "decode" else scored
+    with_logprobs = models.old_logprobs.source != "forward"
+    sampling = Sampling(length, stop_id, pad_id, config.temperature, with_logprobs)
+    with synced(models.rollout_engine, models.actor) as engine:
+        samples = engine.generate(Request(prompt_ids, prompt_mask, noise[mine]), sampling)
+    responses, response_mask = samples.response_ids, samples.response_mask
+    generated = time.time()
+    # From here on all is on the CPU, but for the ids that a model reads and what it answers.
+    input_ids = torch.cat([prompt_ids, responses], 1)
+    mask = torch.cat([prompt_mask, response_mask], 1)
+    limits = config.micro_batch_size, config.micro_batch_tokens
+    micro = batches.in_step(mask.sum(1).tolist(), *limits)
+    score = functools.partial(
+        in_micro_batches, micro, device, prompt_ids, prompt_mask, responses, response_mask
+    )
+    decoded = samples.logprobs, samples.entropies
+    if models.old_logprobs.source != "decode":
+        with in_eval_mode(models.actor):
+            scored = score(response_logprobs, models.actor, config.temperature)
+    if models.old_logprobs.source is None:
+        models.old_logprobs.compare(decoded, scored)
+    logprobs, entropies = decoded if models.old_logprobs.source == "decode" else scored
     ref_logprobs, _ = score(response_logprobs, models.reference, config.temperature)
     values, none = torch.zeros_like(logprobs), torch.zeros(len(mine))
     if models.critic is not None:
         (values,) = score(response_values, models.critic)
-    finished = (responses == stop_id).any(1)
+    finished = torch.tensor([reason == "stop" for reason in samples.finish_reasons])
     texts = texts_of(models.tokenizer, responses, response_mask)
     asked = ([prompts[i] for i in mine], texts, finished, input_ids, mask, *limits)
     part = Rollout(

@@ -81,7 +81,7 @@ run() { # NAME ZERO_STAGE TOOLKIT [FLAG …]
     [ "$toolkit" = yes ] || hide=(bash tests/without_toolkit.sh)
     part "$name" $((walk ? 1800 : 150)) "${hide[@]}" bash run_all.sh tiny --output_dir "$OUTPUT/$name" "${small[@]}" \
         --zero_stage "$stage" "$@" || return
-    "$PYTHON" tests/helpers/gpu_logs.py "$OUTPUT/$name.log" --zero_stage "$stage" --toolkit "$toolkit" \
+    "$PYTHON" tests/helpers/gpu_logs.py "$OUTPUT/$name.log" --zero_stage "$stage" \
         --tools "$tools" $([ $walk = 0 ] || echo --walk) | tee -a "$report"
     told "$name: no fallback" 0 "${PIPESTATUS[0]}"
 }

@@ -10,7 +10,14 @@ import re
 from tests.helpers.running import ROOT
 
 FLOORS = (
-    ("utils.settings", "utils.whole_files", "utils.seeding", "utils.strict_json", "utils.errors"),
+    (
+        "utils.settings",
+        "utils.whole_files",
+        "utils.seeding",
+        "utils.strict_json",
+        "utils.errors",
+        "utils.pretrained",
+    ),
     ("utils.distributed", "utils.data"),
     ("utils.kernels", "utils.models"),
     ("utils.generation",),
@@ -20,7 +27,7 @@ FLOORS = (
     ("evaluation",),
 )
 # To be emptied: modules whose imports still point up.
-EXCEPTIONS = {"utils.data.chat_template", "utils.generation.hybrid_engine", "utils.planner.plan"}
+EXCEPTIONS = {"utils.generation.hybrid_engine", "utils.planner.plan"}
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 STEPS = FLOORS[-2]
 

@@ -16,7 +16,7 @@ from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model
 from utils.planner import plan
 from utils.seeding import seed_everything
-from utils.settings import fields
+from utils.settings import command_line
 
 
 def join(config) -> torch.device:
@@ -29,7 +29,9 @@ def join(config) -> torch.device:
 
 
 def output_of(config) -> resuming.Output:
-    return config.pick(resuming.Output, settings=dataclasses.asdict(config))
+    return config.pick(
+        resuming.Output, settings=dataclasses.asdict(config), on_resume=config.on_resume()
+    )
 
 
 class Run:
@@ -55,9 +57,9 @@ class Run:
             resumed_at=self.found and self.found.step,
         )
         self.say = self.report.say
-        self.settings = fields.text_of(config, process_group.world_size())
+        self.settings = command_line.text_of(config, process_group.world_size())
         if process_group.is_main():
-            fields.save(config, config.output_dir, process_group.world_size())
+            command_line.save(config, config.output_dir, process_group.world_size())
         self.bad_steps = BadSteps(config.max_bad_steps, self.say, self.save)
         self.checkpoints = Checkpoints(
             config.pick(Saving), dataclasses.asdict(config), self.found, self.report

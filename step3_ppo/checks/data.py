@@ -15,7 +15,7 @@ from utils.data.splits import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import scorer
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 

@@ -21,6 +21,7 @@ from step3_ppo.checks.probe import (
 )
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
+from utils.generation.engine import Request, Sampling, synced
 
 PADS = 7  # on either side, beside those that rows of different lengths need
 
@@ -32,18 +33,23 @@ def generator_equals_model(probe: Probe) -> str:
     limit = min(probe.config.max_response_length, MOST_TOKENS)
     shape = (len(probe.rollout.scores), limit, probe.config.seed, NOISE + 1)
     noise = generation.uniform_noise(*shape)[process_group.rank() :: process_group.world_size()]
-    with models.hybrid.generating() as generator:
-        stale = _stale_weights(models.actor.module, generator)
-        greedy, _ = _decode(probe, own, limit, None)
-        sampled, logprobs = _decode(probe, own, limit, noise)
+    tokenizer = models.tokenizer
+    ids = tokenizer.eos_token_id, tokenizer.pad_token_id
+    sampling = Sampling(limit, *ids, probe.config.temperature, logprobs=True)
+    prompts = own.prompt_ids, own.prompt_mask
+    with synced(models.rollout_engine, models.actor) as engine:
+        stale = _stale_weights(models.actor.module, engine.generator)
+        greedy = engine.generate(Request(*prompts), sampling)
+        sampled = engine.generate(Request(*prompts, noise), sampling)
     stale = sorted(set().union(*process_group.gather_objects(stale)))
     if stale:
         raise Fault(
             f"{len(stale)} weights of the generator are not those of the trained model (first "
-            f"{stale[0]}): it is stale or damaged; see utils/generation/hybrid_engine.py"
+            f"{stale[0]}): it is stale or damaged; see utils/generation/weights.py"
         )
-    seen = distributions(probe, greedy)
-    short = worst(float((seen.best - seen.logprobs)[greedy.response_mask].max()))[0]
+    kept = greedy.response_mask.to(probe.device)
+    seen = distributions(probe, _answered(own, greedy))
+    short = worst(float((seen.best - seen.logprobs)[kept].max()))[0]
     # Written so that nan fails.
     if not short <= 10 * probe.tolerance:
         raise Fault(
@@ -52,15 +58,21 @@ def generator_equals_model(probe: Probe) -> str:
             "for this model; see utils/generation/sampling.py"
         )
     equal = f"greedy tokens equal up to {short:.1e} nats"
-    if logprobs is None:
-        return f"{equal} ({models.rollout_engine.name} tells no log-probabilities)"
+    if sampled.logprobs is None:
+        return f"{equal} ({engine.name} tells no log-probabilities)"
     kept = sampled.response_mask
     return f"{equal}, " + probe.must_agree(
-        train_forward(probe, sampled)[kept],
-        logprobs[kept],
+        train_forward(probe, _answered(own, sampled)).cpu()[kept],
+        sampled.logprobs[kept],
         "log-probabilities of sampled tokens, decode loop and training forward,",
         "cache, position ids, left padding or temperature; see utils/generation/sampling.py",
     )
+
+
+def _answered(rollout, samples):
+    """`rollout` with other answers to its prompts."""
+    answers = {"response_ids": samples.response_ids, "response_mask": samples.response_mask}
+    return dataclasses.replace(rollout, **answers)
 
 
 @check(AFTER, "generator equals the stepped model")
@@ -69,35 +81,12 @@ def generator_after_the_steps(steps) -> str:
     return generator_equals_model(steps.probe)
 
 
-def _decode(probe: Probe, rollout, limit: int, noise: torch.Tensor | None):
-    """`rollout` with other answers of `limit` tokens to its prompts, and their log-probabilities or
-    None, in batches as large as a rollout's. noise: (B,R), or None for greedy tokens."""
-    from utils.generation.engine import Request, Sampling
-
-    config, tokenizer = probe.config, probe.models.tokenizer
-    stop_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    settings = Sampling(limit, config.temperature, stop_id=stop_id, pad_id=pad_id, logprobs=True)
-    ids, mask = rollout.prompt_ids.to(probe.device), rollout.prompt_mask.to(probe.device)
-    widths, batches = rollout.prompt_mask.sum(1).tolist(), []
-    for rows in generation.batches_of(widths, limit, config.generation_tokens):
-        left = ids.shape[1] - max(widths[rows])  # pads that none of them needs
-        drawn = None if noise is None else noise[rows]
-        request = Request(ids[rows, left:], mask[rows, left:], drawn)
-        batch = probe.models.rollout_engine.generate(request, settings)
-        batches.append((batch.response_ids, batch.logprobs))
-    responses, logprobs = (
-        None if x[0] is None else torch.cat(x) for x in zip(*batches, strict=True)
-    )
-    kept = generation.mask_through_stop(responses, stop_id)
-    return dataclasses.replace(rollout, response_ids=responses, response_mask=kept), logprobs
-
-
 @torch.no_grad()
 def _stale_weights(module, generator) -> list[str]:
     """Names of the generator's weights that are not bit for bit those of `module`."""
+    if generator is module or generator is None:  # None: it is in another process
+        return []
     twins, stale = dict(generator.named_parameters()), []
-    if generator is module:
-        return stale
     for name, p in module.named_parameters():
         with zero.gathered([p]):
             if not torch.equal(p.detach(), twins[name].detach()):
@@ -146,7 +135,7 @@ def dropout_is_off(probe: Probe) -> str:
             *(train_forward(probe, own, name) for _ in range(2)),
             f"two passes of the {name}",
             "dropout is on, so old and new log-probabilities differ by noise; see "
-            "language_model.prepare_training and the model's config (…dropout)",
+            "loading.prepare_training and the model's config (…dropout)",
         )
     return f"two passes of {' and '.join(trained)} are equal"
 

@@ -15,7 +15,7 @@ from benchmarks import figures, measure, ppo_throughput, sft_throughput, worker,
 from step3_ppo.config import PPOConfig
 from utils.data import chat_template, instructions, preferences, rows, splits
 from utils.distributed import zero
-from utils.settings import fields as run_config
+from utils.settings import command_line
 
 SMALL = workload.Shape(vocabulary=512, hidden=96, intermediate=128, layers=2, heads=4, kv_heads=4)
 
@@ -142,7 +142,7 @@ def test_every_side_gets_flags_that_work(small_work, tmp_path):
         ["ours-fp32", "ours-bf16", "generate-fp32"], work, folder, tmp_path, arguments
     )
     for system in systems[:2]:
-        config = run_config.build(PPOConfig, system.arguments["argv"], world_size=1)
+        config = command_line.build(PPOConfig, system.arguments["argv"], world_size=1)
         assert config.minibatches() == 4 and config.gradient_clipping == 1.0
         assert config.kl_coef == 0.1
     assert [s.name for s in systems] == ["ours-fp32", "ours-bf16", "generate-fp32"]

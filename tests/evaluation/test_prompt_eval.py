@@ -298,9 +298,9 @@ def test_every_problem_is_in_one_message(tmp_path, policy, reward_model):
         "prompts: 'no.txt' does not exist",
         "prompts: './gone' does not exist",
         "max_prompts=-1",
-        "num_beams=1 is no beam search; set --num_beams",
-        "temperature=0.0 means nothing to strategy=beam; set --strategy sample",
-        "top_p=2.0 must lie in (0, 1]",
+        "num_beams=1 must be at least 2; set --num_beams",
+        "temperature=0.0 is read only with --strategy sample (now 'beam')",
+        "top_p=2.0 must be at most 1",
         "max_new_tokens=0",
         "batch_size=0",
     ):
@@ -309,7 +309,7 @@ def test_every_problem_is_in_one_message(tmp_path, policy, reward_model):
     assert "temperature=0.0 must be above 0" in problems_of(
         "--checkpoints", policy, "--strategy", "sample", "--temperature", "0"
     )
-    assert "checkpoints is empty; name at least one folder" in problems_of()
+    assert "checkpoints is empty; set --checkpoints" in problems_of()
 
 
 def test_a_path_below_a_folder_that_exists_is_no_hub_name(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from tests.helpers.engine_builder import RATE, engine_of
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
-from utils.generation.hybrid_engine import HybridEngine
+from utils.generation.engine import synced
+from utils.generation.engines.native import NativeEngine
 from utils.kernels import vocabulary_head
 from utils.models import language_model
 from utils.models.ema import EMA
@@ -67,7 +68,8 @@ def check_average(engine, ids, name: str) -> dict[str, torch.Tensor]:
 def check_generator(engine, ids, now: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """The generator is the model, with the weights of now; → its logits."""
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with HybridEngine(engine).generating() as plain:
+    with synced(NativeEngine(), engine) as native:
+        plain = native.generator
         assert not plain.training
         for key, p in plain.named_parameters():
             assert torch.equal(p, now[key]), f"{name}: generator's {key} is stale"
@@ -81,8 +83,9 @@ def check_generator(engine, ids, now: dict[str, torch.Tensor], name: str) -> tor
 def check_layer_by_layer(engine, ids, name: str) -> None:
     """The same tokens, with ranks that stop at different lengths going in step."""
     mask, greedy = torch.ones_like(ids, dtype=torch.bool), []
-    for one in (HybridEngine(engine), HybridEngine(engine, "layer")):
-        with one.generating() as model:
+    for one in (NativeEngine(), NativeEngine("layer")):
+        with synced(one, engine):
+            model = one.generator
             first = generation.generate(model, ids, mask, max_new_tokens=1, stop_id=-1, pad_id=0)
             stop = first[0, 0].item() if process_group.rank() == 0 else -1
             greedy.append(
@@ -93,7 +96,7 @@ def check_layer_by_layer(engine, ids, name: str) -> None:
                     max_new_tokens=9,
                     stop_id=stop,
                     pad_id=0,
-                    all_finished=one.all_finished,
+                    in_step=one.in_step,
                 )
             )
     assert torch.equal(*greedy), name

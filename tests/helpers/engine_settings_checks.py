@@ -1,4 +1,4 @@
-"""What DeepSpeed makes of a training engine's settings, run by test_hybrid_engine.py."""
+"""What DeepSpeed makes of a training engine's settings, run by test_zero.py."""
 
 import sys
 
@@ -6,12 +6,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from benchmarks import zero_gathers
-from tests.helpers.hybrid_engine_checks import big_llama
+from tests.helpers.generation_checks import big_llama
 from tests.helpers.plan_checks import tensor_bytes
 from utils.checkpoints import engine_state
 from utils.distributed import zero
-from utils.generation.hybrid_engine import HybridEngine
-from utils.settings.fields import RunConfig
+from utils.generation.weights import in_eval_mode
+from utils.settings.run_config import RunConfig
 
 
 def no_waiting():
@@ -26,7 +26,7 @@ def no_waiting():
             engine.step()
         real, accelerator.synchronize = accelerator.synchronize, lambda *_: waits.append(1)
         engine(input_ids=ids)
-        with HybridEngine(engine).generating() as model:
+        with in_eval_mode(engine) as model:
             model(input_ids=ids)
         accelerator.synchronize = real
         assert not waits, f"ZeRO-{stage}: {len(waits)} of 2 forward passes wait for the device"

@@ -17,7 +17,8 @@ from transformers import (
 from evaluation import prompt_eval
 from evaluation.prompt_eval import Answer, PromptEvalConfig
 from utils.models import from_scratch
-from utils.settings import fields as run_config
+from utils.settings import command_line
+from utils.settings.fields import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXTS = [
@@ -101,8 +102,8 @@ def texts_of(groups) -> list[list[str]]:
 
 
 def problems_of(*flags: str, of=PromptEvalConfig, world_size=1) -> str:
-    with pytest.raises(run_config.ConfigError) as caught:
-        run_config.build(of, list(flags), world_size)
+    with pytest.raises(ConfigError) as caught:
+        command_line.build(of, list(flags), world_size)
     return str(caught.value)
 
 

@@ -13,7 +13,7 @@ from utils.distributed import process_group, zero
 from utils.models import language_model
 from utils.planner import memory as plan_memory
 from utils.planner import shapes as plan_shapes
-from utils.settings.fields import RunConfig
+from utils.settings.run_config import RunConfig
 
 CASES = [("bf16", 0), ("bf16", 2), ("fp32", 3)]
 

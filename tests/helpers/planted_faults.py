@@ -27,9 +27,10 @@ from tests.helpers import (
 from tests.helpers.planting import around, once_built  # noqa: E402
 from utils.data import chat_template  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
-from utils.generation import hybrid_engine
+from utils.generation import engine, weights
 from utils.generation import sampling as generation  # noqa: E402
 from utils.models import ema, language_model
+from utils.models.loading import Loading  # noqa: E402
 from utils.report import Report  # noqa: E402
 
 # The generator under ZeRO-3.
@@ -46,7 +47,7 @@ def stale_generator(patch):
         for name, p in plain.named_parameters():
             p.data = first[name].clone()
 
-    around(patch, hybrid_engine, "_copy_weights", copy)
+    around(patch, weights, "_copy_weights", copy)
 
 
 def generator_of_the_models_as_loaded(patch):
@@ -54,7 +55,7 @@ def generator_of_the_models_as_loaded(patch):
     stale_generator(patch)
 
     def generate(built):
-        with built.hybrid.generating():
+        with engine.synced(built.rollout_engine, built.actor):
             pass
 
     once_built(patch, generate)
@@ -69,7 +70,7 @@ def damaged_generator(patch, ranks=(0, 1)):
             weight = plain.model.layers[1].self_attn.v_proj.weight
             weight.data = weight.data.roll(8, 0)
 
-    around(patch, hybrid_engine, "_copy_weights", copy)
+    around(patch, weights, "_copy_weights", copy)
 
 
 def generator_damaged_on_one_rank(patch):
@@ -190,9 +191,9 @@ def average_thrown_away(patch):
 
     def start(real, self, module, decay):
         real(self, module, decay)
-        config = step3.run_config.parse(step3.PPOConfig, step3.__doc__)
-        path = config.model_name_or_path
-        model = language_model.load(config, path, dtype="fp32", zero_stage=3)
+        config = step3.command_line.parse(step3.PPOConfig, step3.__doc__)
+        how, path = config.pick(Loading), config.model_name_or_path
+        model = language_model.load(how, path, dtype="fp32", zero_stage=3)
         self.twin = zero.frozen(
             model, config, dtype="fp32", zero_stage=3, device=torch.device("cpu")
         ).module

@@ -39,8 +39,11 @@ class TableCritic(nn.Module):
 class Engine:
     """What step 3 uses of zero.TrainEngine, on one rank; with learning rate 0 gradients add up."""
 
+    zero_stage = 0
+
     def __init__(self, module: nn.Module, learning_rate: float = 0.0):
         self.module, self.learning_rate = module, learning_rate
+        self.engine = module  # of which `eval` and `train` are asked
         self.optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
 
     def __call__(self, *args, **kwargs):

@@ -11,7 +11,7 @@ import pytest
 from step1_sft.config import SFTConfig
 from tests.helpers.running import ROOT, files_of
 from utils.data import chat_template
-from utils.settings import fields as run_config
+from utils.settings import command_line
 from utils.settings.secrets import hidden
 from utils.terminal import visible
 
@@ -70,7 +70,7 @@ def test_no_code_runs_what_a_file_says(tmp_path):
 def test_a_models_program_is_warned_of(asked, monkeypatch, capsys):
     flags = ["--trust_remote_code"] if asked else []
     monkeypatch.setattr(sys, "argv", ["main.py", *NEEDED, *flags])
-    config = run_config.parse(SFTConfig, "")
+    config = command_line.parse(SFTConfig, "")
     assert config.trust_remote_code is asked
     assert ("warning: trust_remote_code runs" in capsys.readouterr().err) is asked
     assert SFTConfig().trust_remote_code is False
@@ -190,7 +190,7 @@ def test_a_secret_is_refused_and_not_repeated(secret, tmp_path, monkeypatch, cap
     ):
         monkeypatch.setattr(sys, "argv", ["main.py", *NEEDED, *words])
         with pytest.raises(SystemExit) as caught:
-            run_config.parse(SFTConfig, "")
+            command_line.parse(SFTConfig, "")
         told = "".join(capsys.readouterr())
         assert caught.value.code == 2 and lost not in told and "main.py" in told
     assert lost not in hidden(f"a line with {secret} in it")
@@ -199,13 +199,13 @@ def test_a_secret_is_refused_and_not_repeated(secret, tmp_path, monkeypatch, cap
 def test_names_that_only_look_like_secrets_are_taken():
     for word in ("hf_hub", "sk-learn", "a/b:train", "http://host/x", "user@host", "output/ghp_1"):
         assert hidden(word) == word
-        assert run_config.build(SFTConfig, [*NEEDED, "--sft_data", word], 1).sft_data == [word]
+        assert command_line.build(SFTConfig, [*NEEDED, "--sft_data", word], 1).sft_data == [word]
 
 
 def test_the_environment_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRETS[0])
-    config = run_config.build(SFTConfig, NEEDED, 1)
-    run_config.save(config, tmp_path, 1)
+    config = command_line.build(SFTConfig, NEEDED, 1)
+    command_line.save(config, tmp_path, 1)
     assert SECRETS[0] not in (tmp_path / "config.yaml").read_text()
 
 

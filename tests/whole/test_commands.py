@@ -20,7 +20,8 @@ from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.running import ROOT
 from tests.launch.test_launch import LAUNCHERS, RECORDER, run
-from utils.settings import fields as run_config
+from utils.settings import command_line
+from utils.settings.fields import ConfigError
 
 CONFIGS = {
     "step1_sft/main.py": SFTConfig,
@@ -44,12 +45,12 @@ PAGES.append(ROOT / "benchmarks/README.md")
 def commands_of_the_guides() -> list[list[str]]:
     """The words of each command in README and docs/, each once, but of those for several nodes
     (tests/nodes.sh runs them) and the one that shows a refusal, which begins with "$"."""
-    commands, given = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
+    commands, placeholders = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
     for block in (b for page in GUIDES for b in page.read_text().split("```")[1::2]):
         lines = [] if "HOSTS" in block else block.replace("\\\n", " ").splitlines()
         for line in lines:
             if re.match(r"(bash run_all|deepspeed|python) ?", line):
-                words = [given.get(w, w) for w in shlex.split(line, comments=True)]
+                words = [placeholders.get(w, w) for w in shlex.split(line, comments=True)]
                 commands += [words] if words not in commands else []
     return commands
 
@@ -71,14 +72,14 @@ def check(program: str, argv: list[str], ranks: int) -> None:
     if program not in CONFIGS:
         return
     try:
-        run_config.build(CONFIGS[program], argv, ranks)
-    except run_config.ConfigError as error:
+        command_line.build(CONFIGS[program], argv, ranks)
+    except ConfigError as error:
         problems = [x for x in str(error).split("\n") if "does not exist" not in x]
         assert not problems, f"{program} {' '.join(argv)}"
 
 
 def recorded(folder, command, **environment) -> list[tuple[str, list[str]]]:
-    """(program, its flags) of what a shell script starts; nothing of it is run."""
+    """(program, its flags) of each program that a shell script starts; none of them runs."""
     (folder / "bin").mkdir(exist_ok=True)
     python, commands = folder / "bin/python3", folder / "commands"
     commands.write_text("")
@@ -87,11 +88,11 @@ def recorded(folder, command, **environment) -> list[tuple[str, list[str]]]:
     path = f"{python.parent}:{os.environ['PATH']}"
     code, output = run(command, folder, PATH=path, **environment)
     assert code == 0, output
-    found = []
+    started = []
     for line in commands.read_text().splitlines():
         program = re.search(r"(?:^| )(?:-m )?(\S+\.py|utils\S+|evaluation\S+)", line)
-        found.append((program[1].removeprefix(f"{ROOT}/"), line[program.end() :].split()))
-    return found
+        started.append((program[1].removeprefix(f"{ROOT}/"), line[program.end() :].split()))
+    return started
 
 
 @pytest.mark.parametrize("command", named(OTHERS))
@@ -112,9 +113,9 @@ def test_run_all_starts_programs_with_flags_they_take(tmp_path, command):
 def test_launch_scripts_start_programs_with_flags_they_take(tmp_path):
     (tmp_path / "hosts").write_text("localhost slots=8\n")
     scripts = [s for s in ROOT.glob("step*/launch/*.sh") if s.stem not in ("tiny", "slurm")]
-    found = [recorded(tmp_path, ["bash", script]) for script in sorted(scripts)]
-    assert len(found) == 15 and all(len(started) == 1 for started in found)
-    for ((program, argv),) in found:
+    started = [recorded(tmp_path, ["bash", script]) for script in sorted(scripts)]
+    assert len(started) == 15 and all(len(programs) == 1 for programs in started)
+    for ((program, argv),) in started:
         check(program, argv, ranks=8)
 
 
@@ -193,18 +194,18 @@ def test_readme_is_short():
 
 def rows_of(first: int, count: int) -> list[dict]:
     """Rows of HuggingFaceH4/ultrafeedback_binarized, whose columns each of its splits has."""
-    found = []
+    rows = []
     for n in range(first, first + count):
         prompt = f"What comes after the number {n}?"
         talks = [
             [{"content": prompt, "role": "user"}, {"content": text, "role": "assistant"}]
             for text in (f"After {n} comes {n + 1}.", f"{n}")
         ]
-        found.append(
+        rows.append(
             {"prompt": prompt, "prompt_id": f"{n:064x}", "chosen": talks[0], "rejected": talks[1]}
             | {"messages": talks[0], "score_chosen": 8.0, "score_rejected": 4.5}
         )
-    return found
+    return rows
 
 
 EMPTY = (17, 140)  # as 28 of Alpaca's 52,002 outputs are

@@ -6,15 +6,12 @@ a user.
 """
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.helpers.jobs import ppo, reward, sft
-from tests.helpers.running import ROOT, metrics_of, run_ranks
+from tests.helpers.running import metrics_of, run_ranks
 from tests.utils.generation.test_decoder import stop_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded
 from tests.utils.generation.test_sampling import tiny as model_of
@@ -182,42 +179,6 @@ def test_frozen_weights_come_for_a_pass_and_leave(device):
             assert torch.equal(found, expected)
             del found
             offload.park()
-
-
-PROBE = """
-import sys
-import torch
-from torch.utils import cpp_extension
-from transformers import LlamaConfig, LlamaForCausalLM
-from utils.generation import injected_kernels
-sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).to(sys.argv[1])
-print("toolkit:", cpp_extension._find_cuda_home())  # CUDA_HOME, in a torch for CUDA
-print("why not:", injected_kernels.problems(model, 0))
-"""
-
-
-@pytest.mark.parametrize(
-    "device, hidden",
-    [("cpu", True), pytest.param("cuda", True, marks=GPU), pytest.param("cuda", False, marks=GPU)],
-)
-def test_deepspeeds_layers_are_refused_with_a_reason(device, hidden, tmp_path):
-    """With this machine's CUDA toolkit, and where there is none (pip wheels, slim containers)."""
-    environment = os.environ | {"DS_ACCELERATOR": device, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PROBE, device]
-    if hidden:
-        command = ["bash", ROOT / "tests/without_toolkit.sh", *command]
-        (tmp_path / "nvcc").touch(0o755)  # one more than this machine has
-        environment["PATH"] += f":{tmp_path}"
-        environment["CUDA_HOME"] = str(tmp_path)
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "why not: [" in done.stdout and "fills transformers' Cache" in done.stdout
-    assert not hidden or "toolkit: None" in done.stdout
-    if device == "cuda":
-        assert not hidden or "cannot be compiled here" in done.stdout
 
 
 # Whole steps: (settings of all of them, step 3's own). G stands for graphs.

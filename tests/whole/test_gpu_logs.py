@@ -10,14 +10,12 @@ import pytest
 from tests.helpers.gpu_logs import FALLBACKS, Setting, missing, unexpected
 from tests.helpers.running import ROOT, run_without_a_gpu
 
-ON_GPU = Setting(zero_stage=2, toolkit=True, tools=True)
-BARE = Setting(zero_stage=2, toolkit=False, tools=False)
+ON_GPU = Setting(zero_stage=2, tools=True)
+BARE = Setting(zero_stage=2, tools=False)
 GOOD = """\
 step 1, SFT: 60 steps, bf16, ZeRO-2, batch 32 = 16 × 1 × 2
 step 3, PPO: 2 rollouts of 128 prompts × 1 samples; an action is a token; bf16, ZeRO-2 (critic 2)
-rollouts: native engine; ZeRO-2, the trained module itself generates; not DeepSpeed's: \
-HybridSplitQKV would point q, k and v at wrong rows of one another: 4 heads, 2 of keys and values, \
-LlamaDecoderLayer fills transformers' Cache, the layer in its place only its own
+rollouts: native engine; ZeRO-2, the trained module itself generates
 old log-probabilities from the forward: decode loop and scoring pass differ by up to 3.0e-02 nats
   passed  generator equals the stepped model: greedy tokens equal up to 0.0e+00 nats
 verifier, 512 held-out prompts            0.439
@@ -25,9 +23,6 @@ verifier, 512 held-out prompts            0.439
 # As the code, or DeepSpeed's, prints them.
 PLANTED = [
     "UserWarning: decode=auto goes on without CUDA graphs, which this model refused: x",
-    "rollouts: native; not DeepSpeed's: generating fails (RuntimeError: CUDA error)",
-    "rollouts: native; not DeepSpeed's: deepspeed.initialize failed (ValueError: x)",
-    "rollouts: native; not DeepSpeed's: its greedy tokens are up to 3 nats below the model's best",
     "rollouts: native engine; ZeRO-3 weights layer by layer (slow): 3 GiB of them",
     "old log-probabilities from the forward: the engine that samples tells none",
     "offload_frozen: the models are in CPU memory anyway",
@@ -40,7 +35,6 @@ PLANTED = [
     "UserWarning: Flash attention is not supported, falling back to math",
 ]
 NO_TOOLS = "no c++ and no ninja here: nothing is compiled; AdamW is torch's own"
-NO_TOOLKIT = "not DeepSpeed's: its inference op cannot be compiled here (CUDA_HOME does not exist)"
 
 
 def test_a_run_that_went_the_fast_way_is_passed():
@@ -53,22 +47,16 @@ def test_each_fallback_is_found(line):
 
 
 def test_what_a_machine_lacks_explains_some_lines_and_only_there():
-    for line in (NO_TOOLS, NO_TOOLKIT):
-        assert unexpected(line, ON_GPU) == [line] and unexpected(line, BARE) == []
-    walk = Setting(2, toolkit=False, tools=True, walk=True)
-    for line in (
-        "offload_frozen: the models are in CPU memory anyway",
-        "not DeepSpeed's: its inference op is not implemented on cpu",
-    ):
-        assert unexpected(line, BARE) == [line] and unexpected(line, walk) == []
+    assert unexpected(NO_TOOLS, ON_GPU) == [NO_TOOLS] and unexpected(NO_TOOLS, BARE) == []
+    walk = Setting(2, tools=True, walk=True)
+    line = "offload_frozen: the models are in CPU memory anyway"
+    assert unexpected(line, BARE) == [line] and unexpected(line, walk) == []
 
 
 def test_a_line_that_is_missing_is_told():
     needed = missing("", ON_GPU)
     assert len(needed) == 5 and missing(GOOD.replace("bf16", "fp32"), ON_GPU) == needed[:2]
-    assert missing(GOOD, Setting(3, True, True))[2].startswith("rollouts: native engine; ZeRO-3")
-    assert missing(GOOD, BARE) == ["its inference op cannot be compiled here"]
-    assert missing(GOOD + NO_TOOLKIT, BARE) == []
+    assert missing(GOOD, Setting(3, True))[2].startswith("rollouts: native engine; ZeRO-3")
 
 
 def test_the_lines_are_those_of_the_code():
@@ -79,7 +67,7 @@ def test_the_lines_are_those_of_the_code():
     # A text may go on in the next line of the source.
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
     ours = FALLBACKS[: [part for part, _ in FALLBACKS].index("Setting accelerator to CPU")]
-    assert len(ours) > 10
+    assert len(ours) >= 10
     for part, _ in ours:
         assert part.strip(" :") in code, f"nothing says {part!r} any more"
     for warned in re.findall(r'warnings\.warn\(\s*f?"([^"]*)"', code):

@@ -11,20 +11,6 @@ import yaml
 from utils.checkpoints import manifest
 from utils.distributed import process_group
 
-# Settings that say where a run writes, how often, how long it waits and what it tells.
-FREE = set(
-    "output_dir data_cache log_every eval_every tensorboard save_every save_every_minutes "
-    "save_in_background keep_last keep_best resume resume_anyway overwrite timeout_minutes "
-    "max_bad_steps sample_answers kl_limit stop_at_kl self_check check_only "
-    "reward_function_timeout trust_remote_code".split()
-)
-# Settings under which the same sums are taken in another order.
-ROUNDING = set(
-    "zero_stage critic_zero_stage reference_zero_stage offload micro_batch_size "
-    "micro_batch_tokens packing generation_tokens decode release_decode_memory logprobs_from "
-    "gradient_checkpointing rollout_gather hybrid_engine offload_frozen attn_implementation "
-    "deterministic".split()
-)
 WRITTEN = ("metrics.jsonl", "result.json", "state.json", "bad_rows.jsonl")
 
 
@@ -44,7 +30,8 @@ class Found:
 class Output:
     """The output folder of a run, and what its flags say of a run that is there already.
 
-    settings: all settings of the run, which a checkpoint must share to be gone on from.
+    settings: all settings of the run, which a checkpoint must share to be gone on from, but for
+    those whose on_resume is "rounding" or "free".
     """
 
     output_dir: str
@@ -52,6 +39,7 @@ class Output:
     resume_anyway: bool
     overwrite: bool
     settings: dict
+    on_resume: dict[str, str]
 
     def check(self) -> None:
         """Before anything is loaded: end a run whose folder is taken, or that is finished."""
@@ -85,9 +73,8 @@ class Output:
             process_group.leave(
                 2, f"{what} is there and {settings} is not, which would say how it was made"
             )
-        changed, _ = differences(
-            yaml.safe_load(settings.read_text(encoding="utf-8")), self.settings
-        )
+        saved = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        changed, _ = differences(saved, self.settings, self.on_resume)
         if changed:
             process_group.leave(2, refusal(f"{what}, which is finished,", changed))
         process_group.leave(0, f"{what} is finished: nothing to do (--overwrite begins anew)")
@@ -137,7 +124,7 @@ class Output:
         return folders
 
     def _check_settings(self, folder: Path, record: dict) -> None:
-        changed, rounding = differences(record["config"], self.settings)
+        changed, rounding = differences(record["config"], self.settings, self.on_resume)
         if record["world_size"] != process_group.world_size():
             rounding.append(f"ranks: {record['world_size']} → {process_group.world_size()}")
         if changed and not self.resume_anyway:
@@ -192,7 +179,7 @@ def _clear(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
-def differences(saved: dict, settings: dict) -> tuple[list[str], list[str]]:
+def differences(saved: dict, settings: dict, on_resume: dict) -> tuple[list[str], list[str]]:
     """Settings that differ from `saved`: those that change what is learned, and those that only
     change the order of the sums. One line each."""
     now = json.loads(json.dumps(settings))
@@ -201,8 +188,9 @@ def differences(saved: dict, settings: dict) -> tuple[list[str], list[str]]:
         before, after = saved.get(name, "(not set)"), now.get(name, "(not set)")
         if name == "date" and not after:
             continue  # the saved one stays
-        if before != after and name not in FREE:
-            (rounding if name in ROUNDING else changed).append(f"{name}: {before} → {after}")
+        kind = on_resume.get(name, "learned")
+        if before != after and kind != "free":
+            (rounding if kind == "rounding" else changed).append(f"{name}: {before} → {after}")
     return changed, rounding
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from utils.data.turns import shows_tools
-from utils.models.model_files import refused
+from utils.pretrained import refused
 from utils.terminal import coloured, visible
 
 CHATML = (

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from utils.data import chat_template, instructions, preferences, rows, schemas, splits
 from utils.data.bad_rows import SHOWN_PROBLEMS
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 from utils.terminal import coloured, visible
 
 USES = {

@@ -40,7 +40,7 @@ from utils.data.row_tables import Collected, Layout, Table, View
 from utils.data.rows import BadRows, DataError, files_behind
 from utils.data.splits import DataSettings, place
 from utils.distributed import process_group
-from utils.settings.fields import folder_problem
+from utils.settings.run_config import check_folder
 
 SMALL = 8 * 2**20  # bytes of files, below which reading again costs less than keeping
 CHUNK = 1000  # rows that a worker gets at a time
@@ -220,7 +220,9 @@ def folder_of(settings: DataSettings) -> Path:
     from huggingface_hub.constants import HF_HOME
 
     home = Path(HF_HOME, "rlhf_rows")
-    if problem := folder_problem(str(home)):
+    try:
+        check_folder(str(home))
+    except ValueError as problem:
         _say(f"rows are kept in {settings.output_dir}/data_cache: {problem} (--data_cache)")
         return Path(settings.output_dir, "data_cache")
     return home

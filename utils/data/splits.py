@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from utils.data.rows import BadRows, DataError, has_split
-from utils.settings.values import columns_of, shares_of
+from utils.settings.run_config import columns_of, shares_of
 
 T = TypeVar("T")
 

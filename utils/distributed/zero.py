@@ -114,9 +114,7 @@ class TrainEngine:
 
     `backward(loss_sum, normaliser)` adds the gradient of loss_sum / normaliser, where the
     normaliser counts the whole optimizer step: all ranks, all micro-batches. DeepSpeed averages
-    gradients over ranks, which the factor `world_size` takes back. injected_tokens: above
-    0 DeepSpeed's own hybrid engine takes the layers' place while the model generates, for rows of
-    so many tokens.
+    gradients over ranks, which the factor `world_size` takes back.
     """
 
     def __init__(
@@ -128,14 +126,10 @@ class TrainEngine:
         zero_stage: int,
         learning_rate: float,
         total_steps: int,
-        injected_tokens: int = 0,
     ):
         import deepspeed
 
         settings = deepspeed_config(config, dtype, zero_stage)
-        if injected_tokens:
-            settings["hybrid_engine"] = {"enabled": True, "max_out_tokens": injected_tokens}
-
         decayed = [p for p in model.parameters() if p.requires_grad and rank_of(p) >= 2]
         others = [p for p in model.parameters() if p.requires_grad and rank_of(p) < 2]
         groups = [

@@ -4,13 +4,12 @@ The noise comes in as a tensor instead of being drawn inside. A caller that draw
 global batch from (seed, step) gets the same samples on 1 or 8 ranks, and after a resume.
 """
 
-from collections.abc import Callable
-
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from utils.generation.decoder import Decoder
-from utils.kernels import packed_linear, token_attention
+from utils.kernels import cpu_products, token_attention
 
 LOOK_EVERY = 8  # steps between looks at who has stopped, each of which waits for the GPU
 
@@ -58,7 +57,7 @@ def generate(
     pad_id: int,
     temperature: float = 1.0,
     noise: torch.Tensor | None = None,
-    all_finished: Callable[[torch.Tensor], bool] = bool,
+    in_step: bool = False,
     logprobs: torch.Tensor | None = None,
     entropies: torch.Tensor | None = None,
     decoder: Decoder | None = None,
@@ -66,10 +65,10 @@ def generate(
     """(B,P) left-padded prompts → (B,R) int64 responses, `pad_id` after the stop token.
 
     noise: (B,R) uniform numbers, or None for greedy decoding. R is `max_new_tokens` always; the
-    loop ends early once every row has stopped, by the word of `all_finished` (scalar bool tensor →
-    bool), which a model whose forward pass needs all ranks makes a collective. Into `logprobs` and
-    `entropies` (B,R) fp32, where given, goes what this loop saw of each token up to the stop token.
-    decoder: one whose memory is to be used again, in its mode; without it, an eager one.
+    loop ends early once every row has stopped, with in_step (each forward pass is one of all ranks
+    together) those of every rank. Into `logprobs` and `entropies` (B,R) fp32, where given, goes
+    what this loop saw of each token up to the stop token. decoder: one whose memory is to be used
+    again, in its mode; without it, an eager one.
     """
     batch, device = len(prompt_ids), prompt_ids.device
     responses = torch.full((batch, max_new_tokens), pad_id, dtype=torch.int64, device=device)
@@ -77,9 +76,8 @@ def generate(
     rows = torch.arange(batch, device=device)  # whose answer a row of the running batch is
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     decoder = decoder or Decoder("eager")
-    in_step = all_finished is not bool
     look_every = LOOK_EVERY if device.type == "cuda" else 1
-    with packed_linear.packed(model), token_attention.used_by(model):
+    with cpu_products.packed(model), token_attention.used_by(model):
         logits = decoder.begin(model, prompt_ids, prompt_mask, max_new_tokens, in_step)
         for step in range(max_new_tokens):
             if noise is None:
@@ -97,7 +95,7 @@ def generate(
             if step + 1 == max_new_tokens:
                 break
             if (step + 1) % look_every == 0:
-                if all_finished(finished.all()):
+                if _all_finished(finished, in_step):
                     break
                 stay = decoder.keep_running(finished)
                 if stay is not None:
@@ -106,16 +104,12 @@ def generate(
     return responses
 
 
-def batches_of(widths: list[int], new_tokens: int, most: int) -> list[slice]:
-    """Rows with prompts of `widths` tokens → neighbours to decode together, at most `most` tokens
-    of prompts and room for answers; 0: all. A row longer than that goes alone."""
-    found, start, longest = [], 0, 0
-    for row, width in enumerate(widths):
-        longest = max(longest, width)
-        if most and row > start and (row + 1 - start) * (longest + new_tokens) > most:
-            found.append(slice(start, row))
-            start, longest = row, width
-    return [*found, slice(start, len(widths))]
+def _all_finished(finished: torch.Tensor, in_step: bool) -> bool:
+    """(B,) of this rank → whether all rows have stopped, with in_step those of all ranks."""
+    everything = finished.all().float()
+    if in_step and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(everything, op=dist.ReduceOp.MIN)
+    return bool(everything)
 
 
 def mask_through_stop(response_ids: torch.Tensor, stop_id: int) -> torch.Tensor:

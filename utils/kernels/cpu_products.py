@@ -1,20 +1,24 @@
-"""Which library multiplies matrices on this CPU: measured once a run, not guessed.
+"""Matrix products on a CPU: by oneDNN where that is faster, which is measured once a run.
 
-torch gives fp32 products to MKL, which on AMD uses half of AVX-512's width; oneDNN uses all of it.
-With AVX2 alone the two are about equal, and on some CPUs MKL is ahead. In bf16 oneDNN lays weights
-out only on CPUs that know how. Measured on one core of a Zen 5, oneDNN ÷ torch's own, and the same
-core limited to AVX2 (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), by CPU time, so that a core shared
-with other work says the same (1.08 to 1.11 in six runs beside it):
+torch gives fp32 products to MKL, which on AMD uses half of AVX-512's width, and which lays weights
+out anew in every call; oneDNN uses all of it, and multiplies with weights that it has laid out
+before. With AVX2 alone the two are about equal, and on some CPUs MKL is ahead. bf16 goes to oneDNN
+by itself in training; it lays bf16 weights out only on CPUs that know how. oneDNN ÷ torch's own on
+one core of a Zen 5, and on the same core limited to AVX2, by CPU time, so that a core shared with
+other work says the same:
 
                                                        AVX-512   AVX2
     training: 512 rows, a layer of 256 × 688              2.0    1.09
     decoding: 32 rows, 24 layers laid out beforehand      2.0    1.21
 """
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from utils.distributed import process_group
@@ -27,6 +31,7 @@ ROUNDS = 15
 LAYER = (688, 256)  # weights that are measured, (out, in)
 LAYERS = 24  # so many while decoding, which finds no weight in the innermost cache
 PACKED_ROWS = 32  # for how many rows oneDNN lays weights out; any number may come
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Products:
@@ -76,6 +81,91 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """(O,I) → a copy that oneDNN multiplies with as it lies."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+
+
+# Training: fp32 layers that multiply by oneDNN, forward and backward.
+
+
+def suits(x: torch.Tensor) -> bool:
+    """Is x an fp32 tensor on a CPU where oneDNN multiplies faster?"""
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    return on_cpu and PRODUCTS.onednn("training", x.dtype)
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            multiply(grad, weight.t()) if wants_x else None,
+            multiply(rows.t(), x.reshape(-1, x.shape[-1]).t()) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+class OneDNNLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if suits(x) and self.weight.dtype == x.dtype:
+            return _Multiply.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def train_with(model: nn.Module) -> None:
+    """From now on `model`'s linear layers multiply by oneDNN where that is faster.
+
+    The class is swapped in place: the parameter, its name and ZeRO's hooks stay. Layers of a class
+    of their own stay as they are. Every rank must call it, as it measures.
+    """
+    PRODUCTS.agree(next(model.parameters()).dtype)
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
+            layer.__class__ = OneDNNLinear
+
+
+# Decoding: layers whose weights are laid out for oneDNN while they do not change.
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module):
+    """While inside, `model`'s linear layers on the CPU run by oneDNN from copies of their weights.
+
+    Forward passes only, and the weights must not change meanwhile. Layers of a class of their own,
+    and those whose weights are shards (ZeRO-3), stay as they are; the vocabulary head gives logits.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if (type(layer) is nn.Linear or isinstance(layer, OneDNNLinear))
+        and _can_be_packed(layer.weight)
+    ]
+    for layer in layers:
+        weight = pack(layer.weight.detach())
+        layer.forward = functools.partial(multiply, weight=weight, bias=layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in PACKED_DTYPES
+        and not hasattr(weight, "ds_id")
+        and PRODUCTS.onednn("decoding", weight.dtype)
+    )
+
+
+# Measuring.
 
 
 def measure(use: str, dtype: torch.dtype) -> float:

@@ -124,20 +124,20 @@ def _seen(length: int, tree: Tree | None, window: int | None, device) -> torch.T
     return tree.seen & (tree.positions[:, None] - tree.positions < window)
 
 
-def choose(model: nn.Module, config, dtype: str) -> None:
-    """Turn packing on or not, as `--packing` says; refuses what cannot be, tells what `auto` leaves
-    out."""
-    if config.packing == "off":
+def choose(model: nn.Module, packing: str, dtype: str) -> None:
+    """Turn packing on or not, as `--packing` says; "on" refuses a model that cannot, "auto" tells
+    why its rows are padded."""
+    if packing == "off":
         return
     from deepspeed.accelerator import get_accelerator
 
-    found = obstacle(model, get_accelerator().device_name(), dtype)
-    if not found:
+    why_not = obstacle(model, get_accelerator().device_name(), dtype)
+    if not why_not:
         turn_on(model)
-    elif config.packing == "on":
-        raise SystemExit(f"packing=on: {found}; set --packing auto or off")
+    elif packing == "on":
+        raise SystemExit(f"packing=on: {why_not}; set --packing auto or off")
     elif process_group.is_main():
-        _tell(f"packing=auto: rows are padded, as {found}")
+        _tell(f"packing=auto: rows are padded, as {why_not}")
 
 
 @functools.cache  # once a reason, though a run loads several models

@@ -1,19 +1,31 @@
-"""The head that a language model turns hidden states into words with, asked for log-probabilities.
+"""The layer that turns hidden states into logits, asked for log-probabilities instead.
 
 Logits are the largest tensor of training: 2,048 tokens of a vocabulary of 152,000 take 1.2 GB in
 fp32, and autograd keeps two or three of that size. Here they exist a chunk of tokens at a time,
 forward and backward, whatever the batch.
+
+Only the head can do that, deep inside the model's forward pass, and its answer takes the way that
+logits take: ZeRO-3 gathers the head's weight around its `forward`, and for the backward pass of
+what `forward` returned.
+
+    language_model.wanted_logprobs                    the model (or DeepSpeed's engine around it)
+        with head.giving(logprobs_of):
+            output = forward(ids, …)          ──►     layers → hidden (B,T,H) → head
+                                                                                 │ logprobs_of
+            output.logits, (N,)               ◄──     returned in place of logits, (N,)
+
+That needs a model that returns what its head gave. Some families scale or cap their logits after
+the head; `probe` finds out, once a model, and their logits are then computed whole.
 """
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.kernels import onednn_linear
-from utils.kernels.cpu_products import multiply
+from utils.kernels.cpu_products import OneDNNLinear, multiply, suits
 
 # Logits that exist at once, forward or backward: on a CPU 4 MB, which stay in its cache; on a GPU
 # 256 MB, 440 rows of a matrix product at the largest vocabularies.
@@ -74,7 +86,7 @@ class _LogProbs(torch.autograd.Function):
             slope = (p * -scale[rows, None]).to(hidden.dtype)
             slope.scatter_add_(1, targets[rows, None], scale[rows, None].to(hidden.dtype))
             if wants_hidden:
-                if onednn_linear.suits(slope):
+                if suits(slope):
                     grad_hidden[rows] = multiply(slope, weight.t())
                 else:
                     torch.mm(slope, weight, out=grad_hidden[rows])
@@ -97,7 +109,7 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
 
 
 def _logits(hidden, weight, bias, temperature: float) -> torch.Tensor:
-    if onednn_linear.suits(hidden):
+    if suits(hidden):
         logits = multiply(hidden, weight, bias)
     else:
         logits = F.linear(hidden, weight, bias).float()
@@ -114,67 +126,54 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total[start : start + rows] += a[start : start + rows] @ b
 
 
-@dataclass
-class Question:
-    """Which log-probabilities one forward pass shall give.
+class VocabularyHead(OneDNNLinear):
+    """(…,H) → (…,V) logits, or what another function makes of the hidden states."""
 
-    sources: (N,) int64, the positions of B × T that predict. targets: (N,) int64, the token after
-    each.
-    """
-
-    sources: torch.Tensor
-    targets: torch.Tensor
-    temperature: float = 1.0
-    with_entropies: bool = False
-    entropies: torch.Tensor | None = None  # (N,), the answer's
-    answer: tuple[int, ...] = ()  # what tells its (N,) numbers from others
-
-    def answered_by(self, output: torch.Tensor) -> bool:
-        """Is what the model gave back what its head had answered, and unchanged?"""
-        return self.answer == _identity(output)
-
-
-def _identity(x: torch.Tensor) -> tuple[int, ...]:
-    """Equal for what lies in one place and was not written to in between. (ZeRO-3 wraps what a
-    layer returns in another tensor object.)"""
-    return x.data_ptr(), x.numel(), x._version
-
-
-class VocabularyHead(nn.Linear):
-    """The head as ever, (…,H) → (…,V) logits; while a question is put, (B,T,H) → (N,) fp32
-    log-probabilities."""
-
-    question: Question | None = None
-    changes_logits = False  # does the model scale or cap the logits after the head?
+    changes_logits: bool | None = None  # does the model, after the head? None: not probed yet
+    _instead: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        asked = self.question
-        if asked is None:
-            return F.linear(hidden, self.weight, self.bias)
-        logprobs, asked.entropies = _LogProbs.apply(
-            hidden.flatten(0, 1).index_select(0, asked.sources),
-            self.weight,
-            self.bias,
-            asked.targets,
-            asked.temperature,
-            asked.with_entropies,
-        )
-        asked.answer = _identity(logprobs)
-        return logprobs
+        return super().forward(hidden) if self._instead is None else self._instead(hidden)
 
     @contextlib.contextmanager
-    def asked(self, question: Question):
-        self.question = question
+    def giving(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        """While inside, the head gives function(hidden (B,T,H)) in place of logits."""
+        self._instead = function
         try:
             yield
         finally:
-            self.question = None
+            self._instead = None
+
+    @torch.no_grad()
+    def probe(self, forward: Callable, inputs: dict) -> None:
+        """Does the model return what its head gave? One forward pass with marks for logits, as the
+        model's code alone does not tell; every rank must make it together, as any pass."""
+        marks = torch.tensor([-70.0, 0.3, 5.0], device=inputs["input_ids"].device)
+        with self.giving(lambda hidden: marks):
+            returned = forward(**inputs, use_cache=False).logits
+        same = returned.dtype == marks.dtype and torch.equal(returned, marks)
+        self.changes_logits = not same
+
+    def logprobs(
+        self,
+        hidden: torch.Tensor,
+        sources: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
+        with_entropies: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden (B,T,H) → fp32 log-probabilities (N,) of `targets` (N,), each predicted at its
+        position of B × T in `sources` (N,); and, where asked for, the entropies (N,) of these
+        predictions, in nats and without a gradient."""
+        wanted = hidden.flatten(0, 1).index_select(0, sources)
+        settings = targets, temperature, with_entropies
+        return _LogProbs.apply(wanted, self.weight, self.bias, *settings)
 
 
 def of(model: nn.Module) -> VocabularyHead | None:
     """The model's head, able to answer; None where it is not a plain linear layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) in (nn.Linear, onednn_linear.OneDNNLinear):
+    if type(head) in (nn.Linear, OneDNNLinear):
         # The class is swapped in place: the parameter, its name and ZeRO's hooks stay.
         head.__class__ = VocabularyHead
     return head if isinstance(head, VocabularyHead) else None

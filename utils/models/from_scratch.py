@@ -13,7 +13,7 @@ from pathlib import Path
 from utils import whole_files
 from utils.data import chat_template, instructions, preferences, rows
 from utils.distributed.program import quiet_libraries, run
-from utils.settings.values import columns_of
+from utils.settings.run_config import columns_of
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 # One token each: they stand in every rendered turn, and a small vocabulary would spell them out.

@@ -7,131 +7,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.distributed import host_memory, zero
-from utils.kernels import onednn_linear, packing, vocabulary_head
-from utils.kernels.cpu_products import PRODUCTS
-from utils.models import loading, model_code
-from utils.models.model_files import refused
+from utils.distributed import host_memory
+from utils.kernels import packing, vocabulary_head
+from utils.models import loading
+from utils.models.loading import Loading
+from utils.pretrained import config_of, positions_of
 
 
-def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None) -> nn.Module:
-    """A causal LM from a folder or hub name, ready for `tokenizer`.
+def load(how: Loading, path: str, *, dtype: str, zero_stage: int = 0, tokenizer=None) -> nn.Module:
+    """A causal LM from a folder or hub name, ready for `tokenizer`; see loading.load."""
+    from transformers import AutoModelForCausalLM
 
-    With a tokenizer the embeddings grow to hold all its tokens (a multiple of 64) and the
-    model's stop and pad ids follow the tokenizer's. Dropout is set to 0: PPO's ratio compares two
-    passes, and noise between them is a silent bug.
-
-    Raises SystemExit with the path and the cause if the folder holds no such model.
-    """
-    model = from_pretrained(config, path, dtype, zero_stage, tokenizer)
-    prepare_training(model, config)
-    packing.choose(model, config, dtype)
-    return model
-
-
-def from_pretrained(
-    config,
-    path: str,
-    dtype: str,
-    zero_stage: int,
-    tokenizer=None,
-    scalar: bool = False,
-    grow: bool = True,
-):
-    """The language model of `path`, or its backbone with one number a token (scalar), refusing what
-    would leave weights at random."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    attention, auto_class = config.attn_implementation, AutoModelForCausalLM
-    how = {"trust_remote_code": config.trust_remote_code}
-    if scalar:
-        with refused(path, "the model's config"):
-            how["config"] = AutoConfig.from_pretrained(path, num_labels=1, **how)
-        auto_class = model_code.scalar_class(how["config"])
-
-    def fit(model: nn.Module) -> None:
-        # In the sharded loading, where transformers knows that the embeddings may be shards.
-        if tokenizer is not None:
-            fit_to_tokenizer(model, tokenizer, path, grow)
-
-    with zero.sharded_loading(config, dtype, zero_stage):
-        return loading.load_whole(
-            auto_class,
-            path,
-            fit,
-            dtype=zero.DTYPES[dtype],
-            attn_implementation=None if attention == "auto" else attention,
-            **how,
-        )
+    settings = dict(dtype=dtype, zero_stage=zero_stage, tokenizer=tokenizer)
+    return loading.load(AutoModelForCausalLM, path, how, **settings)
 
 
 def check_positions(path: str, length: int, flags: str, trust_remote_code: bool) -> None:
     """Refuse rows longer than the model of `path` has positions for, before it is loaded."""
-    from transformers import AutoConfig
-
-    with refused(path, "the model's config"):
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    have = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    have = positions_of(config_of(path, trust_remote_code))
     if have is not None and length > have:
         raise SystemExit(
             f"rows of up to {length} tokens ({flags}) do not fit into the {have} positions of "
             f"{path!r}; lower {flags}"
         )
-
-
-def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) -> None:
-    """Embeddings for every token; stop and pad ids the same in model and tokenizer.
-
-    Only special tokens (a template's, the pad) may be new, and to language models only: rows for
-    other tokens would be random where the tokenizer is another model's. The pad may be new to any,
-    for nothing attends to it; without `grow` it gets no row. Raises SystemExit.
-    """
-    have = model.get_input_embeddings().num_embeddings
-    added = tokenizer.added_tokens_decoder
-    new = range(have, max(tokenizer.get_vocab().values()) + 1)
-    trained_head = getattr(model, "head_was_missing", True) is False and hasattr(model, "score")
-    unknown = [i for i in new if i != tokenizer.pad_token_id]
-    if unknown and (trained_head or not all(i in added and added[i].special for i in unknown)):
-        raise SystemExit(
-            f"{path!r} has embeddings for {have} tokens and the tokenizer {new.stop}, of which "
-            f"{len(unknown)} would stay random: the tokenizer is another model's, or tokens were "
-            "added without growing the model; give a folder whose tokenizer and weights belong "
-            "together"
-        )
-    if new and grow:
-        model.resize_token_embeddings(new.stop, pad_to_multiple_of=64)
-        # Code that comes with a model may build its layers by a name of its own (ChatGLM's
-        # padded_vocab_size), and would not load what is saved.
-        for name, value in vars(model.config).items():
-            if "vocab_size" in name and value == have:
-                setattr(model.config, name, model.config.vocab_size)
-    for holder in (model.config, getattr(model, "generation_config", None)):
-        if holder is not None:
-            holder.eos_token_id = tokenizer.eos_token_id
-            holder.pad_token_id = tokenizer.pad_token_id
-            if tokenizer.bos_token_id is not None:
-                holder.bos_token_id = tokenizer.bos_token_id
-
-
-def prepare_training(model: nn.Module, config) -> None:
-    """Dropout to 0 wherever a family keeps its rates; gradient checkpointing where asked for; on a
-    CPU the faster matrix products. Every rank must call it."""
-    from deepspeed.accelerator import get_accelerator
-
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        # Many layers keep a rate in an attribute (attention_dropout, Bloom's hidden_dropout, OPT's
-        # layerdrop) and some read it from the config as they run (Falcon, GPT-J).
-        for holder in (module, getattr(module, "config", None)):
-            for name, value in list(vars(holder).items()) if holder is not None else ():
-                if "drop" in name and isinstance(value, float):
-                    setattr(holder, name, 0.0)
-    if get_accelerator().device_name() == "cpu":
-        PRODUCTS.agree(next(model.parameters()).dtype)
-        onednn_linear.use(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @functools.cache
@@ -205,18 +103,22 @@ def wanted_logprobs(
         inputs = forward_inputs(model, input_ids, mask)
     sources = packing.places(sources, device)
     targets = input_ids.flatten().index_select(0, packing.places(wanted, device))
+    entropies = None
     head = vocabulary_head.of(model)
+    if head is not None and head.changes_logits is None:
+        head.probe(forward, inputs)
     if head is not None and not head.changes_logits:
-        asked = vocabulary_head.Question(sources, targets, temperature, with_entropies)
-        with head.asked(asked):
-            answer = forward(**inputs, use_cache=False).logits
-        if asked.answered_by(answer):
-            return answer, asked.entropies
-        # A family that scales or caps its logits after the head has now done so to the answer.
-        head.changes_logits = True
+
+        def logprobs_of(hidden: torch.Tensor) -> torch.Tensor:
+            nonlocal entropies
+            settings = sources, targets, temperature, with_entropies
+            logprobs, entropies = head.logprobs(hidden, *settings)
+            return logprobs
+
+        with head.giving(logprobs_of):
+            return forward(**inputs, use_cache=False).logits, entropies
     logits = forward(**inputs, use_cache=False).logits.flatten(0, 1)
     logits = logits.index_select(0, sources).float() / temperature
-    entropies = None
     if with_entropies:
         with torch.no_grad():
             logs = logits.log_softmax(-1)

@@ -1,20 +1,64 @@
-"""Model folders → models with every weight from the file, or a refusal that says what is wrong."""
+"""Model folders → models with every weight from the file, fitted to a tokenizer, ready to train."""
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from utils.models.model_files import refused
+from utils.distributed import zero
+from utils.kernels import cpu_products, packing
+from utils.pretrained import refused
 
 
-def load_whole(auto_class, path: str, finish: Callable | None = None, **how) -> nn.Module:
-    """`auto_class.from_pretrained(path, **how)`, of which no weight is left at random or left out.
+@dataclass(frozen=True)
+class Loading:
+    """The settings that decide how a model is loaded; for what they mean see RunConfig."""
 
-    A new score head alone may be missing: `head_was_missing` of the model says so. `finish(model)`
-    runs before all is checked. Pickled weights (pytorch_model.bin) are read as plain tensors only.
-    Raises SystemExit with what was expected and found.
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    packing: str = "auto"
+    # What DeepSpeed is told while ZeRO-3 shards the weights as they are read.
+    offload: str = "none"
+    micro_batch_size: int = 1
+    gradient_clipping: float = 1.0
+
+
+def load(
+    auto_class,
+    path: str,
+    how: Loading,
+    *,
+    dtype: str,
+    zero_stage: int,
+    tokenizer=None,
+    grow: bool = True,
+    **settings,
+) -> nn.Module:
+    """The model that `auto_class` makes of a folder or hub name, ready to train.
+
+    With a tokenizer the embeddings grow to hold all its tokens and the model's stop and pad ids
+    follow the tokenizer's; see fit_to_tokenizer. settings: more for from_pretrained. Raises
+    SystemExit with the path and the cause where the folder holds no such model.
+    """
+    attention = None if how.attn_implementation == "auto" else how.attn_implementation
+    settings |= {"attn_implementation": attention, "trust_remote_code": how.trust_remote_code}
+    with zero.sharded_loading(how, dtype, zero_stage):
+        model = load_whole(auto_class, path, dtype=zero.DTYPES[dtype], **settings)
+        # Inside, where transformers knows that the embeddings may be shards.
+        if tokenizer is not None:
+            fit_to_tokenizer(model, tokenizer, path, grow)
+    prepare_training(model, how.gradient_checkpointing)
+    packing.choose(model, how.packing, dtype)
+    return model
+
+
+def load_whole(auto_class, path: str, **settings) -> nn.Module:
+    """`auto_class.from_pretrained(path, **settings)`, of which no weight is left at random or out.
+
+    A new score head alone may be missing: `head_was_missing` of the model says so. Pickled weights
+    (pytorch_model.bin) are read as plain tensors only. Raises SystemExit with what was expected.
     """
     with refused(path, f"a model ({auto_class.__name__})"):
         model, info = auto_class.from_pretrained(
@@ -23,40 +67,37 @@ def load_whole(auto_class, path: str, finish: Callable | None = None, **how) -> 
             # Other shapes are refused below, by name; transformers' own error names none.
             ignore_mismatched_sizes=True,
             weights_only=True,
-            **how,
+            **settings,
         )
     # Under ZeRO-3 transformers reports neither names nor shapes that do not fit.
-    unexpected = set(info["unexpected_keys"]) | (names_on_disk(path) - model.state_dict().keys())
+    unexpected = set(info["unexpected_keys"]) | (_names_on_disk(path) - model.state_dict().keys())
     if any(name.startswith("score.") for name in unexpected):
         raise SystemExit(
             f"{path!r} is a reward model or critic and writes no text; give a language model's "
             "folder, such as step 1's output"
         )
+    heads = {name for name in info["missing_keys"] if name.startswith("score.")}
     kind = type(model).__name__
-    missing = {name for name in info["missing_keys"] if not name.startswith("score.")}
-    _refuse(path, f"lacks weights of {kind}, which would stay random", missing)
-    shapes = {
-        f"{name} (found {list(found)}, expected {list(expected)})"
-        for name, found, expected in info["mismatched_keys"]
+    problems = {
+        f"lacks weights of {kind}, which would stay random": set(info["missing_keys"]) - heads,
+        f"holds weights of another shape than its config.json gives {kind}": {
+            f"{name} (found {list(shape)}, expected {list(expected)})"
+            for name, shape, expected in info["mismatched_keys"]
+        },
+        f"holds weights that do not load into {kind}": set(info.get("error_msgs", ())),
+        f"holds layers that its config.json leaves out of {kind}": _left_out(model, unexpected),
     }
-    _refuse(path, f"holds weights of another shape than its config.json gives {kind}", shapes)
-    _refuse(path, f"holds weights that do not load into {kind}", set(info.get("error_msgs", ())))
-    _refuse(
-        path, f"holds layers that its config.json leaves out of {kind}", left_out(model, unexpected)
-    )
-    model.head_was_missing = any(name.startswith("score.") for name in info["missing_keys"])
-    if finish is not None:
-        finish(model)
+    for what, names in problems.items():
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (" …" if len(names) > 5 else "")
+            raise SystemExit(
+                f"{path!r} {what}: {shown} ({len(names)} in all); is it the right folder?"
+            )
+    model.head_was_missing = bool(heads)
     return model
 
 
-def _refuse(path: str, what: str, names: set[str]) -> None:
-    if names:
-        shown = ", ".join(sorted(names)[:5]) + (" …" if len(names) > 5 else "")
-        raise SystemExit(f"{path!r} {what}: {shown} ({len(names)} in all); is it the right folder?")
-
-
-def names_on_disk(path: str) -> set[str]:
+def _names_on_disk(path: str) -> set[str]:
     """Names of the weights in a folder's safetensors files; empty for hub names and pickles."""
     from safetensors import safe_open
 
@@ -67,16 +108,70 @@ def names_on_disk(path: str) -> set[str]:
     return names
 
 
-def left_out(model: nn.Module, unexpected: set[str]) -> set[str]:
-    """Of weights that found no place those that are like one of a layer which the model has.
+def _left_out(model: nn.Module, unexpected: set[str]) -> set[str]:
+    """The weights among `unexpected` that are like one of a layer which the model has.
 
-    Others have a right to be there: a vocabulary head that a reward model does without, the eyes
-    of a model that is used for its text, a layer that its family says it leaves out.
+    Others have a right to be there: a vocabulary head that a reward model does without, the image
+    encoder of a model that is used for its text, a layer that its family says it leaves out.
     """
-    own = {_of_any_layer(name) for name in model.state_dict() if _of_any_layer(name) != name}
+
+    def of_any_layer(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".N.", name)
+
+    own = {of_any_layer(name) for name in model.state_dict() if of_any_layer(name) != name}
     unused = "|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["(?!)"])
-    return {n for n in unexpected if _of_any_layer(n) in own and not re.search(unused, n)}
+    return {n for n in unexpected if of_any_layer(n) in own and not re.search(unused, n)}
 
 
-def _of_any_layer(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".N.", name)
+def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) -> None:
+    """Embeddings for every token, a multiple of 64; stop and pad ids as the tokenizer's.
+
+    Only special tokens (a template's, the pad) may be new, and to language models only: rows for
+    other tokens would be random where the tokenizer is another model's. The pad may be new to any,
+    for nothing attends to it; without `grow` it gets no row. Raises SystemExit.
+    """
+    have = model.get_input_embeddings().num_embeddings
+    added = tokenizer.added_tokens_decoder
+    new = range(have, max(tokenizer.get_vocab().values()) + 1)
+    trained_head = getattr(model, "head_was_missing", True) is False and hasattr(model, "score")
+    unknown = [i for i in new if i != tokenizer.pad_token_id]
+    if unknown and (trained_head or not all(i in added and added[i].special for i in unknown)):
+        raise SystemExit(
+            f"{path!r} has embeddings for {have} tokens and the tokenizer {new.stop}, of which "
+            f"{len(unknown)} would stay random: the tokenizer is another model's, or tokens were "
+            "added without growing the model; give a folder whose tokenizer and weights belong "
+            "together"
+        )
+    if new and grow:
+        model.resize_token_embeddings(new.stop, pad_to_multiple_of=64)
+        # Code that comes with a model may build its layers by a name of its own (ChatGLM's
+        # padded_vocab_size), and would not load what is saved.
+        for name, value in vars(model.config).items():
+            if "vocab_size" in name and value == have:
+                setattr(model.config, name, model.config.vocab_size)
+    for holder in (model.config, getattr(model, "generation_config", None)):
+        if holder is not None:
+            holder.eos_token_id = tokenizer.eos_token_id
+            holder.pad_token_id = tokenizer.pad_token_id
+            if tokenizer.bos_token_id is not None:
+                holder.bos_token_id = tokenizer.bos_token_id
+
+
+def prepare_training(model: nn.Module, gradient_checkpointing: bool = False) -> None:
+    """Dropout to 0 wherever a family keeps its rates: PPO's ratio compares two passes, and noise
+    between them is a silent bug. On a CPU the faster matrix products. Every rank must call it."""
+    from deepspeed.accelerator import get_accelerator
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # Many layers keep a rate in an attribute (attention_dropout, Bloom's hidden_dropout, OPT's
+        # layerdrop) and some read it from the config as they run (Falcon, GPT-J).
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+    if get_accelerator().device_name() == "cpu":
+        cpu_products.train_with(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})

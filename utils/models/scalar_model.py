@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from utils.kernels import packing
-from utils.models import language_model
+from utils.models import language_model, loading, model_code
+from utils.models.loading import Loading
+from utils.pretrained import config_of
 
 
 class Fp32Head(nn.Linear):
@@ -57,18 +59,26 @@ class ScalarModel(nn.Module):
         return packing.spread(values, mask) if packed else values
 
 
-def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head: str = "saved"):
+def load(
+    how: Loading, path: str, *, dtype: str, zero_stage: int = 0, tokenizer=None, head: str = "saved"
+) -> ScalarModel:
     """A ScalarModel from a reward model's folder, or from a language model's with a new head.
 
     head: what to do where the folder has no head: "saved" refuses; "normal" draws
     N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0. A "saved" one
     is only asked, so it needs no embedding for the tokenizer's pad (see scorer.sequence_scores).
     """
-    classifier = language_model.from_pretrained(
-        config, path, dtype, zero_stage, tokenizer, scalar=True, grow=head != "saved"
+    config = config_of(path, how.trust_remote_code, num_labels=1)
+    classifier = loading.load(
+        model_code.scalar_class(config),
+        path,
+        how,
+        dtype=dtype,
+        zero_stage=zero_stage,
+        tokenizer=tokenizer,
+        grow=head != "saved",
+        config=config,
     )
-    language_model.prepare_training(classifier, config)
-    packing.choose(classifier, config, dtype)
     if classifier.head_was_missing:
         if head == "saved":
             raise SystemExit(
@@ -82,13 +92,13 @@ def load(config, path: str, *, dtype: str, zero_stage: int, tokenizer=None, head
 
 
 def _fresh_head(weight: nn.Parameter, kind: str) -> None:
-    width = weight.ds_shape[-1] if hasattr(weight, "ds_shape") else weight.shape[-1]
+    width = getattr(weight, "ds_shape", weight.shape)[-1]
     std = 0.0 if kind == "zero" else 1 / math.sqrt(width + 1)
-    # Each rank draws the same numbers (same seed), so any rank's draw may fill its shard.
-    if hasattr(weight, "ds_id"):
-        import deepspeed
+    if not hasattr(weight, "ds_id"):
+        weight.data.normal_(0.0, std)
+        return
+    import deepspeed
 
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-            weight.data.normal_(0.0, std)
-    else:
+    # Each rank draws the same numbers (same seed), so any rank's draw may fill its shard.
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
         weight.data.normal_(0.0, std)

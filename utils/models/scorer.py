@@ -19,7 +19,7 @@ import torch
 from utils.data import batches, chat_template, fitting
 from utils.distributed import host_memory, process_group
 from utils.kernels import packing
-from utils.models.model_files import refused
+from utils.pretrained import config_of, positions_of
 
 Group = Sequence[list[int]]  # rows of token ids that begin alike
 
@@ -45,12 +45,8 @@ class Reader:
         cls, path: str, trust_remote_code: bool = False, read_at: str = "auto", date: str = ""
     ) -> "Reader":
         """Of a reward model's folder or hub name. Raises SystemExit with what is wrong."""
-        from transformers import AutoConfig
-
         tokenizer = chat_template.load_tokenizer(path, trust_remote_code, date)
-        with refused(path, "the model's config"):
-            settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
+        settings = config_of(path, trust_remote_code)
         if read_at == "auto":
             # Step 2's models of before the setting was saved are known by their bias.
             ours = "stop" if hasattr(settings, "reward_bias") else "end"
@@ -61,7 +57,7 @@ class Reader:
                 f"{', '.join(chat_template.READ_AT)}; mend it there, or set --reward_read_at"
             )
         pad_id = getattr(settings, "pad_token_id", None)
-        return cls(tokenizer, positions or sys.maxsize, read_at, path, pad_id)
+        return cls(tokenizer, positions_of(settings) or sys.maxsize, read_at, path, pad_id)
 
     def encode(self, messages: Sequence[dict], text: str, finished: bool) -> list[int]:
         """One answer's conversation; its score is read at the last id. An answer that was cut at

@@ -187,7 +187,8 @@ def table(found: Plan) -> str:
 def main() -> None:
     import argparse
 
-    from utils.settings import fields as run_config
+    from utils.settings import command_line
+    from utils.settings.fields import ConfigError
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,8 +203,10 @@ def main() -> None:
     module, name, needed = STEPS[asked.step]
     config_class = getattr(importlib.import_module(module), name)
     try:
-        config = run_config.build(config_class, ["--output_dir", "-", *needed, *flags], asked.ranks)
-    except run_config.ConfigError as error:
+        config = command_line.build(
+            config_class, ["--output_dir", "-", *needed, *flags], asked.ranks
+        )
+    except ConfigError as error:
         raise SystemExit(f"these settings cannot work:\n{error}") from None
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")

@@ -1,6 +1,9 @@
-"""A YAML or JSON file of settings → one flat dict, as it is written and not as YAML 1.1 guesses."""
+"""A YAML or JSON file of settings, read as it is written and not as YAML 1.1 guesses.
 
-import os
+It holds `setting: value` lines, or sections of them: one file for the whole pipeline, of which each
+program reads what stands outside the sections, then `all`, then its own section.
+"""
+
 import re
 from pathlib import Path
 
@@ -8,9 +11,8 @@ import yaml
 
 from utils import strict_json
 
-
-class ConfigError(Exception):
-    """Every problem of a command line, one a line."""
+# `later_ppo` is read on top of `ppo` in rounds after the first; `run` is run_all.sh's own.
+SECTIONS = ("all", "sft", "collect", "reward", "ppo", "later_ppo", "run")
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,28 +47,41 @@ for _tag, _pattern, _first in (
     )
 
 
+def layers(word: str, section: str) -> list[tuple[str, dict]]:
+    """What `--config word` gives to a program of that section: (place, settings), weakest first.
+
+    `FILE:SECTION` reads one more section on top. ValueError where there is no such file.
+    """
+    path, _, more = word.rpartition(":")
+    if not path or more not in SECTIONS:
+        path, more = word, ""
+    values = read(path)
+    sections = {name: v for name, v in values.items() if name in SECTIONS and isinstance(v, dict)}
+    if not sections:
+        return [(path, values)]
+    outside = {name: v for name, v in values.items() if name not in sections and v is not None}
+    read_here = [name for name in ("all", section, more) if name in sections]
+    return [(path, outside), *((f"{path}, {name}", sections[name]) for name in read_here)]
+
+
 def read(path: str) -> dict:
-    """The settings in a file; ConfigError that names it where it holds something else."""
+    """What a file holds; ValueError that names it where that is no mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"--config {path!r}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path!r}: not UTF-8 at byte {error.start}") from None
-    try:
-        if os.path.splitext(path)[1].lower() == ".json":
+        if Path(path).suffix.lower() == ".json":
             values = strict_json.loads(text)
         else:
             values = yaml.load(text, _Loader)
+    except OSError as error:
+        raise ValueError(f"--config {path!r}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path!r}: not UTF-8 at byte {error.start}") from None
     except RecursionError:
-        raise ConfigError(f"--config {path}: nested too deeply") from None
+        raise ValueError(f"--config {path!r}: nested too deeply") from None
     except (ValueError, TypeError, yaml.YAMLError) as error:
         # PyYAML raises TypeError for what cannot be a name, such as a list.
-        raise ConfigError(f"--config {path}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"--config {path}: expected `setting: value` lines, found a {type(values).__name__}"
-        )
-    return values
+        raise ValueError(f"--config {path!r}: {error}") from None
+    if values is not None and not isinstance(values, dict):
+        kind = type(values).__name__
+        raise ValueError(f"--config {path!r}: expected `setting: value` lines, found a {kind}")
+    return values or {}

@@ -29,7 +29,7 @@ from utils.data.bad_rows import BadRows
 from utils.distributed import program
 from utils.models import from_scratch
 from utils.run import BadSteps
-from utils.settings import fields as run_config
+from utils.settings import command_line
 
 LIMIT = 4096  # bytes of a file, where no disk can be made
 
@@ -47,7 +47,7 @@ def model(tiny):
 
 def config_yaml(folder, amount):
     names = [f"data{n}" for n in range(200 * amount)]
-    run_config.save(SFTConfig(output_dir="o", sft_data=names), folder, 1)
+    command_line.save(SFTConfig(output_dir="o", sft_data=names), folder, 1)
 
 
 def result_json(folder, amount):

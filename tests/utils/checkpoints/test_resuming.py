@@ -14,7 +14,7 @@ from tests.helpers import small_runs
 from utils.checkpoints import manifest, resuming
 from utils.checkpoints.checkpoints import Checkpoints
 from utils.run import output_of
-from utils.settings import fields as run_config
+from utils.settings import command_line
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_overwrite_deletes_the_run_and_leaves_other_files(config, tmp_path):
 def test_a_finished_run_is_left_as_it_is(config, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/result.json").write_text("{}")
-    run_config.save(config, config.output_dir, 1)
+    command_line.save(config, config.output_dir, 1)
     with pytest.raises(SystemExit) as ended:
         output_of(replace(config, resume="auto", log_every=3)).check()
     assert ended.value.code == 0 and "nothing to do" in capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_the_day_of_a_run_is_the_one_it_began_on(config, tmp_path, monkeypatch, 
     config.date = resuming.date_of(config.date)
     assert config.date == "2026-01-31"
     folder = save(config, 2)
-    run_config.save(config, tmp_path / "out", 1)
+    command_line.save(config, tmp_path / "out", 1)
     clock("2026-02-01")
     again = replace(config, date="", resume="auto")
     again.date = resuming.date_of(again.date, output_of(again).find())
@@ -147,7 +147,7 @@ def test_the_day_of_a_run_is_the_one_it_began_on(config, tmp_path, monkeypatch, 
     assert ended.value.code == 0
 
     flags = ["--config", str(tmp_path / "out/config.yaml"), "--output_dir", str(tmp_path / "new")]
-    repeated = run_config.build(SFTConfig, flags, 1)
+    repeated = command_line.build(SFTConfig, flags, 1)
     repeated.date = resuming.date_of(repeated.date, None)
     assert repeated.date == "2026-01-31"
     other = replace(again, date="2026-02-01")
@@ -159,15 +159,13 @@ def test_the_day_of_a_run_is_the_one_it_began_on(config, tmp_path, monkeypatch, 
     assert new.date == "2026-01-31", "a branch of a run is of its day"
 
 
-def test_every_setting_is_free_or_changes_the_rounding_or_is_refused(config):
-    from step2_reward.config import RewardConfig
-    from step3_ppo.config import PPOConfig
-
-    known = {name for c in (SFTConfig, RewardConfig, PPOConfig) for name in c.__dataclass_fields__}
-    assert known >= resuming.FREE | resuming.ROUNDING, "a setting that is no more"
-    assert not resuming.FREE & resuming.ROUNDING
-    for name in ("learning_rate", "seed", "dtype", "max_steps", "global_batch_size", "kl_coef"):
-        assert name not in resuming.FREE | resuming.ROUNDING
+def test_differences_go_by_what_each_setting_says(config):
+    """A setting that is unknown today counts as one that changes what is learned."""
+    saved = asdict(config) | {"seed": 7, "packing": "off", "keep_last": 9, "gone": 1}
+    assert resuming.differences(saved, asdict(config), config.on_resume()) == (
+        ["gone: 1 → (not set)", f"seed: 7 → {config.seed}"],
+        ["packing: off → auto"],
+    )
 
 
 def test_a_checkpoint_named_by_hand(config, tmp_path, capsys):
@@ -236,13 +234,13 @@ def test_a_disk_that_is_full_costs_the_checkpoint_and_not_the_run(config, tmp_pa
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        (dict(keep_best="eval/loss"), "is not METRIC:min or METRIC:max"),
-        (dict(keep_best=":min"), "is not METRIC:min or METRIC:max"),
-        (dict(resume="nowhere"), "resume='nowhere' is no folder"),
+        (dict(keep_best="eval/loss"), ": not METRIC:min or METRIC:max"),
+        (dict(keep_best=":min"), ": not METRIC:min or METRIC:max"),
+        (dict(resume="nowhere"), "resume='nowhere': neither auto"),
         (dict(resume="auto", overwrite=True), "give one of them"),
-        (dict(resume_anyway=True), "needs --resume auto"),
-        (dict(keep_last=-1), "keep_last=-1 must not be negative"),
-        (dict(save_every_minutes=-1.0), "save_every_minutes=-1.0 must not be negative"),
+        (dict(resume_anyway=True), "resume_anyway=True is read only with --resume"),
+        (dict(keep_last=-1), "keep_last=-1 must be at least 0"),
+        (dict(save_every_minutes=-1.0), "save_every_minutes=-1.0 must be at least 0"),
     ],
 )
 def test_flags_that_contradict_each_other(config, flags, problem):

@@ -17,8 +17,9 @@ from utils.data.preferences import load_comparisons
 from utils.data.rows import BadRows, DataError, has_split
 from utils.data.transcripts import is_transcript
 from utils.models import from_scratch
-from utils.settings.fields import ConfigError, build
-from utils.settings.values import columns_of
+from utils.settings.command_line import build
+from utils.settings.fields import ConfigError
+from utils.settings.run_config import columns_of
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TALK = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
@@ -380,7 +381,7 @@ def test_rows_that_the_template_refused_are_not_shown(save, tmp_path, tokenizer)
 @pytest.mark.parametrize("words", ["prompt", "prompt=", "=q", "prompt=a,prompt=b", "a=b,c"])
 def test_columns_that_are_no_pairs_are_refused(words):
     argv = ["--model_name_or_path", "m", "--preference_data", "d", "--output_dir", "o"]
-    with pytest.raises(ConfigError, match="set --columns to pairs"):
+    with pytest.raises(ConfigError, match="are not pairs.*; set --columns"):
         build(RewardConfig, [*argv, "--columns", words], 1)
 
 

@@ -15,7 +15,7 @@ from utils.data.splits import (
     split_for_step,
     train_and_held_out,
 )
-from utils.settings.fields import RunConfig
+from utils.settings.run_config import RunConfig
 
 
 def test_apply_weight_counts_every_row():

@@ -7,8 +7,12 @@ from tests.helpers.running import run_ranks
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_average_weights_and_generator_under_every_stage(tiny, ranks):
-    output = run_ranks([("tests/helpers/distributed_checks.py", [tiny / "base_model"])], ranks)
+    jobs = [("tests/helpers/distributed_checks.py", [tiny / "base_model"])]
+    settings = ["no_waiting", "overlapped", "moments"] if ranks == 1 else []
+    output = run_ranks([*jobs, ("tests/helpers/engine_settings_checks.py", settings)], ranks)
     assert output.count("held: stage") == 8 * ranks, output
+    for held in settings:
+        assert f"held: {held.replace('_', ' ')}" in output, output
 
 
 def test_a_rank_ends_before_python_takes_itself_down(tmp_path):

@@ -1,17 +1,12 @@
 """What the decoder saves must not be seen in what it writes."""
 
-import contextlib
 import functools
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from step3_ppo import rollout
-from step3_ppo.old_logprobs import OldLogprobs
 from tests.helpers.families import FAMILIES
-from tests.helpers.small_models import config_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, greedy, left_padded, tiny
 from utils.generation import decoder
 from utils.generation import sampling as generation
@@ -129,29 +124,18 @@ def test_a_rank_that_has_stopped_goes_on_with_one_row_until_all_have(monkeypatch
     alone = greedy("Llama", stop)
     shapes, asked = batches_of(monkeypatch), []
 
-    def others_need(steps):
-        def all_finished(finished):
-            asked.append(bool(finished))
-            return len(asked) == steps
+    def others_need_seven_steps(finished, in_step):
+        asked.append(bool(finished.all()))
+        return len(asked) == 7
 
-        return all_finished
-
+    monkeypatch.setattr(generation, "_all_finished", others_need_seven_steps)
     ids, mask = left_padded(LENGTHS)
-    settings = dict(max_new_tokens=NEW, stop_id=stop, pad_id=PAD)
-    one = generation.generate(
-        tiny("Llama"), ids[:1], mask[:1], **settings, all_finished=others_need(7)
-    )
+    settings = dict(max_new_tokens=NEW, stop_id=stop, pad_id=PAD, in_step=True)
+    one = generation.generate(tiny("Llama"), ids[:1], mask[:1], **settings)
     assert asked == [True] * 7 and shapes == [(1, ids.shape[1])] + [(1, 1)] * 6
     assert torch.equal(one, alone[:1]) and (one[:, 1:] == PAD).all()
     with pytest.raises(ValueError, match="ranks in step"):
-        generation.generate(
-            tiny("Llama"),
-            ids,
-            mask,
-            **settings,
-            all_finished=others_need(3),
-            decoder=Decoder("static"),
-        )
+        generation.generate(tiny("Llama"), ids, mask, **settings, decoder=Decoder("static"))
 
 
 @pytest.mark.parametrize("mode", ["eager", "static"])
@@ -220,131 +204,3 @@ def test_modes_that_cannot_be_are_refused():
         Decoder("fast")
     with pytest.raises(ValueError, match="decode=graph cannot be: device cpu"):
         sample(decoder=Decoder("graph"))
-
-
-# Token budgets, and rollouts.
-
-
-@pytest.mark.parametrize(
-    "most, expected",
-    [
-        (0, [(0, 6)]),
-        (1, [(i, i + 1) for i in range(6)]),  # each is longer than that, and goes alone
-        (28, [(0, 2), (2, 4), (4, 5), (5, 6)]),
-        (45, [(0, 3), (3, 5), (5, 6)]),
-        (114, [(0, 6)]),
-        (113, [(0, 5), (5, 6)]),
-    ],
-)
-def test_batches_hold_at_most_a_budget_of_tokens(most, expected):
-    found = generation.batches_of([1, 3, 4, 4, 7, 9], 10, most)
-    assert [(s.start, s.stop) for s in found] == expected
-
-
-def models_of(family, source):
-    from utils.generation.engine import NativeRollout
-
-    hybrid = SimpleNamespace(all_finished=bool, generator=tiny(family))
-    return SimpleNamespace(
-        tokenizer=SimpleNamespace(eos_token_id=stop_of(family)[0], pad_token_id=PAD),
-        hybrid=hybrid,
-        rollout_engine=NativeRollout(hybrid),
-        old_logprobs=OldLogprobs(source),
-    )
-
-
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Bloom"])
-def test_a_token_budget_changes_batches_and_nothing_else(family, monkeypatch):
-    ids, mask = left_padded(sorted(LENGTHS), extra=2)
-    noise = stop_of(family)[1]
-    config = config_of(max_response_length=NEW, temperature=1.3)
-    widths = sorted(LENGTHS)
-
-    def sampled(most):
-        parts = generation.batches_of(widths, NEW, most)
-        given = models_of(family, "auto"), ids, mask, noise, parts, config
-        return rollout.sample(*given)
-
-    whole = sampled(0)
-    shapes = batches_of(monkeypatch, family)
-    pieces = sampled(2 * (5 + NEW))
-    assert [s for s in shapes if s[1] > 1] == [(2, 2), (2, 5), (1, 7), (1, 9)]
-    kept = generation.mask_through_stop(whole[0], models_of(family, "auto").tokenizer.eos_token_id)
-    assert torch.equal(pieces[0], whole[0])
-    for a, b in zip(pieces[1:], whole[1:], strict=True):
-        assert a.shape == whole[0].shape and (a * kept).count_nonzero() == kept.sum()
-        torch.testing.assert_close(a * kept, b * kept, rtol=0, atol=2e-5)
-
-
-# Whose log-probabilities the update starts from.
-
-
-@pytest.mark.parametrize(
-    "gap, source", [(5e-5, "decode"), (2e-4, "forward"), (torch.nan, "forward")]
-)
-@pytest.mark.parametrize("which", [0, 1])
-def test_decode_speaks_where_it_agrees_with_the_scoring_pass(gap, source, which):
-    scored = [torch.zeros(3, 4), torch.ones(3, 4)]
-    decoded = [x.clone() for x in scored]
-    decoded[which][1, 2] += gap
-    said = []
-    old = OldLogprobs("auto", said.append)
-    assert old.source is None
-    old.compare(decoded, scored)
-    assert old.source == source and f"from the {source}: decode loop" in said[0]
-
-
-@pytest.mark.parametrize("choice", ["decode", "forward"])
-def test_a_choice_is_kept(choice):
-    assert OldLogprobs(choice).source == choice
-
-
-@pytest.mark.parametrize("source, passes", [("decode", 1), ("forward", 2), ("auto", 2)])
-def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monkeypatch):
-    """Prompts out of order, some twice, in small batches; the reference's pass is always there."""
-    model, asked = tiny("Llama"), []
-    score = language_model.response_logprobs
-    monkeypatch.setattr(
-        language_model, "response_logprobs", lambda *a, **k: asked.append(1) or score(*a, **k)
-    )
-    models = models_of("Llama", source)
-    models.tokenizer.batch_decode = lambda ids, skip_special_tokens: [""] * len(ids)
-    models.hybrid.generating = lambda: contextlib.nullcontext(model)
-    models.reference = model
-    models.critic = models.reward = models.judge = models.reward_function = None
-    models.frozen_offload = None
-    ids, mask = left_padded(LENGTHS)
-    prompts = [rollout.Prompt(row[m].tolist(), (), {}) for row, m in zip(ids, mask, strict=True)]
-    prompts = [prompts[i] for i in (0, 0, 3, 1, 5, 3, 2, 4)]
-    config = config_of(
-        max_response_length=NEW, temperature=1.3, generation_tokens=40, micro_batch_size=8
-    )
-    found, _ = rollout.collect(models, prompts, config, torch.device("cpu"), noise_step=0)
-    assert len(asked) == passes and models.old_logprobs.source == source.replace("auto", "decode")
-    noise = generation.uniform_noise(len(prompts), NEW, config.seed, 0)
-    for row, prompt in enumerate(prompts):
-        alone = torch.tensor([prompt.ids])
-        response = generation.generate(
-            model,
-            alone,
-            torch.ones_like(alone, dtype=torch.bool),
-            max_new_tokens=NEW,
-            stop_id=models.tokenizer.eos_token_id,
-            pad_id=PAD,
-            temperature=1.3,
-            noise=noise[[row]],
-        )
-        kept = found.response_mask[row]
-        assert found.response_ids[row][kept].tolist() == response[0, : kept.sum()].tolist()
-        assert found.prompt_ids[row][found.prompt_mask[row]].tolist() == prompt.ids
-    torch.testing.assert_close(found.logprobs, found.ref_logprobs, rtol=0, atol=3e-5)
-    entropies = score(
-        model,
-        torch.cat([found.prompt_ids, found.response_ids], 1),
-        torch.cat([found.prompt_mask, found.response_mask], 1),
-        found.response_ids.shape[1],
-        temperature=1.3,
-        micro_batch_size=8,
-    )[1]
-    expected = entropies * found.response_mask
-    torch.testing.assert_close(found.entropies, expected, rtol=0, atol=3e-5)

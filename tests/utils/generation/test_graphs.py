@@ -18,7 +18,7 @@ from utils.generation.decoder import Decoder
 @pytest.fixture
 def machine(monkeypatch):
     """A device whose decoders capture, and whose layers are the GPU's."""
-    monkeypatch.setattr(generation.packed_linear, "packed", as_it_is)
+    monkeypatch.setattr(generation.cpu_products, "packed", as_it_is)
     monkeypatch.setattr(generation.token_attention, "used_by", as_it_is)
     monkeypatch.setattr(Decoder, "_is_static", lambda self, *_: self.mode in ("auto", "graph"))
     return Machine().install(monkeypatch)

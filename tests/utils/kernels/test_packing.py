@@ -8,7 +8,6 @@ import torch
 import transformers
 from torch.nn.attention import varlen
 
-from step1_sft.config import SFTConfig
 from tests.helpers.families import FAMILIES
 from tests.utils.generation.test_sampling import VOCAB, tiny
 from utils.data import batches
@@ -193,13 +192,13 @@ def test_a_packed_model_generates_and_takes_padded_rows_as_before():
 def test_what_cannot_be_packed_is_refused_or_left(capsys):
     packing._tell.cache_clear()
     bloom = tiny("Bloom")
-    packing.choose(bloom, SFTConfig(packing="auto"), "fp32")
-    packing.choose(bloom, SFTConfig(packing="auto"), "fp32")
+    packing.choose(bloom, "auto", "fp32")
+    packing.choose(bloom, "auto", "fp32")
     told = capsys.readouterr().out
     assert told.count("packing=auto: rows are padded, as Bloom") == 1, "told, and once"
     assert not packing.is_on(bloom)
     with pytest.raises(SystemExit, match="packing=on: BloomForCausalLM takes no att"):
-        packing.choose(bloom, SFTConfig(packing="on"), "fp32")
+        packing.choose(bloom, "on", "fp32")
     chunked, _ = twins("Llama")
     chunked.config.layer_types = ["chunked_attention", "full_attention"]
     assert "chunked_attention" in packing.obstacle(chunked, "cpu", "fp32")

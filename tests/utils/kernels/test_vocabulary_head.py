@@ -48,9 +48,8 @@ def test_chunks_give_the_numbers_and_gradients_of_whole_logits(
     if biased:
         head.bias = nn.Parameter(bias.detach())
     everywhere = torch.arange(TOKENS)
-    asked = vocabulary_head.Question(everywhere, targets, temperature, with_entropies=True)
-    with head.asked(asked):
-        actual = head(hidden[None])
+    settings = everywhere, targets, temperature, True
+    actual, entropies = head.logprobs(hidden[None], *settings)
     (actual * slopes).sum().backward()
 
     exact = [None if x is None else x.detach().double() for x in (hidden, weight, bias)]
@@ -60,10 +59,10 @@ def test_chunks_give_the_numbers_and_gradients_of_whole_logits(
     (expected * slopes).sum().backward()
     # bf16 logits of size 10 are off by 0.03.
     close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.08)
-    assert actual.dtype == asked.entropies.dtype == torch.float32
+    assert actual.dtype == entropies.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, **close)
-    torch.testing.assert_close(asked.entropies.double(), -(logs.exp() * logs).sum(-1), **close)
-    assert not asked.entropies.requires_grad
+    torch.testing.assert_close(entropies.double(), -(logs.exp() * logs).sum(-1), **close)
+    assert not entropies.requires_grad
     for mine, theirs in zip((hidden, head.weight, head.bias), exact, strict=True):
         if theirs is not None:
             assert theirs.grad.abs().max() > 0.1
@@ -74,11 +73,11 @@ def test_no_token_wanted_is_no_gradient():
     head = vocabulary_head.VocabularyHead(WIDTH, VOCABULARY)
     hidden = torch.randn(2, 3, WIDTH, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
-    with head.asked(vocabulary_head.Question(none, none)):
+    with head.giving(lambda hidden: head.logprobs(hidden, none, none)[0]):
         answer = head(hidden)
     answer.sum().backward()
     assert answer.shape == (0,) and not hidden.grad.any() and not head.weight.grad.any()
-    assert head(hidden).shape == (2, 3, VOCABULARY), "asked once"
+    assert head(hidden).shape == (2, 3, VOCABULARY), "logits again"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *CHANGE_THEIR_LOGITS])

@@ -15,7 +15,7 @@ from tests.helpers.running import ROOT, run_ranks
 from utils.data import chat_template
 from utils.distributed import zero
 from utils.distributed.zero import lr_factor
-from utils.models import language_model, scalar_model, scorer
+from utils.models import language_model, loading, scalar_model, scorer
 
 CONFIG = RewardConfig()
 
@@ -184,7 +184,7 @@ def test_no_family_keeps_dropout(family, auto):
     model = auto.from_config(with_dropout(family, **settings)).train()
     first, second = (model(input_ids=ids).logits for _ in range(2))
     assert not torch.equal(first, second), "nothing to turn off"
-    language_model.prepare_training(model, CONFIG)
+    loading.prepare_training(model)
     first, second, third = (model(input_ids=ids).logits for _ in range(3))
     assert torch.equal(first, second) and torch.equal(second, third)
     torch.testing.assert_close(model.eval()(input_ids=ids).logits, first, rtol=0, atol=1e-6)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.chat import ChatConfig
+from evaluation.prompt_eval import PromptEvalConfig
 from step1_sft.config import SFTConfig
+from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
-from utils.settings import fields as run_config
-from utils.settings.fields import ConfigError, build
+from utils.settings import command_line
+from utils.settings.command_line import build
+from utils.settings.fields import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMON = "--output_dir out --model_name_or_path model".split()
@@ -21,6 +25,7 @@ NEEDED = {
     RewardConfig: [*COMMON, "--preference_data", "d"],
     PPOConfig: [*COMMON, "--reward_model", "r", "--prompt_data", "d"],
 }
+OUTPUT_DIR_HELP = "folder for weights, metrics.jsonl and config.yaml"
 ALL = pytest.mark.parametrize("config_class", NEEDED, ids=lambda c: c.__name__)
 
 
@@ -176,16 +181,16 @@ def test_all_problems_come_in_one_message(tmp_path):
         world_size=8,
     )
     assert found == [
-        "unknown flag --nope",
         f"unknown setting 'learning_rat' in {file}",
         "max_length='long' is not int",
+        "unknown flag --nope",
         "epochs='many' is not float",
         "zero_stage=7 is not one of 0, 1, 2, 3",
         "dtype=fp8 is not one of auto, fp32, bf16, fp16",
         "tensorboard='maybe' is not bool",
+        "sft_data is empty; set --sft_data (demonstrations: files, folders or hub names)",
         "global_batch_size=64 is not divisible by micro_batch_size × ranks = 3 × 8 = 24; set "
         "--global_batch_size to a multiple, e.g. 72, or lower --micro_batch_size",
-        "sft_data is empty; name at least one data set with --sft_data",
     ]
 
 
@@ -238,39 +243,77 @@ def test_rates_of_actor_and_critic(argv, actor, critic):
 @pytest.mark.parametrize(
     "config_class, argv, said",
     [
-        (SFTConfig, ["--weight_decay", "-1"], "weight_decay=-1.0 must not be negative"),
-        (SFTConfig, ["--learning_rate", "-1e-5"], "learning_rate=-1e-05 must be above 0"),
-        (SFTConfig, ["--learning_rate=-1e-5"], "learning_rate=-1e-05 must be above 0"),
+        (
+            SFTConfig,
+            ["--weight_decay", "-1"],
+            "weight_decay=-1.0 must be at least 0; set",
+        ),
+        (SFTConfig, ["--learning_rate", "-1e-5"], "learning_rate=-1e-05 must be above 0;"),
+        (SFTConfig, ["--learning_rate=-1e-5"], "learning_rate=-1e-05 must be above 0;"),
         (SFTConfig, ["--epochs", "-inf"], "epochs='-inf' is not a finite number"),
-        (SFTConfig, ["--seed", "-1"], "seed=-1 must lie in [0, 2^63)"),
-        (SFTConfig, ["--seed", str(2**63)], f"seed={2**63} must lie in [0, 2^63)"),
-        (SFTConfig, ["--micro_batch_size", "0"], "must be at least 1"),
-        (SFTConfig, ["--global_batch_size", "-4"], "must be at least 1"),
-        (SFTConfig, ["--eval_fraction", "1"], "eval_fraction=1.0 must lie between"),
+        (SFTConfig, ["--seed", "-1"], "seed=-1 must be at least 0"),
+        (SFTConfig, ["--seed", str(2**63)], f"seed={2**63} must be below {2**63}"),
+        (SFTConfig, ["--micro_batch_size", "0"], "micro_batch_size=0 must be at least 1"),
+        (SFTConfig, ["--global_batch_size", "-8"], "global_batch_size=-8 must be at least 1"),
+        (SFTConfig, ["--eval_fraction", "1"], "eval_fraction=1.0 must be below 1"),
         (SFTConfig, ["--offload", "all"], "--zero_stage 3"),
         (SFTConfig, ["--offload", "optimizer"], "--zero_stage 1, 2 or 3"),
         (SFTConfig, ["--epochs", "nan"], "epochs='nan' is not a finite number"),
         (SFTConfig, ["--epochs", "inf"], "epochs='inf' is not a finite number"),
         (SFTConfig, ["--seed", "1.5"], "seed='1.5' is not int"),
         (SFTConfig, ["--seed", ""], "seed='' is not int"),
-        (SFTConfig, ["--max_length", "4"], "max_length=4 leaves no room"),
-        (SFTConfig, ["--date", "31.1.2026"], "date='31.1.2026' is no day"),
-        (SFTConfig, ["--epochs", "0"], "epochs=0.0 gives no step"),
-        (RewardConfig, ["--label_smoothing", "0.5"], "label_smoothing=0.5 must lie in"),
+        (SFTConfig, ["--max_length", "4"], "max_length=4 must be at least 8"),
+        (SFTConfig, ["--date", "31.1.2026"], "date='31.1.2026': Invalid isoformat string"),
+        (SFTConfig, ["--epochs", "0"], "epochs=0.0 must be above 0"),
+        (RewardConfig, ["--label_smoothing", "0.5"], "label_smoothing=0.5 must be below 0.5"),
         (RewardConfig, ["--trainable_modules", "("], "'(' is no pattern"),
-        (PPOConfig, ["--missing_eos_penalty", "-1"], "missing_eos_penalty=-1.0 must not be neg"),
-        (PPOConfig, ["--gamma", "1.1"], "gamma=1.1 must lie in [0, 1]"),
-        (PPOConfig, ["--lam", "-0.5"], "lam=-0.5 must lie in [0, 1]"),
+        (PPOConfig, ["--missing_eos_penalty", "-1"], "missing_eos_penalty=-1.0 must be at least 0"),
+        (PPOConfig, ["--gamma", "1.1"], "gamma=1.1 must be at most 1"),
+        (PPOConfig, ["--lam", "-0.5"], "lam=-0.5 must be at least 0"),
         (PPOConfig, ["--clip_ratio", "0"], "clip_ratio=0.0 must be above 0"),
-        (PPOConfig, ["--clip_value", "-1"], "clip_value=-1.0 must not be negative"),
+        (PPOConfig, ["--clip_value", "-1"], "clip_value=-1.0 must be at least 0"),
         (PPOConfig, ["--temperature", "0"], "temperature=0.0 must be above 0"),
-        (PPOConfig, ["--ema_decay", "1"], "ema_decay=1.0 must lie in [0, 1)"),
+        (PPOConfig, ["--ema_decay", "1"], "ema_decay=1.0 must be below 1"),
         (PPOConfig, ["--critic_zero_stage", "4"], "critic_zero_stage=4 is not one of -1, 0"),
     ],
 )
 def test_values_that_cannot_work(config_class, argv, said):
     (problem,) = problems_of(config_class, [*NEEDED[config_class], *argv])
     assert said in problem
+
+
+def beyond_bounds(f):
+    """Words for setting `f`, each just beyond one of its bounds."""
+    whole = f.type is int
+    step = 1 if whole else 2**-20
+    limits = f.metadata
+    for name, away in (("at_least", -step), ("above", 0), ("at_most", step), ("below", 0)):
+        if limits[name] is not None:
+            yield repr((int if whole else float)(limits[name] + away)), name.replace("_", " ")
+
+
+@pytest.mark.parametrize("config_class", [*NEEDED, CollectConfig, ChatConfig, PromptEvalConfig])
+def test_every_bound_is_enforced(config_class):
+    tried = 0
+    for f in dataclasses.fields(config_class):
+        assert f.metadata["on_resume"] in ("learned", "rounding", "free"), f.name
+        for word, bound in beyond_bounds(f):
+            argv = [*NEEDED.get(config_class, []), f"--{f.name}={word}"]
+            found = problems_of(config_class, argv)
+            told = [p for p in found if p.startswith(f"{f.name}=") and f"must be {bound}" in p]
+            assert len(told) == 1 and f"set --{f.name}" in told[0], (f.name, word, found)
+            tried += 1
+        numbers = f.type in (int, float) and not f.metadata["choices"]
+        assert not numbers or f.metadata["at_least"] is not None or f.metadata["above"] is not None
+    assert tried >= (3 if config_class is ChatConfig else 8)
+
+
+def test_check_config_names_each_broken_bound(tmp_path):
+    words = "--max_length 1 --learning_rate 2 --eval_fraction 1 --seed -1 --keep_last -1".split()
+    done = run_main(tmp_path, *NEEDED[SFTConfig], "--check_config", *words)
+    assert done.returncode == 2
+    for flag in words[::2]:
+        assert f"- {flag[2:]}=" in done.stderr and f"set {flag}" in done.stderr
 
 
 def test_a_choice_that_begins_with_a_minus_sign():
@@ -334,7 +377,7 @@ def test_a_flag_takes_one_value(argv, problem):
     found = problems_of(SFTConfig, [*NEEDED[SFTConfig], *argv])
     assert found[0] == problem
     assert found[1:] == (
-        ["output_dir is empty; say where to write with --output_dir FOLDER"]
+        [f"output_dir is empty; set --output_dir ({OUTPUT_DIR_HELP})"]
         if argv == ["--output_dir"]
         else []
     )
@@ -353,7 +396,7 @@ def test_a_flag_without_a_value_is_told_with_the_other_problems():
 
 @ALL
 def test_help_tells_every_setting(config_class):
-    text = " ".join(run_config.help_text(config_class, "main.py", "What it does.").split())
+    text = " ".join(command_line.help_text(config_class, "main.py", "What it does.").split())
     assert text.startswith("usage: main.py ") and "What it does." in text and "--config " in text
     for f in dataclasses.fields(config_class):
         assert f"--{f.name} " in text
@@ -364,10 +407,10 @@ def test_help_tells_every_setting(config_class):
 def test_parse_prints_the_help_and_ends(argv, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step1_sft/main.py", *argv])
     with pytest.raises(SystemExit) as caught:
-        run_config.parse(SFTConfig, "What it does.")
+        command_line.parse(SFTConfig, "What it does.")
     assert caught.value.code == 0
     said = capsys.readouterr()
-    assert said.out == run_config.help_text(SFTConfig, "main.py", "What it does.") + "\n"
+    assert said.out == command_line.help_text(SFTConfig, "main.py", "What it does.") + "\n"
     assert said.err == ""
 
 
@@ -376,7 +419,7 @@ def test_parse_prints_on_rank_0_only(monkeypatch, capsys):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as caught:
-            run_config.parse(SFTConfig, "")
+            command_line.parse(SFTConfig, "")
         assert caught.value.code == 2
         said = capsys.readouterr().err
         assert (
@@ -388,10 +431,10 @@ def test_parse_counts_the_ranks(monkeypatch, capsys):
     argv = [*NEEDED[SFTConfig], "--global_batch_size", "4", "--micro_batch_size", "4"]
     monkeypatch.setattr(sys, "argv", ["main.py", *argv])
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert run_config.parse(SFTConfig, "").global_batch_size == 4
+    assert command_line.parse(SFTConfig, "").global_batch_size == 4
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        run_config.parse(SFTConfig, "")
+        command_line.parse(SFTConfig, "")
     assert "4 × 2 = 8" in capsys.readouterr().err
 
 

@@ -1,54 +1,13 @@
-"""Layers that run from packed weights, and attention of one token, against torch's own."""
+"""Attention of one token against the formula, and against torch's own in a model."""
 
 import pytest
 import torch
 import transformers
-from torch import nn
-from torch.nn import functional as F
 
 from tests.helpers.families import FAMILIES
-from utils.kernels import cpu_products, packed_linear, token_attention
+from utils.kernels import token_attention
 
 pytestmark = pytest.mark.usefixtures("onednn_wherever_it_can")
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("shape", [(1,), (5,), (32,), (3, 70)])
-def test_packed_layers_multiply_as_before(dtype, tolerance, shape):
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 16, bias=False)).to(dtype)
-    x = torch.randn(*shape, 48, generator=generator).to(dtype)
-    hidden = F.linear(x.double(), *(p.double() for p in model[0].parameters())).to(dtype).double()
-    expected = F.linear(hidden, model[1].weight.double())
-    with torch.no_grad(), packed_linear.packed(model):
-        packs = cpu_products.PRODUCTS.onednn("decoding", dtype)  # bf16: not on every CPU
-        assert all(("forward" in vars(layer)) == packs for layer in model)
-        assert packs or dtype == torch.bfloat16
-        got = model(x)
-    assert got.dtype == dtype and got.shape == expected.shape
-    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_weights_are_packed_anew_each_time_and_let_go_even_on_an_error():
-    layer = nn.Linear(8, 8, bias=False)
-    x = torch.eye(8)
-    for value in (1.0, 2.0):
-        layer.weight.data.fill_(value)
-        with torch.no_grad(), packed_linear.packed(layer):
-            assert torch.equal(layer(x), torch.full((8, 8), value))
-    with pytest.raises(RuntimeError, match="a planted error"), packed_linear.packed(layer):
-        raise RuntimeError("a planted error")
-    assert "forward" not in vars(layer) and layer(x).requires_grad
-
-
-def test_layers_of_other_classes_and_types_stay_as_they_are():
-    class Special(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4))
-    with packed_linear.packed(model):
-        assert [("forward" in vars(layer)) for layer in model] == [False, False, True]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -1,4 +1,4 @@
-"""What keeps a model's folder from loading, in words that say what to do."""
+"""Reading what transformers has saved: a model's config, and words for what does not load."""
 
 import os
 import pickle
@@ -6,6 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SHOWN_FILES = 12
+
+
+def config_of(path: str, trust_remote_code: bool, **settings):
+    """The config of a model's folder or hub name. Raises SystemExit with the path and the cause."""
+    from transformers import AutoConfig
+
+    with refused(path, "the model's config"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
+
+
+def positions_of(config) -> int | None:
+    """How many tokens a row may have; None where the model has no such limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager
@@ -25,18 +38,17 @@ def refused(path: str, what: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise SystemExit(
-            f"cannot load {what} from {path!r}: {type(error).__name__}: {error}\n{advice(path)}"
+            f"cannot load {what} from {path!r}: {type(error).__name__}: {error}\n{_advice(path)}"
         ) from error
 
 
-def advice(path: str) -> str:
-    """What to do about a model that does not load from `path`."""
+def _advice(path: str) -> str:
     if os.path.isdir(path):
-        found = sorted(os.listdir(path))
-        there = ", ".join(found[:SHOWN_FILES]) + (" …" if len(found) > SHOWN_FILES else "")
+        names = sorted(os.listdir(path))
+        shown = ", ".join(names[:SHOWN_FILES]) + (" …" if len(names) > SHOWN_FILES else "")
         return (
             "the folder must hold config.json, *.safetensors, and tokenizer.json; it holds "
-            f"{there or 'nothing'}"
+            f"{shown or 'nothing'}"
         )
     if os.path.exists(path):
         return f"{path!r} is a file; give the folder it is in"

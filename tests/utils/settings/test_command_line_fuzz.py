@@ -21,8 +21,9 @@ from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.fuzzing import NO_PROCESS
-from utils.settings import fields as run_config
-from utils.settings.fields import ConfigError, build
+from utils.settings import command_line
+from utils.settings.command_line import build
+from utils.settings.fields import ConfigError
 
 COMMON = "--output_dir out --model_name_or_path model".split()
 NEEDED = {
@@ -100,7 +101,7 @@ def assert_refused_or_meant(tmp_path, case) -> None:
         for one in value if many else [value]:
             assert not isinstance(one, float) or math.isfinite(one)
             assert not isinstance(one, str) or ("\0" not in one and one.encode("utf-8") is not None)
-    run_config.save(config, tmp_path / "saved", ranks)
+    command_line.save(config, tmp_path / "saved", ranks)
     file = str(tmp_path / "saved" / "config.yaml")
     assert build(config_class, ["--config", file], ranks) == config
 
@@ -166,27 +167,39 @@ def test_the_command_lines_above_work(config_class):
 
 CONTRADICTIONS = [
     (SFTConfig, "--data_weights 1 2", "2 numbers for 1 data sets of --sft_data"),
-    (SFTConfig, "--data_weights -1", "must lie in (0, 10000]"),
+    (SFTConfig, "--data_weights -1", "data_weights=[-1.0] must be above 0"),
     (SFTConfig, "--data_split 2,4", "data_split='2,4'"),
     (SFTConfig, "--data_split 0,0,0", "data_split='0,0,0'"),
     (SFTConfig, "--sample_answers -1", "sample_answers=-1"),
     (SFTConfig, "--output_dir /dev/null", "/dev/null is no folder"),
     (SFTConfig, "--output_dir /dev/null/out", "/dev/null is no folder"),
-    (SFTConfig, "--timeout_minutes 1e18", "timeout_minutes=1e+18 is above"),
-    (SFTConfig, "--learning_rate 3", "learning_rate=3.0 is above 1.0"),
-    (SFTConfig, "--max_steps 1e12", "max_steps='1e12' is beyond"),
+    (SFTConfig, "--timeout_minutes 1e18", "timeout_minutes=1e+18 must be at most 1000000.0"),
+    (SFTConfig, "--learning_rate 3", "learning_rate=3.0 must be at most 1"),
+    (SFTConfig, "--max_steps 1e12", f"max_steps={10**12} must be below {2**31}"),
     (SFTConfig, "--global_batch_size 1e30", "global_batch_size='1e30' is not int"),
-    (RewardConfig, "--score_margin -1", "score_margin=-1.0 must not be negative"),
+    (RewardConfig, "--score_margin -1", "score_margin=-1.0 must be at least 0"),
     (RewardConfig, "--preference_data a b --data_weights 3", "1 numbers for 2 data sets"),
     (CollectConfig, "--num_prompts -1", "num_prompts=-1"),
     (CollectConfig, "--max_response_length 0", "max_response_length=0"),
-    (CollectConfig, "--reward_model r", "means nothing to labeller=verifier"),
-    (CollectConfig, "--labeller none --agreement 0.8", "means nothing to labeller=none"),
+    (
+        CollectConfig,
+        "--reward_model r",
+        "r is read only with --labeller reward_model",
+    ),
+    (
+        CollectConfig,
+        "--labeller none --agreement 0.8",
+        "only with --labeller verifier (now 'none')",
+    ),
     (CollectConfig, "--output_file /tmp", "is a folder"),
     (PPOConfig, "--kl_target 3 --kl_coef 0", "kl_coef=0, which stays 0"),
     (PPOConfig, "--kl_horizon -1", "kl_horizon=-1.0"),
     (PPOConfig, "--algorithm reinforce --critic_model c", "reinforce has no critic"),
-    (PPOConfig, "--reward_function_coef 2", "needs a --reward_function"),
+    (
+        PPOConfig,
+        "--reward_function_coef 2",
+        "2.0 is read only with --reward_function",
+    ),
     (PPOConfig, "--temperature 1e-320", "beyond the range of fp32"),
     (ChatConfig, "--seed -1", "seed=-1"),
     (PromptEvalConfig, "--seed 1e19", "seed=10000000000000000000"),
@@ -253,7 +266,7 @@ def test_a_number_of_ranks_that_is_none(ranks, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setattr(sys, "argv", ["main.py", *NEEDED[SFTConfig]])
     with pytest.raises(SystemExit, match="WORLD_SIZE"):
-        run_config.parse(SFTConfig, "")
+        command_line.parse(SFTConfig, "")
 
 
 def test_saved_text_is_yaml_for_everybody(tmp_path):
@@ -261,7 +274,7 @@ def test_saved_text_is_yaml_for_everybody(tmp_path):
     config = build(
         SFTConfig, [*NEEDED[SFTConfig], "--output_dir", "no", "--data_split", "1,2,3"], 1
     )
-    run_config.save(config, tmp_path, 1)
+    command_line.save(config, tmp_path, 1)
     read = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert read["output_dir"] == "no" and read == dataclasses.asdict(config)
 

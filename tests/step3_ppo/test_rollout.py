@@ -1,0 +1,77 @@
+"""What a rollout holds, against each row decoded and scored alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from step3_ppo import rollout
+from step3_ppo.old_logprobs import OldLogprobs
+from tests.helpers.small_models import Engine, config_of
+from tests.utils.generation.test_decoder import stop_of
+from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded, tiny
+from utils.generation import sampling as generation
+from utils.generation.engines.native import NativeEngine
+from utils.models import language_model
+
+
+def models_of(model, source: str) -> SimpleNamespace:
+    """A policy that is its own reference, and nobody who scores."""
+    actor = Engine(model)
+    none = dict.fromkeys(("critic", "reward", "judge", "reward_function", "frozen_offload"))
+    return SimpleNamespace(
+        **none,
+        tokenizer=SimpleNamespace(
+            eos_token_id=stop_of("Llama")[0],
+            pad_token_id=PAD,
+            batch_decode=lambda ids, skip_special_tokens: [""] * len(ids),
+        ),
+        actor=actor,
+        reference=model,
+        rollout_engine=NativeEngine(tokens_at_once=40),
+        old_logprobs=OldLogprobs(source),
+    )
+
+
+@pytest.mark.parametrize("source, passes", [("decode", 1), ("forward", 2), ("auto", 2)])
+def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monkeypatch):
+    """Prompts out of order, some twice, in small batches; the reference's pass is always there."""
+    model, asked = tiny("Llama"), []
+    score = language_model.response_logprobs
+    monkeypatch.setattr(
+        language_model, "response_logprobs", lambda *a, **k: asked.append(1) or score(*a, **k)
+    )
+    models = models_of(model, source)
+    ids, mask = left_padded(LENGTHS)
+    prompts = [rollout.Prompt(row[m].tolist(), (), {}) for row, m in zip(ids, mask, strict=True)]
+    prompts = [prompts[i] for i in (0, 0, 3, 1, 5, 3, 2, 4)]
+    config = config_of(max_response_length=NEW, temperature=1.3, micro_batch_size=8)
+    found, _ = rollout.collect(models, prompts, config, torch.device("cpu"), noise_step=0)
+    assert len(asked) == passes and models.old_logprobs.source == source.replace("auto", "decode")
+    noise = generation.uniform_noise(len(prompts), NEW, config.seed, 0)
+    for row, prompt in enumerate(prompts):
+        alone = torch.tensor([prompt.ids])
+        response = generation.generate(
+            model,
+            alone,
+            torch.ones_like(alone, dtype=torch.bool),
+            max_new_tokens=NEW,
+            stop_id=models.tokenizer.eos_token_id,
+            pad_id=PAD,
+            temperature=1.3,
+            noise=noise[[row]],
+        )
+        kept = found.response_mask[row]
+        assert found.response_ids[row][kept].tolist() == response[0, : kept.sum()].tolist()
+        assert found.prompt_ids[row][found.prompt_mask[row]].tolist() == prompt.ids
+    torch.testing.assert_close(found.logprobs, found.ref_logprobs, rtol=0, atol=3e-5)
+    entropies = score(
+        model,
+        torch.cat([found.prompt_ids, found.response_ids], 1),
+        torch.cat([found.prompt_mask, found.response_mask], 1),
+        found.response_ids.shape[1],
+        temperature=1.3,
+        micro_batch_size=8,
+    )[1]
+    expected = entropies * found.response_mask
+    torch.testing.assert_close(found.entropies, expected, rtol=0, atol=3e-5)

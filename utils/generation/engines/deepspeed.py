@@ -1,0 +1,71 @@
+"""DeepSpeed's HybridEngineRollout: transformers' `generate` on the trained module.
+
+It decodes every row to the limit, under ZeRO-3 gathers each layer for each token, and tells no
+log-probabilities. It draws from torch's generator, which the request's noise seeds: the same
+request gives the same samples, but on another number of ranks the samples are others.
+"""
+
+import contextlib
+
+import torch
+from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
+from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
+from torch import nn
+
+from utils.generation import weights
+from utils.generation.engine import Request, Samples, Sampling, Setup, samples_of
+
+# Settings of a generation_config that a request says itself, or that change no draw.
+HARMLESS = {"temperature", "top_p", "top_k", "do_sample", "max_length", "max_new_tokens"}
+HARMLESS |= {"transformers_version", "_from_model_config", "use_cache"}
+
+
+def build(setup: Setup) -> "DeepSpeedEngine":
+    bad = {
+        name: value
+        for name, value in setup.actor.module.generation_config.to_diff_dict().items()
+        if not name.endswith("token_id") and not name.startswith("output_") and name not in HARMLESS
+    }
+    if bad:
+        raise SystemExit(
+            f"hybrid_engine=deepspeed: the model's generation_config changes what is drawn: {bad}; "
+            "take it out, or set --hybrid_engine native"
+        )
+    return DeepSpeedEngine(setup.tokenizer)
+
+
+class DeepSpeedEngine:
+    name, tells_logprobs = "deepspeed", False
+    description = (
+        "deepspeed engine: every row is decoded to the limit, under ZeRO-3 each layer is gathered "
+        "for each token, and another number of ranks draws other samples"
+    )
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.generator: nn.Module | None = None
+        self._synced = contextlib.ExitStack()
+
+    def sync(self, actor) -> None:
+        self._synced.close()
+        self.generator = self._synced.enter_context(weights.in_eval_mode(actor))
+        self.rollout = HybridEngineRollout(actor.engine, self.tokenizer)
+
+    def generate(self, request: Request, sampling: Sampling) -> Samples:
+        if sampling.stop_id != self.tokenizer.eos_token_id:
+            raise ValueError(
+                f"DeepSpeed stops at the tokenizer's eos_token, not {sampling.stop_id}"
+            )
+        greedy = request.noise is None
+        device = next(self.generator.parameters()).device
+        asked = RolloutRequest(request.prompt_ids.to(device), request.prompt_mask.long().to(device))
+        how = SamplingConfig(sampling.max_new_tokens, 0.0 if greedy else sampling.temperature)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if not greedy:
+                torch.manual_seed(int(request.noise.double().sum() * 2**24))
+            batch = self.rollout.generate(asked, how)
+        return samples_of(batch.input_ids[:, request.prompt_ids.shape[1] :], sampling)
+
+    def release(self) -> None:
+        self._synced.close()
+        self.generator = None
