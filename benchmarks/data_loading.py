@@ -114,16 +114,17 @@ def loading(folder: Path, path: Path, cache: Path, tokens: int) -> dict:
     """Step 1's data, as step 1 loads it, and a hundred batches of it."""
     begun = time.monotonic()
     from step1_sft.config import SFTConfig
-    from utils.data import batches, chat_template, demonstrations, row_cache
-    from utils.data.splits import DataSettings
+    from utils.data import batches, chat_template, demonstrations
+    from utils.data import cache as cache_files
+    from utils.data.loading import DataSettings
 
-    reading, once = [], row_cache.once
+    reading, once = [], cache_files.once
 
     def watched(*given) -> None:
         once(*given)
         reading.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
-    row_cache.once = watched
+    cache_files.once = watched
 
     config = SFTConfig(
         sft_data=[str(path)],

@@ -144,7 +144,7 @@ def run_trl(config, judge: Judge) -> None:
     from benchmarks import trl_runner
     from step3_ppo.models import readers
     from utils.data import prompts as prompt_data
-    from utils.data.splits import DataSettings
+    from utils.data.loading import DataSettings
     from utils.models.scorer import reads_text
 
     prompts, _ = prompt_data.load(

@@ -181,7 +181,7 @@ def train_ppo(config, dtype: str, device) -> None:
     # One prompt is a token shorter, so that there is something to mask.
     lengths = [config.max_prompt_length - (i == 0) for i in range(config.rollout_size())]
     prompts = [
-        rollouts.Prompt(torch.randint(10, 300, (n,), generator=generator).tolist(), (), {})
+        rollouts.Prompt((), "", {}, torch.randint(10, 300, (n,), generator=generator).tolist())
         for n in lengths
     ]
     for step in range(2):
@@ -228,7 +228,7 @@ def run_case(case: str, folder: Path, device: str) -> dict:
     from utils.planner import plan as planner
 
     step, size, dtype, ranks, config = config_of(case, folder)
-    found = planner.plan(step, config, dtype, ranks, device)
+    found = planner.plan(config.workload(), dtype, ranks, device)
     port = str(process_group.free_port())
     processes = []
     for rank in range(ranks):

@@ -60,9 +60,9 @@ def fastest_that_fits(shape: str, machine: planner.Machine, speed: plan_time.Spe
             if 128 % (micro * machine.ranks):
                 continue
             config = config_of(shape, 4 * micro, micro_batch_size=micro, **settings)
-            plan = planner.plan("ppo", config, "bf16", machine.ranks, "cuda")
+            plan = planner.plan(config.workload(), "bf16", machine.ranks, "cuda")
             if machine.holds(plan):
-                parts = planner.seconds(plan, config, "bf16", machine.ranks, speed)
+                parts = planner.seconds(plan, config.workload(), "bf16", machine.ranks, speed)
                 by_layer = config.rollout_gather == "layer"
                 time = float("inf") if by_layer else sum(parts.values())
                 found.append((settings, config, plan, time))

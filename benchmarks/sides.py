@@ -10,6 +10,8 @@ import time
 import torch
 
 from utils import report as reporting
+from utils.data import prompts as prompt_data
+from utils.data import tables
 
 
 def step(turns, module: str, argv: list[str]) -> None:
@@ -38,7 +40,7 @@ def rollout(turns, argv: list[str]) -> None:
     from step3_ppo import rollout as rollouts
     from step3_ppo.config import PPOConfig
     from step3_ppo.models import build
-    from utils.data import batches, chat_template, instructions, rows
+    from utils.data import chat_template, rows
     from utils.distributed import process_group, program, zero
     from utils.settings import command_line
 
@@ -48,9 +50,9 @@ def rollout(turns, argv: list[str]) -> None:
     torch.manual_seed(config.seed)
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     bad = rows.BadRows()
-    loaded = instructions.load_prompts(config.prompt_data, split_role="train", bad=bad)
-    kept, ids, _ = batches.encode_prompts(tokenizer, loaded, config.max_prompt_length, "cut", bad)
-    prompts = [rollouts.Prompt(i, p.messages, p.row) for p, i in zip(kept, ids, strict=True)]
+    loaded = prompt_data.load_prompts(config.prompt_data, split_role="train", bad=bad)
+    encode = prompt_data.Encode(tokenizer, config.max_prompt_length, "cut")
+    prompts, _ = tables.encode_all(loaded, encode, bad)
     prompts = prompts[: config.prompts_per_rollout]
     models = build(config, tokenizer, zero.resolve_dtype(config.dtype, device), device)
     turns.ready()

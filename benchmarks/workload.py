@@ -17,9 +17,11 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from utils.data import instructions, splits
+from utils.data import prompts as prompt_data
+from utils.data import splits, tables
 from utils.distributed import zero
 
 PAD, STOP, FIRST_WORD = 0, 1, 2  # token ids
@@ -283,10 +285,11 @@ def write_rows(path: Path, rows: list[dict], shape: Shape, seed: int) -> None:
     while True:
         spare = words(some_words(draw, 8, shape))
         items = [
-            instructions.Prompt(({"role": "user", "content": text},), "", {})
+            prompt_data.Prompt(({"role": "user", "content": text},), "", {})
             for text in (*texts, spare)
         ]
-        _, held = splits.hold_out(items, HELD_OUT, seed)
+        places = np.array([tables.place(item, f"hold_out {seed}") for item in items])
+        held = [items[i] for i in np.flatnonzero(splits.held_out(places, HELD_OUT))]
         if [item.messages[0]["content"] for item in held] == [spare]:
             break
     path.parent.mkdir(parents=True, exist_ok=True)

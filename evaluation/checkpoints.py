@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.data import chat_template, fitting, rows
+from utils.data import chat_template, files, fitting
 from utils.distributed import zero
 from utils.models import loading
 
@@ -20,7 +20,7 @@ def looks_local(name: str) -> bool:
     parts = Path(name).parts
     return (
         name.startswith(("/", ".", "~"))
-        or name.lower().endswith((".txt", *rows.FILES))
+        or name.lower().endswith((".txt", *files.FILES))
         or len(parts) > 2
         or (len(parts) == 2 and Path(parts[0]).is_dir())
     )

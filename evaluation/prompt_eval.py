@@ -19,7 +19,8 @@ import torch
 from evaluation import checkpoints, markdown, scores
 from utils import report as reporting
 from utils import terminal, whole_files
-from utils.data import batches, chat_template, instructions, rows
+from utils.data import batches, chat_template, files, rows, sources
+from utils.data import prompts as prompt_data
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.data.turns import text_of
 from utils.distributed import program
@@ -151,11 +152,11 @@ def load_questions(config) -> list[Question]:
 
 
 def _read_prompts(name: str, bad: rows.BadRows) -> list[Question]:
-    if Path(name).is_file() and not name.lower().endswith(rows.FILES):
+    if Path(name).is_file() and not name.lower().endswith(files.FILES):
         return _read_lines(name, bad)
     found = []
-    role = "eval" if rows.has_split(name, instructions.PROMPT_SPLITS["eval"]) else "train"
-    for prompt in instructions.load_prompts([name], split_role=role, bad=bad):
+    role = "eval" if sources.has_split(name, prompt_data.SPLITS["eval"]) else "train"
+    for prompt in prompt_data.load_prompts([name], split_role=role, bad=bad):
         try:
             found.append(Question(prompt.messages[:-1], _turns(prompt), prompt.where))
         except rows.BadRow as problem:
@@ -165,7 +166,7 @@ def _read_prompts(name: str, bad: rows.BadRows) -> list[Question]:
 
 def _read_lines(path: str, bad: rows.BadRows) -> list[Question]:
     found, before = [], len(bad)
-    for number, raw in enumerate(Path(path).read_bytes().removeprefix(rows.UTF8_BOM).split(b"\n")):
+    for number, raw in enumerate(Path(path).read_bytes().removeprefix(files.UTF8_BOM).split(b"\n")):
         where = f"{path}:{number + 1}"
         try:
             text = raw.decode("utf-8").strip()
@@ -181,7 +182,7 @@ def _read_lines(path: str, bad: rows.BadRows) -> list[Question]:
     return found
 
 
-def _turns(prompt: instructions.Prompt) -> tuple[str, ...]:
+def _turns(prompt: prompt_data.Prompt) -> tuple[str, ...]:
     """What the user says: all turns of a row of MT-Bench, else one. Raises BadRow."""
     first, turns = prompt.messages[-1]["content"], prompt.row.get("turns")
     if prompt.messages[-1]["role"] != "user":

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from utils.planner.workload import Role, Workload
 from utils.settings.fields import free, setting
 from utils.settings.run_config import RunConfig
 
@@ -19,3 +20,10 @@ class SFTConfig(RunConfig):
         2.0, "passes over the demonstrations (see --max_steps)", above=0, at_most=1e6
     )
     sample_answers: int = free(3, "held-out prompts answered before and after, for people")
+
+    def workload(self) -> Workload:
+        """What the planner computes memory and time from."""
+        model = Role("model", self.model_name_or_path, trained=True)
+        return self.pick(
+            Workload, roles=(model,), length=self.max_length, predicted=self.max_length
+        )

@@ -17,7 +17,7 @@ from step1_sft.config import SFTConfig
 from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, demonstrations, fitting
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import host_memory, program, zero
 from utils.generation import engines
 from utils.generation.engine import Request, Sampling, Setup, synced
@@ -118,7 +118,7 @@ def main() -> None:
     )
     rows = config.global_batch_size
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(examples))
-    run.announce(f"step 1, SFT: {steps} steps", "sft", steps)
+    run.announce(f"step 1, SFT: {steps} steps", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
         config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading

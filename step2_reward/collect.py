@@ -19,9 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 from utils import whole_files
 from utils.checkpoints import resuming
-from utils.data import batches, chat_template, instructions, preferences, rows, splits, toy_tasks
+from utils.data import (
+    batches,
+    chat_template,
+    comparisons,
+    rows,
+    splits,
+    tables,
+    toy_tasks,
+)
 from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
@@ -282,39 +290,31 @@ def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     columns = columns_of(config.columns)
-    found = preferences.load_comparisons([config.rankings], columns=columns, bad=bad)
+    found = comparisons.load_comparisons([config.rankings], columns=columns, bad=bad)
     bad.finish(config.rankings)
-    prompts = [instructions.Prompt(c.prompt, c.where, {}) for c in found]
+    prompts = [prompt_data.Prompt(c.prompt, c.where, {}) for c in found]
     answers = [list(map(Sampled, c.responses, c.finished)) for c in found]
     write(config, prompts, answers, [c.scores for c in found])
 
 
 def load_prompts(config, tokenizer, reader: Reader | None):
-    """(prompts that the policy's template and the labeller's, if it has one, can render, their ids,
-    Counts)."""
+    """(prompts that the policy's template and the labeller's, if it has one, can render, Counts)"""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = columns_of(config.columns)
-
-    def load(names, role):
-        return instructions.load_prompts(
-            names, split_role=role, schema=config.data_schema, columns=columns, bad=bad
-        )
-
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
-    splits_of_prompts = instructions.PROMPT_SPLITS["eval"]
-    prompts, _ = splits.train_and_held_out(
-        config.prompt_data, load, splits_of_prompts, config.pick(DataSettings), step=2, bad=bad
+    train, _ = splits.train_and_held_out(
+        prompt_data.PROMPTS, config.prompt_data, None, config.pick(DataSettings), 2, bad
     )
-    random.Random(config.seed).shuffle(prompts)
-    prompts = prompts[: config.num_prompts or None]
-    if reader is not None:
-        prompts = prompt_data.readable(prompts, [reader], bad)
-    limit, fate = config.max_prompt_length, config.long_prompts
-    prompts, encoded, counts = batches.encode_prompts(tokenizer, prompts, limit, fate, bad)
+    order = list(range(len(train)))
+    random.Random(config.seed).shuffle(order)
+    encode = prompt_data.Encode(
+        tokenizer, config.max_prompt_length, config.long_prompts, (reader,) if reader else ()
+    )
+    chosen = (train[i] for i in order[: config.num_prompts or None])
+    prompts, counts = tables.encode_all(chosen, encode, bad)
     bad.finish("prompt_data")
     if config.labeller == "verifier":
         refuse_other_tasks(prompts)
-    return prompts, encoded, counts
+    return prompts, counts
 
 
 def main() -> None:
@@ -335,7 +335,8 @@ def main() -> None:
         reader = Reader.load(
             config.reward_model, config.trust_remote_code, config.reward_read_at, config.date
         )
-    prompts, encoded, counts = load_prompts(config, tokenizer, reader)
+    prompts, counts = load_prompts(config, tokenizer, reader)
+    encoded = [prompt.ids for prompt in prompts]
     if process_group.is_main():
         print(counts.line("prompts"), flush=True)
     # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from utils.planner.workload import Role, Workload
 from utils.settings.fields import setting
 from utils.settings.run_config import RunConfig
 
@@ -39,3 +40,13 @@ class RewardConfig(RunConfig):
         r"train only weights whose name matches one of these patterns, e.g. layers\.(30|31)\.",
         check=check_patterns,
     )
+
+    def workload(self) -> Workload:
+        """What the planner computes memory and time from, for comparisons of two answers."""
+        return self.pick(
+            Workload,
+            roles=(Role("model", self.model_name_or_path, scalar=True, trained=True),),
+            length=self.max_length,
+            predicted=self.max_length,
+            rows_a_sample=2,
+        )

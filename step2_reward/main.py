@@ -18,7 +18,7 @@ from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, comparisons
 from utils.data.comparisons import Ranked
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import scalar_model, scorer
@@ -107,7 +107,7 @@ def main() -> None:
     )
     rows = config.global_batch_size
     steps = config.max_steps or batches.steps_of(config.epochs, rows, len(train))
-    run.announce(f"step 2, reward model: {steps} steps", "reward", steps)
+    run.announce(f"step 2, reward model: {steps} steps", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = scalar_model.load(
         config.pick(Loading),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
+from utils.planner.workload import Role, Workload
 from utils.settings.fields import free, rounding, setting
 from utils.settings.run_config import RunConfig
 
@@ -276,3 +277,25 @@ class PPOConfig(RunConfig):
         if self.reference_zero_stage >= 0:
             return self.reference_zero_stage
         return 3 if self.zero_stage == 3 else 0
+
+    def workload(self) -> Workload:
+        """What the planner computes memory and time from."""
+        policy = self.model_name_or_path
+        roles = [Role("actor", policy, trained=True)]
+        if self.algorithm != "reinforce":
+            start = self.critic_model or self.reward_model or policy
+            critic = Role("critic", start, True, trained=True, stage_setting="critic_zero_stage")
+            roles.append(critic)
+        frozen = [Role("reference", self.reference_model or policy)]
+        if self.reward_model:
+            frozen.append(Role("reward model", self.reward_model, scalar=True))
+        if self.judge_model:
+            frozen.append(Role("judge", self.judge_model, scalar=True, held_out_only=True))
+        roles += [dataclasses.replace(r, stage_setting="reference_zero_stage") for r in frozen]
+        return self.pick(
+            Workload,
+            roles=tuple(roles),
+            length=self.max_prompt_length + self.max_response_length,
+            predicted=self.max_response_length,
+            rollout_rows=self.rollout_size(),
+        )

@@ -22,7 +22,7 @@ from step3_ppo.update import train_on
 from utils import report as reporting
 from utils.data import batches, toy_tasks
 from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.distributed import program
 from utils.models.scorer import reads_text
 from utils.run import Run
@@ -83,7 +83,6 @@ def load(run: Run):
         f"{config.prompts_per_rollout} prompts × {config.samples_per_prompt} samples = "
         f"{config.minibatches()} minibatches of {config.global_batch_size}, {config.ppo_epochs} "
         f"epochs; an action is a {config.action_level}; critic ZeRO-{config.stage_of_critic()}",
-        "ppo",
         config.max_steps,
     )
     models = build(config, tokenizer, run.dtype, run.device)

@@ -9,7 +9,7 @@ from step3_ppo.rewards import functions as scoring
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import process_group, zero
-from utils.distributed.offload import FrozenOffload
+from utils.distributed.host_memory import FrozenOffload
 from utils.generation import engines
 from utils.generation.engine import RolloutEngine, Setup
 from utils.models import language_model, scalar_model

@@ -73,12 +73,11 @@ class Run:
         language_model.check_positions(name, length, flags, trusted)
         return chat_template.load_tokenizer(name, trusted, self.config.date)
 
-    def announce(self, what: str, kind: str, steps: int) -> None:
-        """Say what this run is going to do, of how many steps, and the memory it will take. kind:
-        its name in the planner."""
+    def announce(self, what: str, steps: int) -> None:
+        """Say what this run is going to do, of how many steps, and the memory it will take."""
         arithmetic = reporting.batch_arithmetic(self.config, process_group.world_size())
         self.say(f"{what}, {self.dtype}, ZeRO-{self.config.zero_stage}, {arithmetic}")
-        plan.first_lines(kind, self.config, self.device, self.say)
+        plan.first_lines(self.config.workload(), self.dtype, self.device, self.say)
         self.report.expect(steps)
 
     def restore(self, outputs: dict, engines: dict, data: str, **state) -> int:

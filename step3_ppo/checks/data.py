@@ -9,13 +9,11 @@ import yaml
 
 from step3_ppo import algorithm
 from step3_ppo.checks.probe import BEFORE, COPIES, Doubt, Fault, Probe, check, distributions
-from utils.data import chat_template, fitting, preferences, rows, splits
-from utils.data import prompts as prompt_data
-from utils.data.splits import DataSettings
+from utils.data import chat_template, comparisons, fitting, rows, splits, tables
+from utils.data.loading import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import scorer
-from utils.settings.run_config import columns_of
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 
@@ -166,7 +164,9 @@ def _held_out_accuracy(probe: Probe) -> dict:
     """The reward model's accuracy on held-out pairs of --preference_data, as step 2 measures it."""
     config, reward = probe.config, probe.models.reward
     bad = rows.BadRows(config.max_bad_rows)
-    settings = dataclasses.replace(splits.unweighted(config.pick(DataSettings)), data_schema="auto")
+    settings = dataclasses.replace(
+        config.pick(DataSettings), data_schema="auto", data_weights=[], data_split=""
+    )
     # What step 2 held out, not what this run's settings would: the prompt as it read it decides.
     saved = Path(config.reward_model) / "config.yaml"
     if saved.exists():
@@ -174,18 +174,15 @@ def _held_out_accuracy(probe: Probe) -> dict:
         same = ("eval_fraction", "seed", "data_split", "data_schema", "columns")
         settings = dataclasses.replace(settings, **{k: then[k] for k in same if k in then})
 
-    def load(names, role):
-        return preferences.load_comparisons(
-            names,
-            split_role=role,
-            schema=settings.data_schema,
-            columns=columns_of(settings.columns),
-            bad=bad,
-        )
-
-    kinds = preferences.PREFERENCE_SPLITS["eval"]
-    _, held = splits.train_and_held_out(config.preference_data, load, kinds, settings, 2, bad)
-    held = prompt_data.readable(held[:COMPARISONS_TRIED], [reward.reader], bad)
+    _, every = splits.train_and_held_out(
+        comparisons.COMPARISONS, config.preference_data, None, settings, 2, bad
+    )
+    held = []
+    for comparison in every[:COMPARISONS_TRIED]:
+        if refusal := reward.reader.refusal(comparison.prompt):
+            bad.add(comparison.where, refusal, list(comparison.responses))
+        else:
+            held.append(comparison)
     bad.finish("preference_data")
     groups = [
         [reward.reader.encode(c.prompt, *one) for one in zip(c.responses, c.finished, strict=True)]
@@ -199,7 +196,7 @@ def _held_out_accuracy(probe: Probe) -> dict:
     from utils.intervals import ranking_accuracy
 
     lengths = [[len(text) for text in c.responses] for c in held]
-    return ranking_accuracy(labels, scores, lengths, [splits.place(c, "") for c in held])
+    return ranking_accuracy(labels, scores, lengths, [tables.place(c, "") for c in held])
 
 
 @check(BEFORE, "data")

@@ -8,12 +8,21 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import figures, measure, ppo_throughput, sft_throughput, worker, workload
 from step3_ppo.config import PPOConfig
-from utils.data import chat_template, instructions, preferences, rows, splits
+from utils.data import (
+    chat_template,
+    comparisons,
+    demonstrations,
+    rows,
+    splits,
+    tables,
+)
+from utils.data import prompts as prompt_data
 from utils.distributed import zero
 from utils.settings import command_line
 
@@ -105,8 +114,10 @@ def test_only_the_spare_row_is_held_out(small_work, tmp_path):
     work, folder = small_work
     tokenizer = chat_template.load_tokenizer(str(folder / "policy"))
     file, bad = workload.write_prompts(work, tmp_path), rows.BadRows()
-    loaded = instructions.load_prompts([str(file)], split_role="train", bad=bad)
-    train, held = splits.hold_out(loaded, workload.HELD_OUT, seed=42)
+    loaded = prompt_data.load_prompts([str(file)], split_role="train", bad=bad)
+    places = np.array([tables.place(prompt, "hold_out 42") for prompt in loaded])
+    flags = splits.held_out(places, workload.HELD_OUT)
+    train, held = ([x for x, f in zip(loaded, flags, strict=True) if f == on] for on in (0, 1))
     ids = [chat_template.encode_prompt(tokenizer, p.messages) for p in train]
     assert ids == workload.prompt_rows(work) and len(held) == 1
 
@@ -121,12 +132,12 @@ def test_answered_rows_are_the_same_tokens_to_us_and_to_the_peer(small_work, tmp
         file = tmp_path / f"{name}.jsonl"
         workload.write_rows(file, [module.to_row(r) for r in answered], work.shape, seed=42)
         if name == "sft":
-            loaded = instructions.load_conversations([str(file)], split_role="train", bad=bad)
+            loaded = demonstrations.load_conversations([str(file)], split_role="train", bad=bad)
             found = [chat_template.encode_conversation(tokenizer, c.messages) for c in loaded]
             assert [e.ids for e in found[:-1]] == [[*p, *a] for p, a, _ in answered]
             assert [sum(e.supervised) for e in found[:-1]] == work.answers()
         else:
-            loaded = preferences.load_comparisons([str(file)], split_role="train", bad=bad)
+            loaded = comparisons.load_comparisons([str(file)], split_role="train", bad=bad)
             for (prompt, *answers), row in zip(answered, loaded[:-1], strict=True):
                 for ids, text in zip(answers, row.responses, strict=True):
                     turns = (*row.prompt, {"role": "assistant", "content": text})

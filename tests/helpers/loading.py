@@ -6,7 +6,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.models import readers
 from utils.data import comparisons, demonstrations, prompts
-from utils.data.splits import DataSettings
+from utils.data.loading import DataSettings
 from utils.models.scorer import reads_text
 
 

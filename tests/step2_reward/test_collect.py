@@ -8,7 +8,7 @@ import pytest
 from step2_reward.collect import agreeing_scores, share_agreeing
 from tests.helpers.jobs import collect
 from tests.helpers.running import run_ranks
-from utils.data.preferences import load_comparisons
+from utils.data.comparisons import load_comparisons
 from utils.data.rows import BadRows
 
 

@@ -43,7 +43,9 @@ def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monk
     )
     models = models_of(model, source)
     ids, mask = left_padded(LENGTHS)
-    prompts = [rollout.Prompt(row[m].tolist(), (), {}) for row, m in zip(ids, mask, strict=True)]
+    prompts = [
+        rollout.Prompt((), "", {}, row[m].tolist()) for row, m in zip(ids, mask, strict=True)
+    ]
     prompts = [prompts[i] for i in (0, 0, 3, 1, 5, 3, 2, 4)]
     config = config_of(max_response_length=NEW, temperature=1.3, micro_batch_size=8)
     found, _ = rollout.collect(models, prompts, config, torch.device("cpu"), noise_step=0)

@@ -13,7 +13,7 @@ from step3_ppo import ptx, update
 from step3_ppo.rollout import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
-from utils.data import batches
+from utils.data import batches, fitting
 from utils.data.chat_template import Encoded
 from utils.distributed import process_group
 from utils.models.scalar_model import ScalarModel
@@ -216,7 +216,7 @@ def examples():
         length = 3 + 2 * i % 7
         ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
         rows.append(Encoded(ids, [i % 3 == 0 or t >= 2 for t in range(length)]))
-    return ptx.Examples(rows, batches.Counts())
+    return ptx.Examples(rows, fitting.Counts())
 
 
 def test_the_ptx_gradient_is_the_coefficient_times_that_of_the_mean_nll(models):
@@ -245,7 +245,7 @@ def test_each_optimizer_step_takes_the_next_ptx_rows(models):
         ptx.add_gradient(models.actor, models.ptx, config, 0, CPU)
         actual = models.actor.gradient()
         chosen = [models.ptx.rows[i] for i in batches.rows_of_step(step, 4, 9, config.seed)]
-        ptx.add_gradient(models.actor, ptx.Examples(chosen, batches.Counts()), config, 0, CPU)
+        ptx.add_gradient(models.actor, ptx.Examples(chosen, fitting.Counts()), config, 0, CPU)
         assert_equal(actual, models.actor.gradient())
 
 

@@ -13,9 +13,11 @@ from evaluation.prompt_eval import Answer, PromptEvalConfig
 from step2_reward import collect
 from step3_ppo.checks import data as check_data
 from tests.helpers.small_models import config_of
-from utils.data import batches, chat_template, comparisons, instructions
-from utils.data.preferences import Comparison, load_comparisons
+from utils.data import batches, chat_template, comparisons
+from utils.data import prompts as prompt_data
+from utils.data.comparisons import Comparison, load_comparisons
 from utils.data.rows import BadRows, DataError
+from utils.data.tables import encode_all
 from utils.generation import sampling as generation
 from utils.models import language_model, scalar_model
 from utils.models.scorer import Reader, Scorer
@@ -63,7 +65,7 @@ def test_ppo_scores_them_so_by_ids_and_by_text(scorer, expected):
 
 def test_so_does_a_labeller(scorer, expected):
     config = collect.CollectConfig()
-    prompts = [instructions.Prompt((USER,), "a", {})]
+    prompts = [prompt_data.Prompt((USER,), "a", {})]
     found = collect.label_with_reward_model(
         config, scorer.reader, scorer.model, prompts, [ANSWERS], CPU
     )
@@ -106,15 +108,15 @@ def test_step_2_learns_from_the_same_ids(scorer, expected):
     texts, finished = zip(*ANSWERS, strict=True)
     bad, tokenizer = BadRows(), scorer.reader.tokenizer
     row = Comparison((USER,), texts, (1.0, 0.0), "a", finished)
-    (ranked,), counts = comparisons.encode(tokenizer, [row], 96, "cut", bad)
+    (ranked,), counts = encode_all([row], comparisons.Encode(tokenizer, 96, "cut"), bad)
     assert list(ranked.answers) == [ids for ids, _ in expected] and counts.kept == 2
     unmarked = Comparison((USER,), texts, (1.0, 0.0), "a")
-    (ranked,), _ = comparisons.encode(tokenizer, [unmarked], 96, "cut", bad)
+    (ranked,), _ = encode_all([unmarked], comparisons.Encode(tokenizer, 96, "cut"), bad)
     assert ranked.answers[1] == [*expected[1][0], tokenizer.eos_token_id]
     # Cut again to fit: still none. One that was finished is ranked as a whole, and keeps its own.
     room = len(expected[0][0])
     longer = Comparison((USER,), ("7 " * 40, "8 " * 40), (1.0, 0.0), "a", finished)
-    (ranked,), counts = comparisons.encode(tokenizer, [longer], room, "cut", bad)
+    (ranked,), counts = encode_all([longer], comparisons.Encode(tokenizer, room, "cut"), bad)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in ranked.answers]
     assert ends == [True, False] and counts.cut_answers == 2 and not len(bad)
 
@@ -151,7 +153,7 @@ def test_sampled_answers_say_whether_they_were_cut(chain, monkeypatch):
 
 def test_comparisons_carry_the_mark_to_people_and_back(tmp_path):
     config = collect.CollectConfig(labeller="none", output_file=str(tmp_path / "c.jsonl"))
-    prompts = [instructions.Prompt((USER,), "f:1", {})]
+    prompts = [prompt_data.Prompt((USER,), "f:1", {})]
     collect.write(config, prompts, [ANSWERS], [[0.0, 0.0]])
     (line,) = (tmp_path / "c.jsonl").read_text().splitlines()
     row = json.loads(line)

@@ -16,7 +16,7 @@ from tests.utils.generation.test_decoder import stop_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded
 from tests.utils.generation.test_sampling import tiny as model_of
 from tests.utils.kernels.test_packing import rows, twins
-from utils.distributed.offload import FrozenOffload
+from utils.distributed.host_memory import FrozenOffload
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
 from utils.kernels import packing

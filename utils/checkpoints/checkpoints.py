@@ -117,7 +117,7 @@ class Checkpoints:
         except manifest.Damaged as problem:
             raise SystemExit(f"checkpoint {found.folder} does not fit: {problem}") from None
         for name, thing in self.state.items():
-            thing.load_state_dict(record["carried"][name])
+            thing.load_state_dict(record["state"][name])
         engine_state.restore_random(reader, record["world_size"])
         self.report.say(f"resumed from {found.folder}, after {found.step} steps")
 
@@ -201,7 +201,7 @@ class Checkpoints:
             "versions": _versions(),
             "data": self.data,
             "facts": self.facts,
-            "carried": {name: thing.state_dict() for name, thing in self.state.items()},
+            "state": {name: thing.state_dict() for name, thing in self.state.items()},
             "engines": {name: engine_state.record_of(e) for name, e in self.engines.items()},
         }
 

@@ -5,6 +5,7 @@ ranks. Here every rank says which elements of which weight it holds, so nothing 
 it, and any stage on any number of ranks can take it up again. Loaded bit by bit as it was.
 """
 
+import json
 import random
 from dataclasses import dataclass
 
@@ -194,32 +195,24 @@ def _publish(optimizer) -> None:
 
 def random_state() -> dict[str, torch.Tensor]:
     """Python's, NumPy's, torch's and this rank's GPU's generators as tensors."""
-    _, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    found = {
-        "python": torch.tensor(numbers),
-        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    kind, keys, *rest = np.random.get_state()
+    text = json.dumps([random.getstate(), [kind, keys.tolist(), *rest]])
+    state = {
+        "python": torch.tensor(list(text.encode()), dtype=torch.uint8),
         "torch": torch.get_rng_state(),
     }
     if process_group.device().type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(process_group.device())
-    return {f"random|{process_group.rank()}|{name}|0": t for name, t in found.items()}
+        state["cuda"] = torch.cuda.get_rng_state(process_group.device())
+    return {f"random|{process_group.rank()}|{name}|0": t for name, t in state.items()}
 
 
 def restore_random(reader, saved_ranks: int) -> None:
-    """Take up this rank's generators; of fewer saved ranks the last ones share."""
+    """Set this rank's generators; where fewer ranks were saved, some start from the same state."""
     rank = str(process_group.rank() % saved_ranks)
-
-    def of(name: str) -> torch.Tensor:
-        return reader.whole("random", rank, name)
-
-    has_gauss, gauss = of("python_gauss").tolist()
-    random.setstate((3, tuple(of("python").tolist()), gauss if has_gauss else None))
-    *keys, position, has_gauss = of("numpy").tolist()
-    cached = of("numpy_gauss").item()
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(of("torch"))
+    text = bytes(reader.whole("random", rank, "python").tolist())
+    (version, numbers, gauss), (kind, keys, *rest) = json.loads(text)
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(reader.whole("random", rank, "torch"))
     if process_group.device().type == "cuda" and reader.has("random", rank, "cuda"):
-        torch.cuda.set_rng_state(of("cuda"), process_group.device())
+        torch.cuda.set_rng_state(reader.whole("random", rank, "cuda"), process_group.device())

@@ -18,7 +18,7 @@ import torch
 from utils import whole_files
 from utils.distributed import process_group
 
-FORMAT = 1
+FORMAT = 2
 _NAMES = {  # safetensors' names of what a training state holds
     torch.float32: "F32",
     torch.float64: "F64",

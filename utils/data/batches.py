@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from utils.data import chat_template, fitting
-from utils.data.fitting import Counts
+from utils.data import chat_template
 from utils.distributed import process_group
 
 
@@ -109,54 +108,11 @@ def pad(rows: Sequence[Sequence], value, side: str = "right", to: int = 0) -> to
     return torch.tensor([[*r, *f] for f, r in zip(fill, rows, strict=True)])
 
 
-def encode_conversations(
-    tokenizer, conversations, max_length: int, long_prompts: str, long_answers: str, bad
-):
-    """Conversations → (list of Encoded that fit, Counts); see fitting.encode_conversation.
-
-    Rows that the template cannot render go to `bad` (rows.BadRows).
-    """
-    examples, counts = [], Counts()
-    for row in conversations:
-        try:
-            encoded, fate = fitting.encode_conversation(
-                tokenizer, row.messages, max_length, long_prompts, long_answers
-            )
-        except chat_template.TemplateError as error:
-            bad.add(row.where, str(error), list(row.messages))
-            continue
-        counts += fate
-        if encoded is not None:
-            examples.append(encoded)
-    return examples, counts
-
-
 def supervised_batch(examples: Sequence[chat_template.Encoded], pad_id: int):
     """→ input_ids (B,T) int64, mask (B,T) bool, supervised (B,T) bool, right-padded."""
     ids = pad([e.ids for e in examples], pad_id)
     mask = pad([[True] * len(e.ids) for e in examples], False)
     return ids, mask, pad([e.supervised for e in examples], False)
-
-
-def encode_prompts(tokenizer, prompts, max_prompt_length: int, long_prompts: str, bad):
-    """Prompts → (those that are kept, their ids, Counts); see fitting.encode_prompt.
-
-    Prompts that the template cannot render go to `bad` (rows.BadRows).
-    """
-    counts, kept, encoded = Counts(), [], []
-    for prompt in prompts:
-        try:
-            ids, fate = fitting.encode_prompt(
-                tokenizer, prompt.messages, max_prompt_length, long_prompts
-            )
-        except chat_template.TemplateError as error:
-            bad.add(prompt.where, str(error), list(prompt.messages))
-            continue
-        counts += fate
-        if ids is not None:
-            kept.append(prompt)
-            encoded.append(ids)
-    return kept, encoded, counts
 
 
 def prompt_batch(encoded: Sequence[Sequence[int]], pad_id: int):

@@ -1,22 +1,40 @@
-"""Step 2's data: comparisons as token rows, and which rank scores which of them."""
+"""Step 2's data: comparisons as tokens, and which rank scores which of them."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
-from utils.data import (
-    batches,
-    chat_template,
-    demonstrations,
-    fitting,
-    preferences,
-    row_cache,
-    row_tables,
-    splits,
-)
-from utils.data.splits import DataSettings
+from utils.data import batches, demonstrations, fitting, schemas
+from utils.data.loading import DataSettings, Kind, load_items
+from utils.data.reading import Reading, Schema
+from utils.data.rows import BadRow, Row
+from utils.data.splits import train_and_held_out
+from utils.data.tables import TOKENS, View, place
+
+SPLITS = {"train": ("train_prefs", "train"), "eval": ("test_prefs", "validation", "test")}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K >= 2 answers to one prompt with K finite scores, higher is better.
+
+    All scores may be equal, as in real rankings: such a row is sound, but teaches nothing.
+    finished: whether each answer ended by itself and was not cut at the length limit it was sampled
+    with; where not given, all did.
+    """
+
+    prompt: tuple[dict, ...]
+    responses: tuple[str, ...]
+    scores: tuple[float, ...]
+    where: str
+    finished: tuple[bool, ...] = ()
+
+    def __post_init__(self):
+        if not self.finished:
+            object.__setattr__(self, "finished", (True,) * len(self.responses))
 
 
 @dataclass(frozen=True)
@@ -27,56 +45,75 @@ class Ranked:
     prompt: a number that is equal for comparisons of the same prompt.
     """
 
-    answers: tuple[list[int], ...]
-    labels: tuple[float, ...]
-    characters: tuple[int, ...]
+    answers: Sequence[list[int]]
+    labels: Sequence[float]
+    characters: Sequence[int]
     prompt: float = 0.0
 
 
-RANKED = row_tables.Layout(
-    preferences.Comparison,
+def _convert(schema: Schema, row: Row, reading: Reading) -> list[Comparison]:
+    made = []
+    for part, each in schemas.parts(schema, row, reading):
+        prompt = schemas.prompt_of(part, each, reading)
+        responses, scores = part.ranked(each.data, reading)
+        seen: dict[str, float] = {}
+        for number, (text, score) in enumerate(zip(responses, scores, strict=True), 1):
+            if seen.setdefault(text, score) != score:
+                raise BadRow(
+                    f"response {number} is there before with score {seen[text]}, not {score}"
+                )
+        marks = each.data.get("finished") if "responses" in each.data else None
+        finished = _finished(marks, len(responses))
+        made.append(Comparison(prompt, tuple(responses), tuple(scores), each.where, finished))
+    return made
+
+
+def _finished(value: Any, count: int) -> tuple[bool, ...]:
+    """The column that step2_reward/collect.py writes beside the answers. Raises BadRow."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or [type(x) for x in value] != [bool] * count:
+        raise BadRow(f"finished is {value!r}, not a list of {count} true or false, one a response")
+    return tuple(value)
+
+
+COMPARISONS = Kind(
+    "comparison",
+    Comparison,
+    SPLITS,
+    _convert,
     {
-        "answers": pa.list_(row_tables.TOKENS),
+        "answers": pa.list_(TOKENS),
         "labels": pa.list_(pa.float64()),
         "characters": pa.list_(pa.int64()),
         "prompt": pa.float64(),
     },
-    lambda columns, _: Ranked(
-        tuple(columns["answers"]),
-        tuple(columns["labels"]),
-        tuple(columns["characters"]),
-        columns["prompt"],
-    ),
+    lambda columns, _: Ranked(**columns),
 )
+load_comparisons = functools.partial(load_items, COMPARISONS)
 
 
-def encode(
-    tokenizer, comparisons, max_length: int, long_prompts: str, bad
-) -> tuple[list[Ranked], batches.Counts]:
-    """Comparisons → (list of Ranked, Counts of answers).
+@dataclass(frozen=True)
+class Encode:
+    """Comparison → (Ranked or None, Counts of answers); see fitting.encode_answers.
 
-    All answers of a comparison follow the same prompt tokens, cut so that the longest answer fits.
-    An answer that is too long even so loses its tail but keeps its stop token, where its score is
-    read. An answer that was already cut when it was sampled has no stop token. Comparisons that the
-    chat template cannot render go to `bad`.
+    An answer that is too long loses its tail but keeps its stop token, where its score is read. One
+    that was already cut when it was sampled has none, as when PPO scores it.
     """
-    counts, encoded = batches.Counts(), []
-    for row in comparisons:
-        try:
-            answers, fate = fitting.encode_answers(
-                tokenizer, row.prompt, row.responses, max_length, long_prompts
-            )
-        except chat_template.TemplateError as error:
-            bad.add(row.where, str(error), list(row.responses))
-            continue
-        counts += fate
+
+    tokenizer: object
+    max_length: int
+    long_prompts: str
+
+    def __call__(self, row: Comparison) -> tuple[Ranked | None, fitting.Counts]:
+        answers, counts = fitting.encode_answers(
+            self.tokenizer, row.prompt, row.responses, self.max_length, self.long_prompts
+        )
         if answers is None:
-            continue
-        # PPO scores an answer that was cut when it was sampled without a stop token too.
+            return None, counts
         answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
-        characters = tuple(len(t) for t in row.responses)
-        encoded.append(Ranked(tuple(answers), row.scores, characters, splits.place(row, "")))
-    return encoded, counts
+        characters = [len(text) for text in row.responses]
+        return Ranked(answers, list(row.scores), characters, place(row, "")), counts
 
 
 def load(
@@ -86,37 +123,21 @@ def load(
     settings: DataSettings,
     max_length: int,
     say: Callable[[str], None],
-) -> tuple[row_tables.View, row_tables.View, list[Ranked]]:
+) -> tuple[View, View, list[Ranked]]:
     """(training comparisons, held-out comparisons, held-out demonstrations) as Ranked.
 
     The demonstrations are those of `sft_data`, or without it the best answers of the held-out
     comparisons. Comparisons whose answers are all equally good are left out.
     """
     bad = settings.bad_rows()
-    load_rows = row_cache.Reader(
-        functools.partial(
-            preferences.load_comparisons,
-            schema=settings.data_schema,
-            columns=settings.names_of_columns(),
-        ),
-        functools.partial(
-            encode, tokenizer, max_length=max_length, long_prompts=settings.long_prompts
-        ),
-        RANKED,
-        settings,
-        bad,
-    )
-    train, held = splits.train_and_held_out(
-        names, load_rows, preferences.PREFERENCE_SPLITS["eval"], settings, step=2, bad=bad
-    )
+    encode = Encode(tokenizer, max_length, settings.long_prompts)
+    views = train_and_held_out(COMPARISONS, names, encode, settings, 2, bad)
     shown = []
     if sft_data:
-        shown = demonstrations.held_out(sft_data, tokenizer, settings, max_length, bad)
-    dropped = [part.counts().dropped for part in (train, held)]
-    train, held = train.usable(), held.usable()
-    ties = len(train) + len(held)
-    train, held = (part.where("labels", lambda v: len(set(v)) > 1) for part in (train, held))
-    ties -= len(train) + len(held)
+        shown = demonstrations.held_out_answers(sft_data, tokenizer, settings, max_length, bad)
+    usable = [view.usable() for view in views]
+    train, held = (view.having("labels", lambda v: len(set(v)) > 1) for view in usable)
+    ties = sum(map(len, usable)) - len(train) - len(held)
     say(
         f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
         "answers are all equally good"
@@ -124,12 +145,13 @@ def load(
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit("no comparison to train or evaluate on; give more --preference_data")
-    parts = zip((train, held), dropped, ("answers to train on", "held-out answers"), strict=True)
-    for part, lost, name in parts:
-        say((part.counts() + batches.Counts(dropped=lost)).line(name))
+    labels = "answers to train on", "held-out answers"
+    for part, view, label in zip((train, held), views, labels, strict=True):
+        dropped = fitting.Counts(dropped=view.counts().dropped)
+        say((part.counts() + dropped).line(label))
     if not shown:
         shown = [r.answers[r.labels.index(max(r.labels))] for r in held]
-    return train, held, [Ranked((ids,), (0.0,), (0,)) for ids in shown]
+    return train, held, [Ranked([ids], [0.0], [0]) for ids in shown]
 
 
 def deal(

@@ -1,10 +1,80 @@
-"""Step 1's data: demonstrations as tokens, of which the assistant's are supervised."""
+"""Step 1's data: conversations that end with the answer to learn, as tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from utils.data import batches, instructions, row_cache, row_tables, splits
-from utils.data.splits import DataSettings
+import pyarrow as pa
+
+from utils.data import fitting, schemas
+from utils.data.chat_template import Encoded
+from utils.data.loading import DataSettings, Kind, load_items
+from utils.data.reading import Reading, Schema
+from utils.data.rows import BadRows, Row
+from utils.data.splits import load_step, train_and_held_out
+from utils.data.tables import TOKENS, View, encode_all
+
+SPLITS = {"train": ("train_sft", "train"), "eval": ("test_sft", "validation", "test")}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns {"role", "content"}: perhaps a system turn, then user and assistant by turns.
+
+    The last one is the assistant's. Tools may answer an assistant (see turns.py).
+    """
+
+    messages: tuple[dict, ...]
+    where: str
+
+    @property
+    def prompt(self) -> tuple[dict, ...]:
+        return self.messages[:-1]
+
+
+def _convert(schema: Schema, row: Row, reading: Reading) -> list[Conversation]:
+    if _is_bad_example(row.data):
+        reading.notes["have label false: what not to answer is no demonstration, left out"] += 1
+        return []
+    made = []
+    for part, each in schemas.parts(schema, row, reading):
+        prompt = schemas.prompt_of(part, each, reading)
+        made.append(Conversation((*prompt, part.answer(each.data, reading)), each.where))
+    return made
+
+
+def _is_bad_example(data: dict) -> bool:
+    """KTO's `label`, as JSON and CSV spell it, says that the answer is a bad one."""
+    label = data.get("label")
+    if isinstance(label, str):
+        return label.strip().lower() in ("false", "0")
+    return isinstance(label, (bool, int, float)) and label == 0
+
+
+DEMONSTRATIONS = Kind(
+    "demonstration",
+    Conversation,
+    SPLITS,
+    _convert,
+    {"ids": TOKENS, "supervised": pa.list_(pa.bool_())},
+    lambda columns, _: Encoded(**columns),
+)
+load_conversations = functools.partial(load_items, DEMONSTRATIONS)
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Conversation → (Encoded or None, Counts); see fitting.encode_conversation."""
+
+    tokenizer: object
+    max_length: int
+    long_prompts: str
+    long_answers: str
+
+    def __call__(self, row: Conversation) -> tuple[Encoded | None, fitting.Counts]:
+        limits = self.max_length, self.long_prompts, self.long_answers
+        return fitting.encode_conversation(self.tokenizer, row.messages, *limits)
 
 
 def load(
@@ -14,60 +84,24 @@ def load(
     max_length: int,
     long_answers: str,
     say: Callable[[str], None],
-) -> tuple[row_tables.View, row_tables.View]:
-    """(training examples, held-out examples) as chat_template.Encoded."""
-    bad = settings.bad_rows()
-    load_rows = row_cache.Reader(
-        functools.partial(
-            instructions.load_conversations,
-            schema=settings.data_schema,
-            columns=settings.names_of_columns(),
-        ),
-        functools.partial(
-            batches.encode_conversations,
-            tokenizer,
-            max_length=max_length,
-            long_prompts=settings.long_prompts,
-            long_answers=long_answers,
-        ),
-        row_tables.SUPERVISED,
-        settings,
-        bad,
-    )
-    train, held = splits.train_and_held_out(
-        names, load_rows, instructions.SFT_SPLITS["eval"], settings, step=1, bad=bad
-    )
-    bad.finish("sft_data")
-    say(train.counts().line("training data"))
-    say(held.counts().line("held-out data"))
-    train, held = train.usable(), held.usable()
-    if not train or not held:
+) -> tuple[View, View]:
+    """(training examples, held-out examples) as Encoded."""
+    encode = Encode(tokenizer, max_length, settings.long_prompts, long_answers)
+    labels = "training data", "held-out data"
+    parts = load_step(DEMONSTRATIONS, names, encode, settings, 1, "sft_data", labels, say)
+    if not all(parts):
         raise SystemExit(
             f"nothing left to train or evaluate on; max_length={max_length}: "
             "raise --max_length or give more rows"
         )
-    return train, held
+    return parts
 
 
-def held_out(
-    names: list[str], tokenizer, settings: DataSettings, max_length: int, bad
+def held_out_answers(
+    names: list[str], tokenizer, settings: DataSettings, max_length: int, bad: BadRows
 ) -> list[list[int]]:
-    """Token rows of the held-out demonstrations, for step 2's bias."""
-    _, held = splits.train_and_held_out(
-        names,
-        row_cache.Reader(
-            functools.partial(instructions.load_conversations, columns=settings.names_of_columns()),
-            functools.partial(row_tables.as_read),
-            row_tables.CONVERSATIONS,
-            settings,
-            bad,
-        ),
-        instructions.SFT_SPLITS["eval"],
-        splits.unweighted(settings),
-        step=1,
-        bad=bad,
-    )
-    encoded, _ = batches.encode_conversations(
-        tokenizer, held, max_length, settings.long_prompts, "cut", bad
-    )
-    return [e.ids for e in encoded]
+    """Token rows of the demonstrations that step 1 holds out; only these are tokenised."""
+    settings = dataclasses.replace(settings, data_schema="auto", data_weights=(), data_split="")
+    _, held = train_and_held_out(DEMONSTRATIONS, names, None, settings, 1, bad)
+    encode = Encode(tokenizer, max_length, settings.long_prompts, "cut")
+    return [each.ids for each in encode_all(held, encode, bad)[0]]

@@ -12,55 +12,56 @@ import argparse
 import functools
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from utils.data import chat_template, instructions, preferences, rows, schemas, splits
-from utils.data.bad_rows import SHOWN_PROBLEMS
+import numpy as np
+
+from utils.data import chat_template, schemas
+from utils.data.comparisons import COMPARISONS, Comparison
+from utils.data.demonstrations import DEMONSTRATIONS, Conversation
+from utils.data.loading import Source, load_items
+from utils.data.prompts import PROMPTS
+from utils.data.rows import SHOWN_PROBLEMS, BadRows, DataError
+from utils.data.sources import stream_rows
+from utils.data.tables import prompt_of
 from utils.settings.run_config import columns_of
 from utils.terminal import coloured, visible
 
-USES = {
-    "demonstration": (instructions.load_conversations, instructions.SFT_SPLITS, "--sft_data"),
-    "comparison": (
-        preferences.load_comparisons,
-        preferences.PREFERENCE_SPLITS,
-        "--preference_data",
-    ),
-    "prompt": (instructions.load_prompts, instructions.PROMPT_SPLITS, "--prompt_data"),
+KINDS = {
+    "--sft_data": DEMONSTRATIONS,
+    "--preference_data": COMPARISONS,
+    "--prompt_data": PROMPTS,
 }
 LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-LETTERS_READ = 500  # of a row, to tell its script
+LETTERS_READ = 500  # of a row, to guess its script
 
 
-def look(name: str, use: str, schema: str, columns: dict) -> tuple[list, str]:
-    """(what the loader of a use makes of a data set, lines that say so). Raises DataError."""
-    load, split_names, flag = USES[use]
-    bad = rows.BadRows(1.0)
-    reading = schemas.reading_of(use, schema, columns)
-    found = rows.read_rows(name, split_names["train"], rows.BadRows(1.0))
-    schema_found, _ = schemas.opened(found, reading, rows.BadRows(1.0))
-    recognised = f"{flag}: schema {schema_found}"
-    if found:
-        recognised += f", by the columns {', '.join(map(repr, found[0].data))}"
-    items = load([name], schema=schema, columns=columns, bad=bad)
-    lines = [recognised, f"  {bad.seen} rows → {len(items)} {use}s; {len(bad)} bad"]
+def look(name: str, flag: str, schema: str, columns: dict) -> tuple[list, list[str]]:
+    """(the items that a flag's step makes of a data set, lines about them). Raises DataError."""
+    kind, bad = KINDS[flag], BadRows(1.0)
+    source = Source(name, "train", kind, schemas.reading_of(kind.use, schema, columns))
+    used, _ = source.open(BadRows(1.0))
+    recognised = f"{flag}: schema {used}"
+    if first := next(stream_rows(name, source.splits, BadRows(1.0)), None):
+        recognised += f", by the columns {', '.join(map(repr, first.data))}"
+    items = load_items(kind, [name], schema=schema, columns=columns, bad=bad)
+    lines = [recognised, f"  {bad.seen} rows → {len(items)} {kind.use}s; {len(bad)} bad"]
     lines += [f"    {visible(problem)}" for problem in bad.problems[:SHOWN_PROBLEMS]]
     if len(bad) > SHOWN_PROBLEMS:
         lines.append(f"    … and {len(bad) - SHOWN_PROBLEMS} more")
-    return items, "\n".join(lines)
+    return items, lines
 
 
 def answers_of(item) -> tuple[str, ...]:
     """The answers that an item holds: a comparison's, a demonstration's last, none of a prompt."""
-    if isinstance(item, preferences.Comparison):
+    if isinstance(item, Comparison):
         return item.responses
-    is_demonstration = isinstance(item, instructions.Conversation)
-    return (item.messages[-1]["content"],) if is_demonstration else ()
+    return (item.messages[-1]["content"],) if isinstance(item, Conversation) else ()
 
 
 def turns_of(item) -> list[dict]:
     """All turns, of a comparison those with its best answer."""
-    if not isinstance(item, preferences.Comparison):
+    if not isinstance(item, Comparison):
         return list(item.messages)
     best = item.responses[item.scores.index(max(item.scores))]
     return [*item.prompt, {"role": "assistant", "content": best}]
@@ -69,17 +70,14 @@ def turns_of(item) -> list[dict]:
 def measure(items: Sequence, tokenizer) -> tuple[dict[str, list[int]], list[str]]:
     """(lengths of prompts, answers and both, in tokens or characters; what could not be rendered).
 
-    Of a comparison all answers count, and with its prompt the longest one.
+    Of a comparison all answers count, and together with its prompt the longest one.
     """
     lengths: dict[str, list[int]] = {"prompt": [], "answer": [], "together": []}
     refused = []
     for item in items:
-        answers = answers_of(item)
-        prompt = list(getattr(item, "prompt", None) or item.messages)
-        prompt = prompt[:-1] if isinstance(item, instructions.Conversation) else prompt
         try:
-            before = _length(tokenizer, prompt, None)
-            after = [_length(tokenizer, prompt, answer) for answer in answers]
+            before = _length(tokenizer, item.prompt, None)
+            after = [_length(tokenizer, item.prompt, answer) for answer in answers_of(item)]
         except chat_template.TemplateError as error:
             refused.append(f"{item.where}: {error}")
             continue
@@ -89,7 +87,7 @@ def measure(items: Sequence, tokenizer) -> tuple[dict[str, list[int]], list[str]
     return lengths, refused
 
 
-def _length(tokenizer, prompt: list[dict], answer: str | None) -> int:
+def _length(tokenizer, prompt: Sequence[dict], answer: str | None) -> int:
     if tokenizer is None:
         return sum(len(turn["content"]) for turn in prompt) + len(answer or "")
     if answer is None:
@@ -100,26 +98,22 @@ def _length(tokenizer, prompt: list[dict], answer: str | None) -> int:
 
 def percentiles(lengths: dict[str, list[int]], unit: str) -> list[str]:
     """A table of lengths: nearest-rank percentiles."""
-    lines = [f"  {'lengths, ' + unit:<22}" + "".join(f"{p:>9}" for p in ("50 %", "90 %", "99 %"))]
-    lines[0] += f"{'longest':>9}"
+    heads = "".join(f"{head:>9}" for head in ("50 %", "90 %", "99 %", "longest"))
+    lines = [f"  {'lengths, ' + unit:<22}{heads}"]
     for name, values in lengths.items():
-        if ordered := sorted(values):
-            ranks = [ordered[-(-len(ordered) * p // 100) - 1] for p in (50, 90, 99, 100)]
-            lines.append(f"    {name:<20}" + "".join(f"{value:>9}" for value in ranks))
+        if values:
+            ranks = np.percentile(values, (50, 90, 99, 100), method="inverted_cdf")
+            lines.append(f"    {name:<20}" + "".join(f"{int(value):>9}" for value in ranks))
     return lines
 
 
 def cut_by(lengths: dict[str, list[int]]) -> list[str]:
     """Which share each limit would cut, up to the first limit that cuts nothing."""
-    flags = {
-        "prompt": "--max_prompt_length",
-        "answer": "--max_response_length",
-        "together": "--max_length",
-    }
-    flags = {name: flag for name, flag in flags.items() if lengths[name]}
-    lines = [f"  {'longer than':<22}" + "".join(f"{flag:>23}" for flag in flags.values())]
+    flags = ("--max_prompt_length", "--max_response_length", "--max_length")
+    columns = [(f, v) for f, v in zip(flags, lengths.values(), strict=True) if v]
+    lines = [f"  {'longer than':<22}" + "".join(f"{flag:>23}" for flag, _ in columns)]
     for limit in LIMITS:
-        shares = [sum(n > limit for n in lengths[name]) / len(lengths[name]) for name in flags]
+        shares = [sum(n > limit for n in values) / len(values) for _, values in columns]
         lines.append(f"    {limit:<20}" + "".join(f"{share:>23.1%}" for share in shares))
         if not any(shares):
             break
@@ -127,8 +121,8 @@ def cut_by(lengths: dict[str, list[int]]) -> list[str]:
 
 
 def duplicates(items: Sequence) -> str:
-    prompts = Counter(splits.prompt_of(item) for item in items)
-    whole = Counter((splits.prompt_of(item), answers_of(item)) for item in items)
+    prompts = {prompt_of(item) for item in items}
+    whole = {(prompt_of(item), answers_of(item)) for item in items}
     again, same = len(items) - len(prompts), len(items) - len(whole)
     return f"  duplicates: {again} with the prompt of an earlier one, {same} equal to one"
 
@@ -140,7 +134,7 @@ def _script(character: str) -> str:
 
 
 def script_of(text: str) -> str:
-    """The script that most letters of a text are of. Han with Kana among it is Japanese."""
+    """The script that most letters of a text are of. Han with some Kana is Japanese."""
     letters = [c for c in text[: 4 * LETTERS_READ] if c.isalpha()][:LETTERS_READ]
     counts = Counter(map(_script, letters))
     if not counts:
@@ -151,42 +145,64 @@ def script_of(text: str) -> str:
 
 
 def languages(items: Sequence) -> str:
-    """Guessed by script alone, which tells Chinese from English and not English from German."""
-    asked = Counter(script_of(splits.prompt_of(item).rpartition("\x1f")[2]) for item in items)
-    shares = (f"{script} {count / len(items):.1%}" for script, count in asked.most_common())
+    """By script alone, which separates Chinese from English, but not German from English."""
+    scripts = Counter(script_of(item.prompt[-1]["content"]) for item in items)
+    shares = (f"{script} {count / len(items):.1%}" for script, count in scripts.most_common())
     return f"  languages, by the script of the last question: {', '.join(shares)}"
 
 
 def shown(item, tokenizer) -> str:
-    """A row, what is learnt of it in green."""
+    """A row with what is learnt of it in green."""
     turns = turns_of(item)
     if tokenizer is None:
-        lines = []
-        for turn in turns:
-            text = coloured(visible(turn["content"]), turn["role"] == "assistant")
-            lines.append(f"{turn['role']}: {text}")
-        return "\n".join(lines)
+        texts = [coloured(visible(t["content"]), t["role"] == "assistant") for t in turns]
+        return "\n".join(f"{t['role']}: {text}" for t, text in zip(turns, texts, strict=True))
     if turns[-1]["role"] == "assistant":
         return chat_template.show(tokenizer, chat_template.encode_conversation(tokenizer, turns))
     ids = chat_template.encode_prompt(tokenizer, turns)
     return chat_template.show(tokenizer, chat_template.Encoded(ids, [False] * len(ids)))
 
 
-def report(items: Sequence, tokenizer, say: Callable[[str], None]) -> None:
-    """Says what is known of the items of one use."""
+def describe(items: Sequence, tokenizer) -> list[str]:
+    """Lengths, duplicates and languages of the items of one kind."""
     lengths, refused = measure(items, tokenizer)
     lines = percentiles(lengths, "tokens" if tokenizer else "characters")
     if tokenizer and lengths["prompt"]:
         lines += cut_by(lengths)
     lines += [duplicates(items), languages(items)]
-    if isinstance(items[0], preferences.Comparison):
+    if isinstance(items[0], Comparison):
         answers = Counter(len(item.responses) for item in items)
         sizes = ", ".join(f"{count} of {k}" for k, count in sorted(answers.items()))
         ties = sum(len(set(item.scores)) == 1 for item in items)
         lines.append(f"  answers a comparison: {sizes}; {ties} are all ties and teach nothing")
     if refused:
         lines.append(f"  the chat template refuses {len(refused)}; the first: {refused[0]}")
-    say("\n".join(lines))
+    return lines
+
+
+def inspect(name: str, schema: str, columns: dict, tokenizer, row: int) -> None:
+    """Prints what each step would make of a data set. Raises SystemExit where none can read it."""
+    print(name)
+    unread, shown_items = [], None
+    for flag, kind in KINDS.items():
+        try:
+            items, lines = look(name, flag, schema, columns)
+        except DataError as error:
+            unread.append(f"not for {flag}: {error}")
+            continue
+        if items and not (kind is PROMPTS and shown_items):  # whose prompts were described
+            lines += describe(items, tokenizer)
+            shown_items = shown_items or items
+        print("\n".join(lines))
+    if unread:
+        print("\n".join(unread))
+    if len(unread) == len(KINDS):
+        raise SystemExit(f"{name}: no step can read it")
+    if shown_items:
+        if not 0 <= row < len(shown_items):
+            raise SystemExit(f"--row {row}: there are rows 0 to {len(shown_items) - 1}")
+        item = shown_items[row]
+        print(f"row {row}: {item.where}\n{shown(item, tokenizer)}\n")
 
 
 def main() -> None:
@@ -205,25 +221,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     tokenizer = chat_template.load_tokenizer(a.tokenizer) if a.tokenizer else None
     for name in a.names:
-        print(name)
-        unread, row = [], None
-        for use in USES:
-            try:
-                items, lines = look(name, use, a.data_schema, columns)
-            except rows.DataError as error:
-                unread.append(f"{USES[use][2]}: {error}")
-                continue
-            print(lines)
-            if items and not (use == "prompt" and row):  # its prompts were described
-                report(items, tokenizer, print)
-                row = row or items
-        print("\n".join(f"not for {reason}" for reason in unread), end="\n" if unread else "")
-        if len(unread) == len(USES):
-            raise SystemExit(f"{name}: no step can read it")
-        if row and not 0 <= a.row < len(row):
-            raise SystemExit(f"--row {a.row}: there are rows 0 to {len(row) - 1}")
-        if row:
-            print(f"row {a.row}: {row[a.row].where}\n{shown(row[a.row], tokenizer)}\n")
+        inspect(name, a.data_schema, columns, tokenizer, a.row)
 
 
 if __name__ == "__main__":

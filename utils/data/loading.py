@@ -1,32 +1,87 @@
-"""Files, folders and hub names → the items of a step, each row by the schema of its columns."""
+"""Files, folders and hub names → items of one kind, each row by the schema of its columns."""
 
 from __future__ import annotations
 
-import functools
-import operator
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from utils.data import schemas
 from utils.data.reading import Reading, Schema
-from utils.data.rows import BadRow, BadRows, DataError, Row, stream_rows
+from utils.data.rows import BadRow, BadRows, DataError, Row
+from utils.data.sources import stream_rows
+from utils.settings.run_config import columns_of
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One data set and how its rows become items.
+class DataSettings:
+    """How a step's data sets are read and shared out: the settings of these names."""
 
-    name, splits: as in rows.stream_rows. reading: by which schemas, and what is to be told of the
-    rows. convert: (schema, row) → its items, none where it is left out; raises BadRow.
+    output_dir: str
+    data_schema: str = "auto"
+    columns: Sequence[str] = ()
+    data_weights: Sequence[float] = ()
+    data_split: str = ""
+    eval_fraction: float = 0.05
+    max_eval_rows: int = 512
+    long_prompts: str = "cut"
+    data_cache: str = ""
+    max_bad_rows: float = 0.0
+    seed: int = 42
+
+    def names_of_columns(self) -> dict[str, str]:
+        """{our name: its name in the data} of --columns."""
+        return columns_of(self.columns)
+
+    def bad_rows(self) -> BadRows:
+        return BadRows(self.max_bad_rows, f"{self.output_dir}/bad_rows.jsonl")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What rows are made into.
+
+    use: what the rows are read for, see schemas.Reading. item: the class of what a row becomes.
+    splits: the splits to train and to evaluate on; the first that a data set has is read.
+    convert: (schema, row, reading) → items, none where the row is left out; raises BadRow.
+    columns: the attributes of an encoded item that are kept, with their Arrow types.
+    build: (those columns, function that gives the item) → what a step works with.
     """
 
+    use: str
+    item: type
+    splits: Mapping[str, Sequence[str]]
+    convert: Callable[[Schema, Row, Reading], list]
+    columns: Mapping[str, pa.DataType]
+    build: Callable[[dict, Callable], Any]
+
+    def as_read(self) -> Kind:
+        """The same without tokens: a step works with the items."""
+        return dataclasses.replace(self, columns={}, build=lambda _, item: item())
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of one data set, and as what it is read."""
+
     name: str
-    splits: Sequence[str]
+    role: str
+    kind: Kind
     reading: Reading
-    convert: Callable[[Schema, Row], list[Any]]
+
+    def fresh(self) -> Source:
+        """The same with notes of its own."""
+        return dataclasses.replace(self, reading=dataclasses.replace(self.reading, notes=Counter()))
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return self.kind.splits[self.role]
 
     def open(self, bad: BadRows) -> tuple[str, Iterator[Row]]:
         """(schema, rows as they are read); see schemas.opened."""
@@ -34,7 +89,7 @@ class Source:
         return name, iter(rows)
 
     def items(self, schema: str, rows: Iterable[Row], bad: BadRows) -> Iterator[Any]:
-        """The items of rows that all must have one schema; others go to `bad`."""
+        """The items of rows that all should have one schema; others go to `bad`."""
         for row in rows:
             try:
                 if lacks := schemas.SCHEMAS[schema].missing(row.data):
@@ -42,50 +97,63 @@ class Source:
                         f"lacks {', '.join(lacks)}, which schema {schema} needs;"
                         f" it has {', '.join(map(repr, row.data)) or 'no columns'}"
                     )
-                yield from self.convert(schemas.SCHEMAS[schema], row)
+                yield from self.kind.convert(schemas.SCHEMAS[schema], row, self.reading)
             except BadRow as problem:
                 bad.add(row.where, str(problem), row.data)
 
 
-def load_as(
-    convert: Callable[[Schema, Row], list[T]],
-    reading: Reading,
-    splits: Mapping[str, Sequence[str]],
+def load_each(
+    make: Callable[[Source, BadRows], T],
+    kind: Kind,
     names: Sequence[str],
-    split_role: str,
+    role: str,
+    schema: str,
+    columns: Mapping[str, str] | None,
     bad: BadRows,
-    tabulate: Callable[[Source, BadRows], Sequence] | None = None,
-) -> Sequence[T]:
-    """Reads all names and converts their rows: what all loaders share.
-
-    Arguments: convert (the items of a row, none where it is left out; raises BadRow), reading (its
-    notes are told at the end), splits (candidates by split_role), tabulate (what a source becomes
-    instead of a list of its items: row_tables); the others as in load_conversations. Raises
-    DataError at the end, with the problems of all names.
-    """
+) -> list[T]:
+    """What `make` makes of each data set. Raises DataError with the problems of all of them."""
+    reading = schemas.reading_of(kind.use, schema, columns)
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise DataError("no data is named; give at least one file, folder or hub id")
-    if split_role not in splits:
-        raise DataError(f"split_role={split_role!r}: must be one of {', '.join(splits)}")
+    if role not in kind.splits:
+        raise DataError(f"split_role={role!r}: must be one of {', '.join(kind.splits)}")
     parts, problems = [], []
     for name in names:
         before = len(bad)
-        source = Source(name, splits[split_role], reading, convert)
+        source = Source(name, role, kind, reading).fresh()
         try:
-            found = tabulate(source, bad) if tabulate else _listed(source, bad)
-            if not len(found) and bad.max_share and len(bad) > before:
+            part = make(source, bad)
+            if not len(part) and bad.max_share and len(bad) > before:
                 first = bad.problems[before]
                 raise DataError(f"{name}: not one of its rows can be used; first: {first}")
-            parts.append(found)
+            parts.append(part)
+            reading.notes.update(source.reading.notes)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems + (bad.problems if bad.too_many else []))
     reading.tell(names)
-    return functools.reduce(operator.add, parts)
+    return parts
 
 
-def _listed(source: Source, bad: BadRows) -> list:
-    schema, rows = source.open(bad)
-    return list(source.items(schema, rows, bad))
+def load_items(
+    kind: Kind,
+    names: Sequence[str],
+    *,
+    split_role: str = "train",
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    bad: BadRows,
+) -> list:
+    """The items of a kind in data sets of any schema.
+
+    Arguments: names (files, folders, hub ids, NAME:SPLIT), split_role ("train" or "eval"), schema
+    (--data_schema, see schemas.reading_of), columns (--columns, {ours: theirs}), bad (gets the bad
+    rows; call its finish afterwards). Raises DataError with all that is wrong with whole files.
+    """
+
+    def make(source: Source, bad: BadRows) -> list:
+        return list(source.items(*source.open(bad), bad))
+
+    return sum(load_each(make, kind, names, split_role, schema, columns, bad), [])

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from utils.data.bad_rows import BadRow, BadRows, Row
 from utils.data.reading import Reading
+from utils.data.rows import BadRow, BadRows, Row
 from utils.data.turns import kind_of
 
 FLAT = ("message_id", "parent_id", "text", "role")

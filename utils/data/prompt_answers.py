@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from utils.data import transcripts
-from utils.data.bad_rows import BadRow
 from utils.data.reading import Reading, first_of
+from utils.data.rows import BadRow
 from utils.data.turns import kind_of, split_answer, text_of, turns_of, without_open_end
 
 PROMPTS = ("prompt", "question")

@@ -1,16 +1,27 @@
 """Step 3's data: prompts as tokens, with the turns and the data row that reward functions read."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from utils.data import batches, instructions, row_cache, row_tables, splits
-from utils.data.splits import DataSettings
+from utils.data import fitting, schemas
+from utils.data.loading import DataSettings, Kind, load_items
+from utils.data.reading import Reading, Schema
+from utils.data.rows import BadRow, Row
+from utils.data.splits import load_step
+from utils.data.tables import TOKENS, View
+
+# UltraFeedback's splits on the hub have the long names.
+SPLITS = {
+    "train": ("train_gen", "train_prefs", "train_sft", "train"),
+    "eval": ("test_gen", "test_prefs", "test_sft", "validation", "test"),
+}
 
 
 class Reader(Protocol):
-    """A reward model's way to read conversations (models/scorer.py)."""
+    """How a reward model reads conversations (models/scorer.py)."""
 
     def refusal(self, messages: Sequence[dict]) -> str | None:
         """Why it can score no answer to these messages, or None."""
@@ -18,47 +29,54 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: the prompt's tokens. messages, row: its turns and its data row."""
+    """Turns that end with a user's, the raw row, where verifiers find their columns, and tokens."""
 
-    ids: list[int]
     messages: tuple[dict, ...]
+    where: str
     row: dict
+    ids: Sequence[int] = ()
+
+    @property
+    def prompt(self) -> tuple[dict, ...]:
+        return self.messages
 
 
-def _prompt(columns: dict, item: Callable) -> Prompt:
-    read = item()
-    return Prompt(columns["ids"], read.messages, read.row)
+def _convert(schema: Schema, row: Row, reading: Reading) -> list[Prompt]:
+    parts = schemas.parts(schema, row, reading)
+    turns = [schemas.prompt_of(part, each, reading) for part, each in parts]
+    return [Prompt(t, r.where, r.data) for t, (_, r) in zip(turns, parts, strict=True)]
 
 
-PROMPTS = row_tables.Layout(instructions.Prompt, {"ids": row_tables.TOKENS}, _prompt)
+PROMPTS = Kind(
+    "prompt",
+    Prompt,
+    SPLITS,
+    _convert,
+    {"ids": TOKENS},
+    lambda columns, item: dataclasses.replace(item(), ids=columns["ids"]),
+)
+load_prompts = functools.partial(load_items, PROMPTS)
 
 
-def readable(prompts: Sequence, readers: Iterable[Reader], bad) -> list:
-    """The items (with messages and where) an answer to which every one of `readers` can read.
+@dataclass(frozen=True)
+class Encode:
+    """Prompt → (the same with its tokens or None, Counts); see fitting.encode_prompt.
 
-    The others go to `bad` (BadRows), so that no run ends in the middle because one cannot be
-    scored.
+    readers: those of the reward models that will score the answers. Raises BadRow for a prompt that
+    one of them cannot read, so that no run ends in the middle because of it.
     """
-    readers, kept = list(readers), []
-    for prompt in prompts:
-        refusals = [why for r in readers if (why := r.refusal(prompt.messages))]
-        if refusals:
-            bad.add(prompt.where, "; ".join(refusals), list(prompt.messages))
-        else:
-            kept.append(prompt)
-    return kept
 
+    tokenizer: object
+    max_prompt_length: int
+    long_prompts: str
+    readers: Sequence[Reader] = ()
 
-def encode(
-    tokenizer, prompts, max_prompt_length: int, long_prompts: str, readers: Iterable[Reader], bad
-) -> tuple[list[Prompt], batches.Counts]:
-    """(instructions.Prompts that all `readers` can read, as Prompt, Counts); see
-    batches.encode_prompts."""
-    prompts = readable(prompts, readers, bad)
-    kept, ids, counts = batches.encode_prompts(
-        tokenizer, prompts, max_prompt_length, long_prompts, bad
-    )
-    return [Prompt(i, p.messages, p.row) for p, i in zip(kept, ids, strict=True)], counts
+    def __call__(self, row: Prompt) -> tuple[Prompt | None, fitting.Counts]:
+        if refusals := [why for r in self.readers if (why := r.refusal(row.messages))]:
+            raise BadRow("; ".join(refusals))
+        limits = self.max_prompt_length, self.long_prompts
+        ids, counts = fitting.encode_prompt(self.tokenizer, row.messages, *limits)
+        return None if ids is None else dataclasses.replace(row, ids=ids), counts
 
 
 def load(
@@ -68,36 +86,14 @@ def load(
     max_prompt_length: int,
     readers: Sequence[Reader],
     say: Callable[[str], None],
-) -> tuple[row_tables.View, row_tables.View]:
-    """(training prompts, held-out prompts) as Prompt, those that all `readers` can read."""
-    bad = settings.bad_rows()
-    load_rows = row_cache.Reader(
-        functools.partial(
-            instructions.load_prompts,
-            schema=settings.data_schema,
-            columns=settings.names_of_columns(),
-        ),
-        functools.partial(
-            encode,
-            tokenizer,
-            max_prompt_length=max_prompt_length,
-            long_prompts=settings.long_prompts,
-            readers=readers,
-        ),
-        PROMPTS,
-        settings,
-        bad,
-    )
-    train, held = splits.train_and_held_out(
-        names, load_rows, instructions.PROMPT_SPLITS["eval"], settings, step=3, bad=bad
-    )
-    bad.finish("prompt_data")
-    say(train.counts().line("prompts"))
-    say(held.counts().line("held-out prompts"))
-    train, held = train.usable(), held.usable()
-    if not train or not held:
+) -> tuple[View, View]:
+    """(training prompts, held-out prompts) with tokens, those that all `readers` can read."""
+    encode = Encode(tokenizer, max_prompt_length, settings.long_prompts, tuple(readers))
+    labels = "prompts", "held-out prompts"
+    parts = load_step(PROMPTS, names, encode, settings, 3, "prompt_data", labels, say)
+    if not all(parts):
         raise SystemExit(
             f"no prompt left to train or evaluate on; max_prompt_length={max_prompt_length},"
             f" long_prompts={settings.long_prompts}: raise --max_prompt_length, or give more rows"
         )
-    return train, held
+    return parts

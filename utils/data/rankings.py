@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from utils.data.bad_rows import BadRow
 from utils.data.prompt_answers import PROMPTS, asked, spoken
 from utils.data.reading import Reading, first_of
+from utils.data.rows import BadRow
 from utils.data.turns import kind_of, split_answer, text_of, turns_of
 
 PAIR_SCORES = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.data import transcripts
-from utils.data.bad_rows import BadRows, Row
+from utils.data.rows import BadRows, Row
 from utils.data.turns import text_of, turns_of
 from utils.distributed import process_group
 
@@ -88,6 +88,8 @@ class Schema:
 
     def serves(self, use: str) -> bool:
         """Whether rows of this schema can be read for a `Reading.use`."""
+        if use == "text":
+            return not (self.prompt or self.unfold or self.gather)
         needed = {"demonstration": self.answer, "comparison": self.ranked}.get(use, self.prompt)
         return bool(needed or self.unfold or self.gather)
 

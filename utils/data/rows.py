@@ -1,227 +1,137 @@
-"""Any file, folder or hub name -> rows, with every bad one named by its file and line."""
+"""A row and its place, and the collection of rows that cannot be used."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-from utils.data.bad_rows import BadRow, BadRows, DataError, Row, text_problem
-from utils.data.row_files import FILES, TEXT_FILES, UTF8_BOM, number_rows, read_file, refusals_named
+from utils import whole_files
+from utils.distributed import process_group
+from utils.errors import UserError
 
-__all__ = [  # what the loaders of each schema stand on
-    "BadRow",
-    "BadRows",
-    "DataError",
-    "FILES",
-    "Row",
-    "UTF8_BOM",
-    "files_behind",
-    "has_split",
-    "read_rows",
-    "stream_rows",
-    "text_problem",
-]
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
-    """All rows of `name` at once; see stream_rows."""
-    return list(stream_rows(name, split_candidates, bad))
-
-
-def stream_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> Iterator[Row]:
-    """The rows of a local file, a local folder or a hub data set, one by one as they are read.
-
-    Arguments: name (a .json, .jsonl, .csv or .parquet file, a folder or a hub id; of the latter two
-    also NAME:SPLIT, NAME:CONFIG or NAME:CONFIG:SPLIT), split_candidates (the first that the data
-    set has is read; a plain file is read whole), bad (takes the rows that cannot be read). Raises
-    DataError for what is wrong with a whole file.
-    """
-    rows = _source(name, split_candidates).read(bad)
-    while True:
-        before = len(bad)  # whoever takes the rows may find more of them bad
-        row = next(rows, None)
-        bad.seen += len(bad) - before + (row is not None)
-        if row is None:
-            return
-        yield row
-
-
-def files_behind(name: str, split_candidates: Sequence[str]) -> list[str]:
-    """The files that stream_rows reads: those of `name`, or the Arrow files that `datasets` made
-    of them. Raises DataError as it does."""
-    return _source(name, split_candidates).files()
+SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One split: the files it lies in, and the function that reads its rows."""
+class Row:
+    """One row as read, and its place: FILE:LINE, FILE[ELEMENT] or FILE row NUMBER."""
 
-    files: Callable[[], list[str]]
-    read: Callable[[BadRows], Iterator[Row]]
-
-
-def _source(name: str, split_candidates: Sequence[str]) -> _Source:
-    kind, path, pinned = _locate(name)
-    if kind == "file":
-        return _Source(lambda: [path], partial(read_file, path))
-    found, pinned = _splits(name, kind, path, pinned)
-    wanted = (pinned,) if pinned else tuple(split_candidates)
-    for split in wanted:
-        if split in found:
-            return found[split]
-    raise DataError(
-        f"{name}: has the splits {', '.join(found) or '(none)'}, but not {' or '.join(wanted)};"
-        " name one of them as NAME:SPLIT"
-    )
+    data: dict
+    where: str
 
 
-def has_split(name: str, split_candidates: Sequence[str]) -> bool:
-    """Whether `name` has one of the splits, to evaluate on while another is trained on.
+class DataError(UserError):
+    """What is wrong with the data, each problem with its place.
 
-    False for a plain file, which has none, and for NAME:SPLIT, which means that split for both.
-    Raises DataError for a name that cannot be found.
+    problems: one text or several. title, advice: a line before them and one after.
     """
-    kind, path, pinned = _locate(name)
-    if kind == "file":
-        return False
-    found, split = _splits(name, kind, path, pinned)
-    return not split and not found.keys().isdisjoint(split_candidates)
+
+    def __init__(self, problems: str | Sequence[str], title: str = "", advice: str = ""):
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        lines = [title] if title else []
+        lines += self.problems[:SHOWN_PROBLEMS]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"... and {len(self.problems) - SHOWN_PROBLEMS} more")
+        super().__init__("\n".join(lines + ([advice] if advice else [])))
 
 
-def _locate(name: str) -> tuple[str, str, str]:
-    """("file" | "folder" | "hub", path or hub id, what is pinned of it behind colons or "")."""
-    path, pinned = name, ""
-    while ":" in path and not os.path.exists(path) and pinned.count(":") < 1:
-        base, _, word = path.rpartition(":")
-        if not base or not re.fullmatch(r"[\w.-]+", word):
-            break
-        path, pinned = base, f"{word}:{pinned}" if pinned else word
-    if os.path.isdir(path):
-        return "folder", path, pinned
-    if os.path.exists(path):
-        if pinned:
-            raise DataError(f"{name}: {path} is a plain file and has no split {pinned}")
-        return "file", path, None
-    if path.lower().endswith(FILES) or path.startswith(("/", ".", "~")):
-        raise DataError(f"{name}: no such file or folder (looked in {os.getcwd()})")
-    if not HUB_ID.fullmatch(path):
-        raise DataError(f"{name!r}: neither a file, nor a folder, nor a hub id (owner/name)")
-    return "hub", path, pinned
+class BadRow(ValueError):
+    """Why one row cannot be used."""
 
 
-def _splits(name: str, kind: str, path: str, pinned: str) -> tuple[dict[str, _Source], str]:
-    """(the splits that a folder or hub data set has, by name; the pinned split or ""). pinned:
-    SPLIT, CONFIG, CONFIG:SPLIT or "". Raises DataError where a set of several configurations is
-    named without one."""
-    with refusals_named(name):
-        import datasets
+class BadRows:
+    """The bad rows of one loading, which in the end are written to a file or end the run.
 
-        if kind == "folder" and any(
-            os.path.exists(os.path.join(path, mark)) for mark in ("dataset_dict.json", "state.json")
-        ):
-            saved = datasets.load_from_disk(path)
-            if not isinstance(saved, dict):
-                saved = {str(saved.split or "train"): saved}
-            found = {key: _table(f"{path}[{key}]", lambda t=t: t) for key, t in saved.items()}
-            return found, pinned
-        config, split = _configuration(name, path, pinned)
-        if kind == "folder":
-            files = datasets.load_dataset_builder(path, config).config.data_files or {}
-            taken = {str(key): [str(file) for file in part] for key, part in files.items()}
-            _refuse_unread(name, path, [file for part in taken.values() for file in part])
-            # Text files are read here rather than by datasets, which cannot name a bad line.
-            if taken and all(
-                file.lower().endswith(TEXT_FILES) for part in taken.values() for file in part
-            ):
-                found = {
-                    key: _Source(lambda part=part: part, partial(_read_files, part))
-                    for key, part in taken.items()
-                }
-                return found, split
-        return {
-            key: _table(f"{path}[{key}]", partial(_load_split, path, config, key))
-            for key in map(str, datasets.get_dataset_split_names(path, config))
-        }, split
-
-
-def _configuration(name: str, path: str, pinned: str) -> tuple[str | None, str]:
-    """(configuration or None for the only one, pinned split or "") of a folder or hub data set."""
-    import datasets
-
-    configs = datasets.get_dataset_config_names(path)
-    config, colon, split = pinned.partition(":")
-    if not colon and config not in configs:
-        config, split = "", pinned  # NAME:SPLIT
-    if config and config not in configs:
-        raise DataError(f"{name}: has the configurations {', '.join(configs)}, but not {config}")
-    if not config and len(configs) > 1 and not datasets.get_dataset_default_config_name(path):
-        raise DataError(
-            f"{name}: has the configurations {', '.join(configs)}; name one of them as "
-            f"{path}:{configs[0]}{':' if split else ''}{split}"
-        )
-    return config or None, split
-
-
-def _refuse_unread(name: str, path: str, taken: list[str]) -> None:
-    """Raises DataError for data files of a folder that are in none of its splits.
-
-    Of files of several kinds `datasets` takes one kind, and of train.jsonl beside more.jsonl only
-    the first. A README that says which files make up the set (data_files) has the last word.
+    max_share: how many of all rows may be bad (0: none, 1: all). report_path: the JSON Lines file
+    for the bad rows. entries: (place, reason, row) of each. seen: how many rows were read.
     """
-    from datasets.data_files import FILES_TO_IGNORE
 
-    readme = os.path.join(path, "README.md")
-    if os.path.exists(readme):
-        with open(readme, encoding="utf-8", errors="replace") as file:
-            if "data_files:" in file.read():
-                return
-    known, left = {os.path.realpath(file) for file in taken}, []
-    for folder, inner, files in os.walk(path):
-        inner[:] = [each for each in inner if not each.startswith((".", "__"))]
-        for file in files:
-            data = file.lower().endswith(FILES) and not file.startswith((".", "__"))
-            if data and file not in FILES_TO_IGNORE:
-                left.append(os.path.join(folder, file))
-    left = sorted(file for file in left if os.path.realpath(file) not in known)
-    if left:
-        raise DataError(
-            f"{name}: {', '.join(left[:5])}{' …' if len(left) > 5 else ''} ({len(left)} in all) "
-            "would be read into none of its splits; name the files that are meant, or take these "
-            "out of the folder"
-        )
+    def __init__(self, max_share: float = 0.0, report_path: str | None = None):
+        self.max_share, self.report_path = max_share, report_path
+        self.entries: list[tuple[str, str, Any]] = []
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def problems(self) -> list[str]:
+        """`place: reason` of each bad row."""
+        return [f"{where}: {reason}" for where, reason, _ in self.entries]
+
+    @property
+    def too_many(self) -> bool:
+        return len(self) > self.max_share * max(self.seen, len(self))
+
+    def add(self, where: str, reason: str, data: Any = None) -> None:
+        self.entries.append((where, reason, data))
+
+    def merge(self, other: BadRows) -> None:
+        self.entries += other.entries
+        self.seen += other.seen
+
+    def moved(self) -> BadRows:
+        """All that was collected so far, in a new collection; this one is empty afterwards."""
+        other = BadRows(self.max_share, self.report_path)
+        other.merge(self)
+        self.entries, self.seen = [], 0
+        return other
+
+    def finish(self, label: str) -> int:
+        """Ends one loading: empties the collection and returns how many rows were bad.
+
+        They are added to the file at report_path and counted in one line; raises DataError that
+        names them where they are more than max_share of all rows.
+        """
+        found = self.moved()
+        if not len(found):
+            return 0
+        count = f"{len(found)} bad row(s) of {found.seen}"
+        if found.too_many:
+            share = math.ceil(1e4 * len(found) / max(found.seen, len(found))) / 1e4
+            raise DataError(
+                found.problems,
+                title=f"{label}: {count}, more than --max_bad_rows {self.max_share:g} lets out",
+                advice=f"Mend them, or leave them out with --max_bad_rows {share:g}.",
+            )
+        if process_group.is_main():
+            written = ""
+            if self.report_path:
+                self._report(found)
+                written = f", kept in {self.report_path}"
+            print(f"{label}: left out {count}{written}; the first: {found.problems[0]}", flush=True)
+        return len(found)
+
+    def _report(self, found: BadRows) -> None:
+        """Adds the lines that the file lacks: a resumed run reads its data again."""
+        known: set[str] = set()
+        if os.path.exists(self.report_path):
+            with open(self.report_path, encoding="utf-8") as file:
+                known = set(file.read().splitlines())
+        lines = [_report_line(*entry) for entry in found.entries]
+        if new := [line + "\n" for line in lines if line not in known]:
+            whole_files.append_lines(self.report_path, "".join(new))
 
 
-def _load_split(path: str, config: str | None, split: str):
-    from datasets import load_dataset
-
-    return load_dataset(path, config, split=split)
-
-
-def _table(label: str, load: Callable) -> _Source:
-    """A split that `load` gives as a datasets.Dataset."""
-
-    def files() -> list[str]:
-        with refusals_named(label):
-            return [each["filename"] for each in load().cache_files]
-
-    def read(bad: BadRows) -> Iterator[Row]:
-        with refusals_named(label):
-            yield from number_rows(label, load())
-
-    return _Source(files, read)
+def _report_line(where: str, reason: str, data: Any) -> str:
+    record = {"where": where, "reason": reason, "row": data}
+    # ASCII, because a lone surrogate, which may be what is wrong, cannot be written as UTF-8.
+    try:
+        return json.dumps(record, default=str, allow_nan=False)
+    except ValueError:  # NaN, for which strict JSON has no form
+        return json.dumps({**record, "row": json.dumps(data, default=str)})
 
 
-def _read_files(paths: Iterable[str], bad: BadRows) -> Iterator[Row]:
-    problems = []
-    for path in paths:
-        try:
-            yield from read_file(path, bad)
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(problems)
+def text_problem(text: str) -> str | None:
+    """What a tokenizer cannot read in `text` (a NUL, half a surrogate pair), or None."""
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds a lone surrogate, U+{ord(text[error.start]):04X}"
+    return None

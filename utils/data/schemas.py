@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from utils.data import message_trees, rankings
 from utils.data import prompt_answers as one
-from utils.data.bad_rows import BadRow, BadRows, DataError, Row
 from utils.data.reading import Reading, Schema
+from utils.data.rows import BadRow, BadRows, DataError, Row
 from utils.data.turns import in_order
 
 _PROMPT, _ANSWER = one.PROMPTS, one.ANSWERS
@@ -151,6 +151,11 @@ def opened(rows: Iterable[Row], reading: Reading, bad: BadRows) -> tuple[str, It
     if SCHEMAS[name].gather:
         rows, name = SCHEMAS[name].gather(rows, bad, reading.notes)
     return name, rows
+
+
+def has_answer(data: dict) -> bool:
+    """Whether a demonstration could be read from a row."""
+    return any(one.serves("demonstration") and one.fits(data) for one in SCHEMAS.values())
 
 
 def _fitting(row: Row, known: Mapping[str, Schema]) -> str | None:

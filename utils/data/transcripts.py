@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from utils.data.bad_rows import BadRow
+from utils.data.rows import BadRow
 
 MARK = r"(Human|Assistant)[ \t]*[:：]"
 BEGINNING = re.compile(r"\s*(###[ \t]*)?" + MARK)  # most texts are none: a cheap question first

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils import strict_json
-from utils.data.bad_rows import BadRow, text_problem
+from utils.data.rows import BadRow, text_problem
 
 ROLES = {
     "system": "system",

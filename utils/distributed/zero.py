@@ -14,6 +14,10 @@ from torch import nn
 
 from utils.distributed import process_group
 
+# Numbers, not bytes; the planner reads them too.
+REDUCE_BUCKET = int(5e7)
+PERSISTENT_BELOW = int(1e5)  # ZeRO-3 leaves smaller weights whole
+MAX_LIVE_PARAMETERS = int(1e9)  # whole weights at once under ZeRO-3
 Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,15 +57,15 @@ def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
         # backward pass, and wait for it at its end. gloo gains nothing from it.
         "overlap_comm": zero_stage >= 2 and torch.cuda.is_available(),
         "contiguous_gradients": True,
-        "reduce_bucket_size": int(5e7),
+        "reduce_bucket_size": REDUCE_BUCKET,
         "allgather_bucket_size": int(2e8),
     }
     if zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": int(5e7),
             # Norms and biases stay whole: gathering 4 kB costs as much latency as 4 MB.
-            "stage3_param_persistence_threshold": int(1e5),
-            "stage3_max_live_parameters": int(1e9),
+            "stage3_param_persistence_threshold": PERSISTENT_BELOW,
+            "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
             "stage3_max_reuse_distance": int(1e9),
         }
     pin = torch.cuda.is_available()

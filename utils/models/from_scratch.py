@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from utils import whole_files
-from utils.data import chat_template, instructions, preferences, rows
+from utils.data import chat_template, comparisons, demonstrations, rows
 from utils.distributed.program import quiet_libraries, run
 from utils.settings.run_config import columns_of
 
@@ -25,14 +25,14 @@ def texts_of(names: Iterable[str], columns: Mapping[str, str] | None = None) -> 
     for name in names:
         bad = rows.BadRows(1.0)
         try:
-            for row in preferences.load_comparisons([name], columns=columns, bad=bad):
+            for row in comparisons.load_comparisons([name], columns=columns, bad=bad):
                 yield from (m["content"] for m in row.prompt)
                 yield from row.responses
             continue
         except rows.DataError:
             pass  # not a preference set
         bad = rows.BadRows(1.0)
-        for row in instructions.load_conversations([name], columns=columns, bad=bad):
+        for row in demonstrations.load_conversations([name], columns=columns, bad=bad):
             yield from (m["content"] for m in row.messages)
 
 

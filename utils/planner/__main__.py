@@ -1,5 +1,1 @@
-"""python -m utils.planner --step ppo --config FILE: does the run fit, and what would mend it?"""
-
-from utils.planner import plan
-
-plan.main()
+raise SystemExit("python -m utils.planner is now python -m evaluation.plan, with the same flags")

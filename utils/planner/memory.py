@@ -1,22 +1,18 @@
-"""Bytes a rank holds for one model, by ZeRO stage, dtype and offload.
+"""Bytes that one rank holds for one model, by ZeRO stage, dtype and offload.
 
 What DeepSpeed 0.19 keeps was read from its source and counted tensor by tensor on running engines
-(tests/utils/planner/test_plan.py repeats the count), with the settings of zero.deepspeed_config.
+(tests/utils/planner/test_memory.py repeats the count), with the settings of zero.deepspeed_config.
 """
 
 from dataclasses import dataclass, field
 
+from utils.distributed.zero import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
+from utils.kernels import vocabulary_head
 from utils.planner.shapes import Activations, Shape
 
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-BUCKET = int(5e7)  # numbers; zero.deepspeed_config's reduce_bucket_size
 PLAIN_BUCKET = int(5e8)  # of the gradient reduction without a ZeRO optimizer (fixed in DeepSpeed)
-GATHERED = int(1e9)  # numbers of whole weights at once under ZeRO-3: stage3_max_live_parameters
 SUB_GROUP = int(1e9)  # numbers that ZeRO-3 steps on at once
-# Logits at once, and how many of them are kept for the backward pass: those of
-# utils/kernels/vocabulary_head.py, which this ground floor cannot import.
-LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-LOGITS_KEPT = 2**24
 
 
 @dataclass
@@ -38,83 +34,90 @@ class ModelBytes:
         return sum(self.device.values())
 
 
-def effective_stage(stage: int, dtype: str) -> int:
-    """zero.deepspeed_config runs stage 0 as 1 where the weights are not fp32."""
-    return 1 if stage == 0 and dtype != "fp32" else stage
-
-
-def trained(shape: Shape, dtype: str, stage: int, ranks: int, offload: str, on_gpu: bool):
-    """ModelBytes of a zero.TrainEngine around a model of this shape."""
-    stage, size = effective_stage(stage, dtype), SIZE[dtype]
-    n, share = shape.parameters, -(-shape.parameters // ranks)
-    found = ModelBytes(first_gradient=0 if shape.scalar else size * shape.vocabulary * shape.hidden)
-    if stage == 0:
-        found.device = {"weights": size * n, "optimizer": 8 * n}
-        found.gradients = size * n
-        found.step = size * min(n, PLAIN_BUCKET)
-        return found
-    offloaded = offload != "none"
-    optimizer = {"optimizer": 12 * share}  # fp32 weights and two moments
-    bucket = size * max(min(n, BUCKET), shape.largest)
+def trained(
+    shape: Shape, dtype: str, stage: int, ranks: int, offload: str, on_gpu: bool
+) -> ModelBytes:
+    """Of a zero.TrainEngine around a model of this shape."""
+    size, n = SIZE[dtype], shape.parameters
+    first = 0 if shape.scalar else size * shape.vocabulary * shape.hidden
+    if stage == 0 and dtype == "fp32":
+        kept = {"weights": size * n, "optimizer": 8 * n}
+        step = size * min(n, PLAIN_BUCKET)
+        return ModelBytes(kept, gradients=size * n, first_gradient=first, step=step)
+    # zero.deepspeed_config runs stage 0 as 1 where the weights are not fp32.
+    sharded = _zero_3 if stage == 3 else _zero_1 if stage < 2 else _zero_2
     # Buckets are taken whole, but on a CPU memory costs nothing until it is written.
-    taken = size * BUCKET if on_gpu else 0
-    found.late = min(1.0, BUCKET / n)
-    accumulated = 2 if dtype == "fp16" else 4
+    taken = size * REDUCE_BUCKET if on_gpu else 0
+    model = sharded(shape, dtype, ranks, offload, taken)
+    model.first_gradient, model.late = first, min(1.0, REDUCE_BUCKET / n)
+    share = -(-n // ranks)
+    optimizer = {"optimizer": 12 * share}  # fp32 weights and two moments
+    if offload == "none":
+        model.device |= optimizer
+        return model
     if stage < 3:
-        found.device = {"weights": size * n}
-        if stage == 1 and dtype == "bf16" and not offloaded:
-            # DeepSpeed's BF16_Optimizer: whole gradients in fp32, kept, beside the bf16 ones.
-            found.device["gradients"] = 4 * n
-            found.gradients = size * n
-            found.step = (size + 4) * min(n, PLAIN_BUCKET)
-        elif stage == 1:
-            found.gradients = (accumulated if dtype == "bf16" else size) * n
-            found.buckets, found.reducing = taken, 2 * bucket - taken
-            found.step = 4 * share
-        else:
-            found.gradients = accumulated * share
-            # Two on a GPU, where one is reduced while the other fills.
-            found.buckets = 2 * taken
-            found.reducing = 2 * bucket + 4 * shape.largest - taken
-            found.step = 8 * shape.largest  # norms are taken in fp64, a weight at a time
-        if offloaded:
-            found.device["buffers"] = 2 * size * shape.largest
-            optimizer |= {"gradients": 4 * share, "weights": size * share}
+        model.device["buffers"] = 2 * size * shape.largest
+        model.host = optimizer | {"gradients": 4 * share, "weights": size * share}
     else:
-        whole = size * shape.small if ranks > 1 else 0
-        found.device = {"weights": size * share, "buffers": taken + whole}
-        found.gathered = size * min(n, GATHERED)
-        found.reducing = 3 * bucket - taken
-        if offloaded:
-            optimizer["gradients"] = 2 * 4 * share
-            found.step = 4 * shape.largest
-        else:
-            found.device["gradients"] = accumulated * share
-            found.step = 4 * min(share, SUB_GROUP)
+        model.host = optimizer | {"gradients": 2 * 4 * share}
         if offload == "all":
-            optimizer["weights"] = found.device.pop("weights")
-    if offloaded:
-        found.host = optimizer
+            model.host["weights"] = model.device.pop("weights")
+    return model
+
+
+def _bucket(shape: Shape, size: int) -> int:
+    return size * max(min(shape.parameters, REDUCE_BUCKET), shape.largest)
+
+
+def _zero_1(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
+    size, n = SIZE[dtype], shape.parameters
+    model = ModelBytes({"weights": size * n})
+    if dtype == "bf16" and offload == "none":
+        # DeepSpeed's BF16_Optimizer: whole gradients in fp32, kept, beside the bf16 ones.
+        model.device["gradients"] = 4 * n
+        model.gradients = size * n
+        model.step = (size + 4) * min(n, PLAIN_BUCKET)
     else:
-        found.device |= optimizer
-    return found
+        model.gradients = (4 if dtype == "bf16" else size) * n
+        model.buckets, model.reducing = taken, 2 * _bucket(shape, size) - taken
+        model.step = 4 * -(-n // ranks)
+    return model
+
+
+def _zero_2(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
+    size, share = SIZE[dtype], -(-shape.parameters // ranks)
+    return ModelBytes(
+        {"weights": size * shape.parameters},
+        gradients=(2 if dtype == "fp16" else 4) * share,
+        buckets=2 * taken,  # on a GPU one is reduced while the other fills
+        reducing=2 * _bucket(shape, size) + 4 * shape.largest - taken,
+        step=8 * shape.largest,  # norms are taken in fp64, a weight at a time
+    )
+
+
+def _zero_3(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
+    size, share = SIZE[dtype], -(-shape.parameters // ranks)
+    whole = size * shape.small if ranks > 1 else 0
+    model = ModelBytes({"weights": size * share, "buffers": taken + whole})
+    model.gathered = size * min(shape.parameters, MAX_LIVE_PARAMETERS)
+    model.reducing = 3 * _bucket(shape, size) - taken
+    if offload == "none":
+        model.device["gradients"] = (2 if dtype == "fp16" else 4) * share
+        model.step = 4 * min(share, SUB_GROUP)
+    else:
+        model.step = 4 * shape.largest
+    return model
 
 
 def frozen(shape: Shape, dtype: str, stage: int, ranks: int, offload: str) -> ModelBytes:
-    """ModelBytes of zero.frozen: whole, or sharded with ZeRO-3."""
+    """Of zero.frozen: whole, or sharded with ZeRO-3."""
     size, n = SIZE[dtype], shape.parameters
     if stage < 3:
-        return ModelBytes(device={"weights": size * n})
+        return ModelBytes({"weights": size * n})
     part = {"weights": size * -(-n // ranks)}
-    gathered = size * min(n, GATHERED)
-    if offload == "all":
-        return ModelBytes(host=part, gathered=gathered)
-    return ModelBytes(device=part, gathered=gathered)
-
-
-def average(shape: Shape, stage: int, ranks: int) -> int:
-    """Bytes of the fp32 EMA: of this rank's shard under ZeRO-3, else of all."""
-    return 4 * (-(-shape.parameters // ranks) if stage == 3 else shape.parameters)
+    gathered = size * min(n, MAX_LIVE_PARAMETERS)
+    kept = {"host": part} if offload == "all" else {"device": part}
+    return ModelBytes(**kept, gathered=gathered)
 
 
 def logits(shape: Shape, tokens: int, dtype: str, device: str, training: bool) -> int:
@@ -123,31 +126,28 @@ def logits(shape: Shape, tokens: int, dtype: str, device: str, training: bool) -
         return 0
     size, count = SIZE[dtype], tokens * shape.vocabulary
     # Logits, their fp32 copy, probabilities, slopes.
-    at_once = min(count, LOGITS_AT_ONCE[device]) * (size + 4 + 4)
+    at_once = min(count, vocabulary_head.CHUNK[device]) * (size + 4 + 4)
     if not training:
         return at_once
-    kept = size * count if count <= LOGITS_KEPT else 0
+    kept = size * count if count <= vocabulary_head.KEPT else 0
     head = shape.vocabulary * shape.hidden
     return at_once + kept + 4 * head + (size * head if size < 4 else 0)
 
 
 def training_peak(
-    model: ModelBytes, found: Activations, head: int, accumulation: int, other_kept: int
+    model: ModelBytes, activations: Activations, head: int, accumulation: int
 ) -> dict[str, int]:
-    """Device bytes at the most, in the backward pass and in the optimizer step of one model,
-    above what all models keep (`other_kept` is added)."""
+    """Device bytes at the most in the backward pass and in the optimizer step of one model, above
+    what all models keep. head: as `logits` says. accumulation: micro-batches of the step."""
     before = model.gradients if accumulation > 1 else 0
     first = before or min(model.first_gradient, model.gradients)
     backward = max(
         # Where the head is done, in the layer that needs most, and when gradients are reduced.
-        found.held + head + before + model.buckets,
-        found.peak + first + model.buckets,
-        found.held * (1 - model.late) + model.gradients + model.buckets + model.reducing,
+        activations.held + head + before + model.buckets,
+        activations.peak + first + model.buckets,
+        activations.held * (1 - model.late) + model.gradients + model.buckets + model.reducing,
     )
-    return {
-        "train": other_kept + model.gathered + round(backward),
-        "step": other_kept + model.gradients + model.step,
-    }
+    return {"train": model.gathered + round(backward), "step": model.gradients + model.step}
 
 
 def generating(shape: Shape, rows: int, length: int, dtype: str) -> dict[str, int]:

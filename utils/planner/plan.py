@@ -1,33 +1,151 @@
-"""What a run needs before it starts: memory a rank, what fits, the cheapest change, the time.
+"""Does a run fit, in which phase does it need most, how long does an iteration take, and what is
+the cheapest change that makes it fit? Reads each model's config.json, and no weight.
 
-    python -m utils.planner --step ppo --config run.yaml --ranks 8 --memory_gb 80
-    python -m utils.planner --step sft --model_name_or_path docs/shapes/7b --ranks 1
-
-Reads the step's own settings (flags win over --config) and each model's config.json, and no weight.
---memory_gb plans for GPUs of that size; without it for this machine. Rows are taken at their full
-length, so a run on shorter ones needs less.
+Rows are taken at their full length, so a run on shorter ones needs less.
 """
 
-import dataclasses
-import importlib
+import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from utils.distributed import host_memory, process_group, zero
-from utils.planner import time as plan_time
-from utils.planner.steps import Plan, plan, seconds
+from utils.planner import memory, shapes, time
+from utils.planner.shapes import Shape
+from utils.planner.workload import Workload
 
 GB = 10**9
 # Of a GPU's free memory: its allocator leaves gaps, NCCL and cuBLAS take their buffers.
 USABLE = {"cpu": 0.95, "cuda": 0.92}
-STEPS = {
-    "sft": ("step1_sft.config", "SFTConfig", ["--sft_data", "-"]),
-    "reward": ("step2_reward.config", "RewardConfig", ["--preference_data", "-"]),
-    "ppo": ("step3_ppo.config", "PPOConfig", ["--prompt_data", "-", "--reward_function", "-"]),
-}
+
+
+@dataclass
+class Plan:
+    """Bytes a rank. phases: what happens → device bytes at the most meanwhile. parts: model →
+    part → bytes that stay on the device. host: bytes that stay in CPU memory."""
+
+    device: str
+    phases: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    host: dict[str, dict[str, int]] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        return max(self.phases, key=self.phases.get)
+
+    @property
+    def kept(self) -> int:
+        return sum(sum(part.values()) for part in self.parts.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(sum(part.values()) for part in self.host.values())
+
+    @property
+    def peak(self) -> int:
+        """Device bytes at the most; on a CPU all bytes."""
+        return self.phases[self.worst] + (self.host_bytes if self.device == "cpu" else 0)
+
+
+def plan(work: Workload, dtype: str, ranks: int, device: str) -> Plan:
+    """dtype: fp32, bf16 or fp16. device: cpu or cuda."""
+    result, models = Plan(device), {}
+    on_gpu = device == "cuda"
+    for role in work.roles:
+        shape, stage = shapes.read(role.path, role.scalar, work.trust_remote_code), work.stage(role)
+        if role.trained:
+            model = memory.trained(shape, dtype, stage, ranks, work.offload, on_gpu)
+        else:
+            model = memory.frozen(shape, dtype, stage, ranks, work.offload)
+            if work.offload_frozen and on_gpu and stage < 3:
+                # In CPU memory, and on the device while it scores.
+                model.host, model.device = model.device, {}
+                model.gathered = model.host["weights"]
+        models[role.name], result.shapes[role.name] = model, shape
+        result.parts[role.name], result.host[role.name] = model.device, model.host
+    if work.ema_decay > 0:
+        weights = result.shapes[work.roles[0].name].parameters
+        average = 4 * (-(-weights // ranks) if work.zero_stage == 3 else weights)
+        on_host = work.offload == "all" and work.zero_stage == 3
+        (result.host if on_host else result.parts)["EMA"] = {"weights": average}
+    if work.rollout_rows:
+        _add_rollout(result, models, work, dtype, ranks)
+    rows = work.micro_batch_rows()
+    accumulation = work.global_batch_size * work.rows_a_sample // (rows * ranks)
+    for role in work.roles:
+        if role.trained:
+            shape = result.shapes[role.name]
+            run = _activations(shape, rows, work.length, dtype, work.gradient_checkpointing)
+            head = memory.logits(shape, rows * work.predicted, dtype, device, training=True)
+            peaks = memory.training_peak(models[role.name], run, head, accumulation)
+            result.phases |= {f"{phase} {role.name}": result.kept + n for phase, n in peaks.items()}
+    return result
+
+
+def _activations(shape: Shape, rows: int, length: int, dtype: str, checkpointing: bool):
+    return shapes.activations(shape, rows, length, zero.DTYPES[dtype], checkpointing)
+
+
+def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: int) -> None:
+    """The phases generate and score; the KV cache stays."""
+    policy = work.roles[0].name
+    shape, rows, size = result.shapes[policy], work.rows_decoded(ranks), memory.SIZE[dtype]
+    decoding = memory.generating(shape, rows, work.length, dtype)
+    if not work.release_decode_memory:
+        result.parts["rollout"] = {"KV cache": decoding.pop("KV cache")}
+    gathered = 0
+    if work.zero_stage == 3:
+        by_layer = work.rollout_gather == "layer"
+        gathered = models[policy].gathered if by_layer else size * shape.parameters
+    prefill = rows * _activations(shape, 1, work.length - work.predicted, dtype, False).inference
+    # The weights of matrix products, packed for the CPU's kernels.
+    packed = size * shape.multiplied if result.device == "cpu" else 0
+    cache = decoding.get("KV cache", 0)
+    most = max(prefill, decoding["sampling"])
+    result.phases["generate"] = result.kept + gathered + packed + cache + most
+    most, rows = 0, work.micro_batch_rows()
+    for name, shape in result.shapes.items():
+        run = _activations(shape, rows, work.length, dtype, work.gradient_checkpointing)
+        head = memory.logits(shape, rows * work.predicted, dtype, result.device, training=False)
+        weights = gathered if name == policy else models[name].gathered
+        most = max(most, weights + max(run.inference, head))
+    result.phases["score"] = result.kept + most
+
+
+def seconds(
+    found: Plan, work: Workload, dtype: str, ranks: int, speed: time.Speed
+) -> dict[str, float]:
+    """Seconds of each part of an iteration."""
+    length, rows = work.length, work.rows(ranks)
+    # Of a row's tokens those that the head reads, on all of an iteration's rows.
+    tokens, read = rows * length, rows * work.predicted
+    parts = {}
+    if work.rollout_rows:
+        decoded, prompt = work.rows_decoded(ranks), length - work.predicted
+        policy = found.shapes[work.roles[0].name]
+        parts["generate"] = time.decoding_seconds(
+            policy, rows, decoded, prompt, work.predicted, dtype, speed
+        )
+        parts["score"] = sum(
+            time.forward_flops(found.shapes[role.name], tokens, length, read) / speed.flops
+            for role in work.roles
+            if not role.held_out_only
+        )
+    parts["train"] = 0.0
+    steps = max(1, work.rollout_rows // work.global_batch_size)
+    for role in work.roles:
+        if role.trained:
+            shape, checkpointing = found.shapes[role.name], work.gradient_checkpointing
+            passes = time.training_seconds(shape, tokens, length, read, checkpointing, speed)
+            step = time.optimizer_seconds(shape, ranks, work.stage(role), speed)
+            parts["train"] += work.ppo_epochs * (passes + steps * step)
+    return parts
+
+
+# What fits.
 
 
 @dataclass(frozen=True)
@@ -53,107 +171,75 @@ def here(device: torch.device, ranks: int) -> Machine:
     return Machine("cpu", ranks, host, host)
 
 
-# What fits.
-
-
-def micro_batches(config, ranks: int) -> list[int]:
-    """Every --micro_batch_size that divides a rank's share of the global batch, largest first."""
-    share = config.global_batch_size // ranks
-    return [n for n in range(share, 0, -1) if share % n == 0]
-
-
-def largest_micro_batch(step: str, config, dtype: str, machine: Machine) -> int:
+def largest_micro_batch(work: Workload, dtype: str, machine: Machine) -> int:
     """The largest micro batch that fits and divides the batch, 0 where none does."""
-    for n in micro_batches(config, machine.ranks):
-        tried = dataclasses.replace(config, micro_batch_size=n, micro_batch_tokens=0)
-        if machine.holds(plan(step, tried, dtype, machine.ranks, machine.device)):
+    for n in work.micro_batch_sizes(machine.ranks):
+        tried = replace(work, micro_batch_size=n, micro_batch_tokens=0)
+        if machine.holds(plan(tried, dtype, machine.ranks, machine.device)):
             return n
     return 0
 
 
-def changes(config, ranks: int) -> list[dict]:
+def changes(work: Workload, ranks: int) -> list[dict]:
     """Settings that save memory, the cheapest in time first."""
-    found: list[dict] = []
-    if config.micro_batch_tokens:
-        found.append({"micro_batch_tokens": 0})
-    smaller = [n for n in micro_batches(config, ranks) if n < config.micro_batch_size]
-    found += [{"micro_batch_tokens": 0, "micro_batch_size": n} for n in smaller]
-    if not config.gradient_checkpointing:
+    smaller = [n for n in work.micro_batch_sizes(ranks) if n < work.micro_batch_size]
+    found = [{"micro_batch_tokens": 0, "micro_batch_size": n} for n in smaller]
+    if work.micro_batch_tokens:
+        found.insert(0, {"micro_batch_tokens": 0})
+    if not work.gradient_checkpointing:
         found.append({"gradient_checkpointing": True})
-    critic = {"critic_zero_stage": -1} if hasattr(config, "critic_zero_stage") else {}
-    found += [{"zero_stage": n} | critic for n in (1, 2, 3) if n > config.zero_stage]
-    if config.offload == "none":
-        found.append({"offload": "optimizer", "zero_stage": max(config.zero_stage, 2)})
-    if config.offload != "all":
+    critic = {"critic_zero_stage": -1} if work.critic_zero_stage >= 0 else {}
+    found += [{"zero_stage": n} | critic for n in (1, 2, 3) if n > work.zero_stage]
+    if work.offload == "none":
+        found.append({"offload": "optimizer", "zero_stage": max(work.zero_stage, 2)})
+    if work.offload != "all":
         found.append({"offload": "all", "zero_stage": 3} | critic)
-    if hasattr(config, "rollout_gather") and config.rollout_gather != "layer":
+    if work.rollout_rows and work.rollout_gather != "layer":
         found.append({"rollout_gather": "layer", "zero_stage": 3} | critic)
     return found
 
 
-def cheapest_change(step: str, config, dtype: str, machine: Machine) -> tuple[dict, int] | None:
+def cheapest_change(work: Workload, dtype: str, machine: Machine) -> tuple[dict, int] | None:
     """({setting: value}, ranks) of the cheapest change that fits, each tried by planning again;
-    None where nothing does. One change alone is preferred, then as few as needed, then ranks."""
-    ranks = machine.ranks
-
-    def fits(change: dict, ranks: int) -> bool:
-        tried = dataclasses.replace(config, **change)
-        if tried.global_batch_size % (tried.micro_batch_size * ranks):
-            return False
-        there = dataclasses.replace(machine, ranks=ranks)
-        return there.holds(plan(step, tried, dtype, ranks, machine.device))
-
-    possible = changes(config, ranks)
-    for change in possible:
-        if fits(change, ranks):
-            return change, ranks
-    together: list[dict] = []
-    for change in possible:
-        together.append(change)
-        if not fits(_joined(together), ranks):
-            continue
-        for one in list(together):
-            rest = [c for c in together if c is not one]
-            if fits(_joined(rest), ranks):
-                together = rest
-        return _joined(together), ranks
-    for more in (2 * ranks, 4 * ranks, 8 * ranks, 16 * ranks):
-        for change in ({}, _joined(possible)):
-            if fits(change, more):
-                return change, more
+    None where nothing does. As few changes as possible, then all of them, then more ranks."""
+    possible = changes(work, machine.ranks)
+    everything = _joined(possible)
+    some = [_joined(c) for n in (1, 2, 3) for c in itertools.combinations(possible, n)]
+    tries = [(change, machine.ranks) for change in (*some, everything)]
+    tries += [(c, machine.ranks * n) for n in (2, 4, 8, 16) for c in ({}, everything)]
+    for change, ranks in tries:
+        tried = replace(work, **change)
+        if tried.global_batch_size % (tried.micro_batch_size * ranks) == 0:
+            there = replace(machine, ranks=ranks)
+            if there.holds(plan(tried, dtype, ranks, machine.device)):
+                return change, ranks
     return None
 
 
-def _joined(parts: list[dict]) -> dict:
+def _joined(parts) -> dict:
     return {key: value for part in parts for key, value in part.items()}
-
-
-def as_flags(change: dict, ranks: int, before: int) -> str:
-    """A change as the command line that makes it."""
-    words = [f"--{key} {str(value).lower()}" for key, value in change.items()]
-    return " ".join(words) + (f" on {ranks} ranks" if ranks != before else "")
 
 
 # What people read.
 
 
-def first_lines(step: str, config, device: torch.device, say: Callable[[str], None]) -> None:
+def first_lines(
+    work: Workload, dtype: str, device: torch.device, say: Callable[[str], None]
+) -> None:
     """At most three lines: the peak a rank, whether it fits, and what to change if not."""
     if not process_group.is_main():
         return
     try:
-        ranks = process_group.world_size()
-        dtype = zero.resolve_dtype(config.dtype, device)
-        machine = here(device, ranks)
-        lines = summary(step, config, dtype, machine)
+        machine = here(device, process_group.world_size())
+        lines = summary(work, dtype, machine)
     except Exception as error:  # whatever a family's code raises: an estimate must not end a run
         lines = [f"plan: not estimated: {type(error).__name__}: {error}".split("\n")[0][:200]]
     for line in lines:
         say(line)
 
 
-def summary(step: str, config, dtype: str, machine: Machine) -> list[str]:
-    found = plan(step, config, dtype, machine.ranks, machine.device)
+def summary(work: Workload, dtype: str, machine: Machine) -> list[str]:
+    found = plan(work, dtype, machine.ranks, machine.device)
     where = "CPU memory" if machine.device == "cpu" else "GPU memory"
     line = f"plan: {found.peak / GB:.2f} GB of {where} a rank at most ({found.worst})"
     if machine.device != "cpu" and found.host_bytes:
@@ -161,7 +247,7 @@ def summary(step: str, config, dtype: str, machine: Machine) -> list[str]:
     line += f"; free: {machine.memory / GB:.1f} GB"
     if machine.holds(found):
         return [line + ": fits"]
-    change = cheapest_change(step, config, dtype, machine)
+    change = cheapest_change(work, dtype, machine)
     mend = (
         "no change of micro batch, checkpointing, ZeRO, offload or 16 × the ranks makes it fit"
         if change is None
@@ -170,67 +256,7 @@ def summary(step: str, config, dtype: str, machine: Machine) -> list[str]:
     return [line, f"plan: WARNING: it will likely run out of memory; {mend}"]
 
 
-def table(found: Plan) -> str:
-    """Bytes a rank in GB: what stays, model by model, then the most in each phase."""
-    lines = [f"{'what stays':16} {'part':12} {'device GB':>10} {'host GB':>10}"]
-    for name in {**found.parts, **found.host}:
-        device, host = found.parts.get(name, {}), found.host.get(name, {})
-        for part in {**device, **host}:
-            numbers = [f"{d.get(part, 0) / GB:10.3f}" for d in (device, host)]
-            lines.append(f"{name:16} {part:12} {' '.join(numbers)}")
-    lines.append(f"{'phase':29} {'at most':>10}")
-    for phase, n in found.phases.items():
-        lines.append(f"{phase:29} {n / GB:10.3f}{'  ← peak' if phase == found.worst else ''}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    import argparse
-
-    from utils.settings import command_line
-    from utils.settings.fields import ConfigError
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--step", choices=STEPS, required=True)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--memory_gb", type=float, help="of one GPU; default: this machine")
-    parser.add_argument("--host_gb", type=float, default=0.0, help="CPU memory a rank")
-    parser.add_argument("--tflops", type=float, help="matrix products a rank; default: measured")
-    parser.add_argument("--bandwidth", type=float, help="GB/s of its memory; default: measured")
-    asked, flags = parser.parse_known_args()
-    module, name, needed = STEPS[asked.step]
-    config_class = getattr(importlib.import_module(module), name)
-    try:
-        config = command_line.build(
-            config_class, ["--output_dir", "-", *needed, *flags], asked.ranks
-        )
-    except ConfigError as error:
-        raise SystemExit(f"these settings cannot work:\n{error}") from None
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if has_gpu else "cpu")
-    if asked.memory_gb:
-        machine = Machine("cuda", asked.ranks, asked.memory_gb * GB, (asked.host_gb or 10**6) * GB)
-        dtype = "bf16" if config.dtype == "auto" else config.dtype
-    else:
-        machine = here(device, asked.ranks)
-        dtype = zero.resolve_dtype(config.dtype, device)
-    found = plan(asked.step, config, dtype, asked.ranks, machine.device)
-    for role, shape in found.shapes.items():
-        print(f"{role}: {shape.parameters:,} parameters")
-    print(table(found))
-    print("\n".join(summary(asked.step, config, dtype, machine)))
-    most = largest_micro_batch(asked.step, config, dtype, machine)
-    print(f"largest micro batch that fits: {most or 'none'}")
-    if asked.tflops and asked.bandwidth:
-        speed = plan_time.Speed(asked.tflops * 1e12, asked.bandwidth * GB, measured=False)
-    else:
-        speed = plan_time.measure(device, zero.DTYPES[dtype])
-    parts = seconds(found, config, dtype, asked.ranks, speed)
-    print(
-        f"time an iteration: {sum(parts.values()):.1f} s at least ("
-        + ", ".join(f"{name} {s:.1f}" for name, s in parts.items())
-        + f") at {speed.flops / 1e12:.2f} TFLOP/s and {speed.bandwidth / GB:.0f} GB/s, "
-        + ("measured on this device" if speed.measured else "as given")
-    )
+def as_flags(change: dict, ranks: int, before: int) -> str:
+    """A change as the command line that makes it."""
+    words = [f"--{key} {str(value).lower()}" for key, value in change.items()]
+    return " ".join(words) + (f" on {ranks} ranks" if ranks != before else "")

@@ -16,9 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils.distributed.zero import PERSISTENT_BELOW
 from utils.models import model_code
-
-PERSISTENT = int(1e5)  # numbers; zero.deepspeed_config's stage3_param_persistence_threshold
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def count(config, scalar: bool) -> Shape:
         parameters=sum(w.numel() for w in weights),
         largest=max(w.numel() for w in weights),
         multiplied=matrices - sum(looked_up.values()),
-        small=sum(w.numel() for w in weights if w.numel() < PERSISTENT),
+        small=sum(w.numel() for w in weights if w.numel() < PERSISTENT_BELOW),
         cache=2 * text.num_hidden_layers * heads * width,
     )
 
@@ -131,12 +130,11 @@ def activations(shape: Shape, rows: int, length: int, dtype, checkpointing: bool
     One and two layers are run; each further one keeps what the second one added.
     """
     text = shape.config.get_text_config()
-    key = (text.to_json_string(use_diff=False), rows, length, dtype, checkpointing)
+    batch = (rows, length, dtype, checkpointing)
+    key = (text.to_json_string(use_diff=False), *batch)
     if key not in _measured:
-        one = _run(shape.config, 1, rows, length, dtype, checkpointing)
-        two = (
-            one if shape.layers == 1 else _run(shape.config, 2, rows, length, dtype, checkpointing)
-        )
+        one = _run(shape.config, 1, *batch)
+        two = one if shape.layers == 1 else _run(shape.config, 2, *batch)
         more = two.held - one.held
         _measured[key] = Activations(
             held=one.held + (shape.layers - 1) * more,

@@ -5,10 +5,10 @@ between ranks, traffic of offloading, Python. So the estimate is a floor, near t
 models are large and ranks share fast links.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 from utils.planner.memory import SIZE
 from utils.planner.shapes import Shape
@@ -24,28 +24,19 @@ class Speed:
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> Speed:
-    """Matrix products and copies on this rank's device, each for about `seconds`."""
+    """Matrix products and sums on this rank's device, each for about `seconds`."""
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
-    # Larger than any cache: 256 MB on CPUs, 2 GB on GPUs.
+    # Larger than any cache: 256 MB on CPUs, 2 GB on GPUs. A sum only reads; a copy would also
+    # write, and on CPUs read what it writes.
     block = torch.zeros(2**29 if device.type == "cuda" else 2**26, device=device)
-    products = _per_second(lambda: a @ a, device, seconds)
-    # A sum only reads. (A copy would also write, and on CPUs read what it writes.)
-    sums = _per_second(block.sum, device, seconds)
-    return Speed(2 * size**3 * products, block.nbytes * sums, measured=True)
 
+    def mean_seconds(work: str) -> float:
+        timer = Timer(work, globals={"a": a, "b": block}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=seconds).mean
 
-def _per_second(work, device: torch.device, seconds: float) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    work(), wait()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        work(), wait()
-        count += 1
-    return count / (time.perf_counter() - start)
+    product, total = mean_seconds("a @ a"), mean_seconds("b.sum()")
+    return Speed(2 * size**3 / product, block.nbytes / total, measured=True)
 
 
 def forward_flops(shape: Shape, tokens: float, length: int, head_tokens: float) -> float:

@@ -85,9 +85,10 @@ class Settings:
         return values
 
     def pick(self, record: type, **more):
-        """A dataclass whose fields are some of these settings, and `more`, with their values."""
-        names = {f.name for f in dataclasses.fields(record)} - more.keys()
-        return record(**{name: getattr(self, name) for name in names}, **more)
+        """A dataclass `record` of `more` and of those settings here that it has fields of."""
+        names = {field.name for field in dataclasses.fields(record)} - more.keys()
+        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return record(**own, **more)
 
     def on_resume(self) -> dict[str, str]:
         """{setting: what a resumed run does with another value}, see setting()."""

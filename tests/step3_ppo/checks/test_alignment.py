@@ -133,7 +133,7 @@ def test_rounding_of_whitened_rewards_that_are_all_alike_is_no_fault(score):
 
 def scored(function, seconds=0.1, copies=1) -> Probe:
     """Answers that a function has scored once."""
-    prompts = [Prompt([], ({"role": "user", "content": f"{i // copies}"},), {}) for i in range(8)]
+    prompts = [Prompt(({"role": "user", "content": f"{i // copies}"},), "", {}) for i in range(8)]
     decode = lambda ids, skip_special_tokens: ["".join(map(chr, row)) for row in ids]  # noqa: E731
     tokenizer = SimpleNamespace(batch_decode=decode, pad_token_id=0)
     scores = function([p.messages[0]["content"] for p in prompts], [""] * 8, [])

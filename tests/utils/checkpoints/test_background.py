@@ -69,7 +69,7 @@ def test_what_is_written_is_the_state_of_its_step(config, held):
         assert folders(config) == ["step-000002"], "sealed at the first boundary after the writing"
     record, folder = whole(config, 2), manifest.folder_of(config.output_dir, 2)
     assert (folder / "weights/actor/weights.txt").read_text() == "[2.0, 2.0, 2.0, 2.0]"
-    assert record["carried"] == {"thing": {"seen": [1, 2]}}
+    assert record["state"] == {"thing": {"seen": [1, 2]}}
     assert record["facts"]["losses"] == [0.5, 1.0] and record["step"] == 2
     reader = manifest.Reader(folder, ["rank-0000-of-0001.safetensors"])
     torch.manual_seed(2)

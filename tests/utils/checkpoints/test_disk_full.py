@@ -24,8 +24,9 @@ from tests.helpers import small_runs
 from utils import report as reporting
 from utils import whole_files
 from utils.checkpoints import manifest, model_folder
-from utils.data import chat_template, instructions, toy_tasks
-from utils.data.bad_rows import BadRows
+from utils.data import chat_template, toy_tasks
+from utils.data import prompts as prompt_data
+from utils.data.rows import BadRows
 from utils.distributed import program
 from utils.models import from_scratch
 from utils.run import BadSteps
@@ -87,7 +88,7 @@ def bad_rows_jsonl(folder, amount):
 
 def comparisons(folder, amount):
     config = collect.CollectConfig(output_file=str(folder / "c.jsonl"), output_dir=str(folder))
-    prompts = [instructions.Prompt(({"role": "user", "content": "q"},), "f:1", {})] * 10 * amount
+    prompts = [prompt_data.Prompt(({"role": "user", "content": "q"},), "f:1", {})] * 10 * amount
     sampled = [collect.Sampled("a", True), collect.Sampled("b", False)]
     collect.write(config, prompts, [sampled] * len(prompts), [[1.0, 0.0]] * len(prompts))
 

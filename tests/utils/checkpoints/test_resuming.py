@@ -33,7 +33,13 @@ def save(config, step: int):
     temporary = folder.with_name(f".{folder.name}.writing")
     temporary.mkdir(parents=True)
     (temporary / "state").write_text(f"of step {step}")
-    record = {"format": 1, "step": step, "world_size": 1, "config": asdict(config), "facts": {}}
+    record = {
+        "format": manifest.FORMAT,
+        "step": step,
+        "world_size": 1,
+        "config": asdict(config),
+        "facts": {},
+    }
     manifest.seal(temporary, folder, record | {"files": manifest.listed(temporary, {})})
     return folder
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utils.data.instructions import load_conversations
+from utils.data.demonstrations import load_conversations
 from utils.data.rows import BadRows, DataError
 
 

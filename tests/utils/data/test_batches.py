@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from tests.helpers.loading import load_step
 from tests.helpers.small_models import config_of
-from utils.data import batches, chat_template
-from utils.data.batches import Counts
-from utils.data.instructions import Conversation, Prompt
+from utils.data import batches, chat_template, demonstrations, prompts
+from utils.data.demonstrations import Conversation
+from utils.data.fitting import Counts
+from utils.data.prompts import Prompt
 from utils.data.rows import BadRows, DataError
+from utils.data.tables import encode_all
 from utils.models.from_scratch import train_tokenizer
 
 # Rows of a step.
@@ -199,7 +201,7 @@ def test_encode_conversations_counts(tokenizer):
     assert len(whole[0].ids) <= 48 < min(len(e.ids) for e in whole[1:])
 
     bad = BadRows()
-    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "cut", "drop", bad)
+    examples, counts = encode_all(rows, demonstrations.Encode(tokenizer, 48, "cut", "drop"), bad)
     assert counts == Counts(kept=3, cut_prompts=2, dropped=1)
     assert counts.line("training data").startswith("training data: 3 rows kept")
     assert examples[0] == whole[0]
@@ -208,14 +210,14 @@ def test_encode_conversations_counts(tokenizer):
         answer = example.ids[example.last_answer :]
         assert tokenizer.decode(answer) == "pear" + tokenizer.eos_token
 
-    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "cut", "cut", bad)
+    examples, counts = encode_all(rows, demonstrations.Encode(tokenizer, 48, "cut", "cut"), bad)
     assert counts == Counts(kept=4, cut_prompts=2, cut_answers=1)
     assert len(examples[2].ids) == 48 and examples[2].ids[-1] == tokenizer.eos_token_id
     assert examples[2].ids[:-1] == whole[2].ids[:47]
     assert examples[2].supervised == whole[2].supervised[:48]
     assert all(len(e.ids) == len(e.supervised) for e in examples)
 
-    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "drop", "drop", bad)
+    examples, counts = encode_all(rows, demonstrations.Encode(tokenizer, 48, "drop", "drop"), bad)
     assert examples == whole[:1] and counts == Counts(kept=1, dropped=3)
     assert len(bad) == 0
 
@@ -229,12 +231,14 @@ def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
         conversation("x" * 100, "pear<|im_end|>", where="there:3"),
     ]
     bad = BadRows()
-    assert batches.encode_conversations(rewriting, rows[:1], 60, "cut", "drop", bad) == (
+    assert encode_all(rows[:1], demonstrations.Encode(rewriting, 60, "cut", "drop"), bad) == (
         [],
         Counts(),
     )
     fine = conversation("a", "pear")
-    examples, counts = batches.encode_conversations(tokenizer, [*rows, fine], 60, "cut", "cut", bad)
+    examples, counts = encode_all(
+        [*rows, fine], demonstrations.Encode(tokenizer, 60, "cut", "cut"), bad
+    )
     whole = [chat_template.encode_conversation(tokenizer, r.messages) for r in (rows[0], fine)]
     assert examples == whole and counts == Counts(kept=2)
     assert len(bad) == 3
@@ -247,7 +251,9 @@ def test_encode_conversations_sets_aside_the_rows_a_template_refuses(tokenizer):
 
 def test_encode_conversations_counts_cut_prompts_of_kept_rows_only(tokenizer):
     rows = [conversation("x" * 100, "p" * 100), conversation("x" * 100, "pear")]
-    examples, counts = batches.encode_conversations(tokenizer, rows, 48, "cut", "drop", BadRows())
+    examples, counts = encode_all(
+        rows, demonstrations.Encode(tokenizer, 48, "cut", "drop"), BadRows()
+    )
     assert len(examples) == 1 and counts == Counts(kept=1, cut_prompts=1, dropped=1)
 
 
@@ -257,11 +263,12 @@ def test_encode_prompts_cuts_or_drops_the_long_ones(tokenizer):
         for text in ("a", "z" * 90)
     ]
     whole = [chat_template.encode_prompt(tokenizer, r.messages) for r in rows]
-    kept, encoded, counts = batches.encode_prompts(tokenizer, rows, 40, "cut", BadRows())
-    assert kept == rows and encoded[0] == whole[0] and len(encoded[1]) == 40 < len(whole[1])
+    kept, counts = encode_all(rows, prompts.Encode(tokenizer, 40, "cut"), BadRows())
+    assert [p.messages for p in kept] == [p.messages for p in rows]
+    assert kept[0].ids == whole[0] and len(kept[1].ids) == 40 < len(whole[1])
     assert counts == Counts(kept=2, cut_prompts=1)
-    kept, encoded, counts = batches.encode_prompts(tokenizer, rows, 40, "drop", BadRows())
-    assert kept == rows[:1] and encoded == whole[:1] and counts == Counts(kept=1, dropped=1)
+    kept, counts = encode_all(rows, prompts.Encode(tokenizer, 40, "drop"), BadRows())
+    assert [p.ids for p in kept] == whole[:1] and counts == Counts(kept=1, dropped=1)
 
 
 def test_a_run_whose_prompts_are_all_too_long_says_so(tokenizer, tmp_path):

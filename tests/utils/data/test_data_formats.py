@@ -8,8 +8,9 @@ import pytest
 from tests.helpers import data_formats
 from tests.helpers.data_formats import COMPARED, FORMATS, FULL, PROMPTS_ONLY
 from utils.data import chat_template
-from utils.data.instructions import load_conversations, load_prompts
-from utils.data.preferences import load_comparisons
+from utils.data.comparisons import load_comparisons
+from utils.data.demonstrations import load_conversations
+from utils.data.prompts import load_prompts
 from utils.data.rows import BadRows
 from utils.data.schemas import SCHEMAS
 from utils.models import from_scratch

@@ -27,10 +27,11 @@ from tests.helpers.row_strategies import (
     sound_rows,
     turns,
 )
-from utils.data.bad_rows import BadRows, DataError
-from utils.data.instructions import SFT_SPLITS, load_conversations
-from utils.data.preferences import load_comparisons
-from utils.data.rows import has_split
+from utils.data.comparisons import load_comparisons
+from utils.data.demonstrations import SPLITS as SFT_SPLITS
+from utils.data.demonstrations import load_conversations
+from utils.data.rows import BadRows, DataError
+from utils.data.sources import has_split
 
 FEW, MANY = settings(NO_PROCESS, max_examples=150), settings(NO_PROCESS, max_examples=8000)
 TRIED = Counter()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.instructions import load_conversations, load_prompts
+from utils.data.demonstrations import load_conversations
+from utils.data.prompts import load_prompts
 from utils.data.rows import BadRows, DataError
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"

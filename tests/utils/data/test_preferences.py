@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.preferences import Comparison, load_comparisons
+from utils.data.comparisons import Comparison, load_comparisons
 from utils.data.rows import BadRows, DataError
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -12,9 +12,11 @@ from step3_ppo.config import PPOConfig
 from tests.helpers.data_formats import FULL, SINGLE, TREES, flat, tools
 from tests.helpers.loading import load_step
 from utils.data import chat_template
-from utils.data.instructions import load_conversations, load_prompts
-from utils.data.preferences import load_comparisons
-from utils.data.rows import BadRows, DataError, has_split
+from utils.data.comparisons import load_comparisons
+from utils.data.demonstrations import load_conversations
+from utils.data.prompts import load_prompts
+from utils.data.rows import BadRows, DataError
+from utils.data.sources import has_split
 from utils.data.transcripts import is_transcript
 from utils.models import from_scratch
 from utils.settings.command_line import build

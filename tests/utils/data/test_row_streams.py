@@ -6,8 +6,9 @@ import tracemalloc
 
 import pytest
 
-from utils.data.instructions import load_conversations
-from utils.data.rows import BadRows, files_behind, read_rows, stream_rows
+from utils.data.demonstrations import load_conversations
+from utils.data.rows import BadRows
+from utils.data.sources import files_behind, read_rows, stream_rows
 
 ROWS = 4000
 

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from utils.data.instructions import load_conversations
-from utils.data.row_files import OTHER_THINGS
-from utils.data.rows import BadRows, DataError, has_split, read_rows
+from utils.data.demonstrations import load_conversations
+from utils.data.files import OTHER_THINGS
+from utils.data.rows import BadRows, DataError
+from utils.data.sources import has_split, read_rows
 
 GOOD = b'{"a": 1}\n'
 PACKED = gzip.compress(GOOD, mtime=0)  # no clock in it: test names are made from parameters

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.helpers.running import ROOT
-from utils.distributed import links
+from utils.distributed import peers
 from utils.distributed.process_group import free_port
 
 MACHINES = "aabc"  # of ranks 0 to 3
@@ -98,11 +98,11 @@ def test_ranks_that_have_said_farewell_leave_one_after_the_other(tmp_path):
 
 
 def test_a_stranger_at_the_port_is_sent_away():
-    with links._listen() as listener:
+    with peers._listen() as listener:
         address = ("127.0.0.1", listener.getsockname()[1])
         found = {}
         thread = threading.Thread(
-            target=lambda: found.update(links._accept(listener, b"s" * 16, {2}))
+            target=lambda: found.update(peers._accept(listener, b"s" * 16, {2}))
         )
         thread.start()
         strangers = []
@@ -125,10 +125,10 @@ def test_a_stranger_at_the_port_is_sent_away():
 
 def test_a_machine_that_falls_silent_is_found_by_the_kernel():
     """Within 20 s, by the options as the kernel has them; test_nodes.py takes a link down."""
-    with links._listen() as listener:
+    with peers._listen() as listener:
         one = socket.create_connection(("127.0.0.1", listener.getsockname()[1]), 5.0)
         other, _ = listener.accept()
-        links.Links({1: one})
+        peers._keep_alive(one)
         tcp = socket.IPPROTO_TCP
         assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         idle, between, count = (

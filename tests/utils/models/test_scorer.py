@@ -4,7 +4,6 @@ before anything is trained."""
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from tests.helpers.small_models import Engine, config_of
 from utils.data import batches, chat_template
 from utils.data import prompts as prompt_data
 from utils.data.rows import BadRows, DataError
+from utils.data.tables import encode_all
 from utils.models import scalar_model, scorer
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 
@@ -96,7 +96,7 @@ def test_a_public_model_is_read_behind_the_newline_that_follows_the_answer(tiny,
     assert reader.read_at == "end" and reads_text(reader, policy)
     reward = Scorer(load(folder, reader), reader, True, CPU)
     talk = (SYSTEM, USER, {"role": "assistant", "content": "7"}, {"role": "user", "content": "+ 1"})
-    prompts = [Prompt([5], (USER,), {}), Prompt([5], talk, {}), Prompt([5], talk, {})]
+    prompts = [Prompt((USER,), "", {}, [5]), Prompt(talk, "", {}, [5]), Prompt(talk, "", {}, [5])]
     answers, finished = ["7", "It is 8", "It is"], torch.tensor([True, True, False])
     ids = torch.ones(3, 9, dtype=torch.long)
     found = reward.scores(prompts, answers, finished, ids, ids.bool(), 2).tolist()
@@ -265,12 +265,14 @@ def test_collecting_refuses_them_before_it_samples(tiny, tmp_path):
 def test_the_prompts_that_it_takes_stay(tiny, tmp_path):
     reader = Reader.load(write_scorer(tiny, tmp_path, template=STRICT)[0])
     prompts = [
-        SimpleNamespace(messages=(USER,), where="a"),
-        SimpleNamespace(messages=(SYSTEM, USER), where="b"),
+        Prompt((USER,), "a", {}),
+        Prompt((SYSTEM, USER), "b", {}),
     ]
     bad = BadRows()
-    assert prompt_data.readable(prompts, [reader], bad) == prompts[:1] and len(bad) == 1
-    assert prompt_data.readable(prompts, [], bad) == prompts and len(bad) == 1
+    policy = chat_template.load_tokenizer(str(tiny / "base_model"))
+    for readers, kept in (((reader,), ["a"]), ((), ["a", "b"])):
+        taken, _ = encode_all(prompts, prompt_data.Encode(policy, 99, "cut", readers), bad)
+        assert [prompt.where for prompt in taken] == kept and len(bad) == 1
 
 
 def test_a_critic_may_start_from_a_public_model_that_shares_the_tokenizer(
@@ -305,9 +307,9 @@ def test_scores_are_those_of_the_text_in_its_own_template(tiny, other):
     assert differences(policy, tokenizer) == ["vocabulary", "chat template"]
     model = scalar_model.load(RewardConfig(), str(other), dtype="fp32", zero_stage=0).eval()
     prompts = [
-        Prompt([5, 6], ({"role": "user", "content": "What is 3 + 4?"},), {}),
-        Prompt([5, 6, 9], ({"role": "user", "content": "从小到大排列：1 7 6"},), {}),
-        Prompt([5], ({"role": "user", "content": "Spell the word lamp."},), {}),
+        Prompt(({"role": "user", "content": "What is 3 + 4?"},), "", {}, [5, 6]),
+        Prompt(({"role": "user", "content": "从小到大排列：1 7 6"},), "", {}, [5, 6, 9]),
+        Prompt(({"role": "user", "content": "Spell the word lamp."},), "", {}, [5]),
     ]
     answers, finished = ["7", "1 6 7", "l a<|im_end|> m"], torch.tensor([True, False, True])
     texts = [

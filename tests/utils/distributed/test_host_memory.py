@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.distributed.offload import FrozenOffload
+from utils.distributed.host_memory import FrozenOffload
 
 
 def test_frozen_models_leave_and_come_back():

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from utils import strict_json
-from utils.data.bad_rows import BadRows, DataError, Row, text_problem
+from utils.data.rows import BadRows, DataError, Row, text_problem
 
 TEXT_FILES = tuple(
     f".{kind}{packed}" for packed in ("", ".gz") for kind in ("json", "jsonl", "csv")
@@ -75,7 +75,7 @@ def number_rows(label: str, rows: Iterable[dict]) -> Iterator[Row]:
 
 
 def read_file(path: str, bad: BadRows) -> Iterator[Row]:
-    """Reads one of FILES row by row; see rows.stream_rows for arguments and errors.
+    """Reads one of FILES row by row; see sources.stream_rows for arguments and errors.
 
     Only a JSON array is in memory as a whole: what goes wrong in it is told by line and column.
     """

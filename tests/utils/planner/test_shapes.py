@@ -1,0 +1,68 @@
+"""Counts from a config against real models and what autograd saves."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers import families
+from tests.helpers.llama_shape import LLAMA
+from utils.planner import shapes
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma", "GPT2", "OPT", "Bloom", "GPTNeoX", "Qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(family, tied):
+    ids = {"vocab_size": 100, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = families.with_dropout(family, tie_word_embeddings=tied, **ids)
+    for scalar, auto in (
+        (False, transformers.AutoModelForCausalLM),
+        (True, transformers.AutoModelForSequenceClassification),
+    ):
+        config.num_labels = 1
+        model = auto.from_config(config)
+        buffers = {b.data_ptr() for b in model.buffers()}
+        # A tied weight stands in the state dict under two names, at one address.
+        storages = {w.data_ptr(): w.numel() for w in model.state_dict().values()}
+        weights = sum(n for at, n in storages.items() if at not in buffers)
+        assert shapes.count(config, scalar).parameters == weights
+
+
+def saved_bytes(config, rows: int, length: int, dtype) -> int:
+    """What autograd saves in the backbone's forward pass on real tensors, weights left out."""
+    model = transformers.AutoModel.from_config(config, dtype=dtype).train()
+    weights = {w.untyped_storage().data_ptr() for w in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        kept.append(t)  # an address must not be used twice
+        return t
+
+    kept = []
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert output.requires_grad
+    return sum(n for at, n in saved.items() if at not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_saves(dtype):
+    saved = saved_bytes(LLAMA, 3, 64, dtype)
+    held = shapes.activations(shapes.count(LLAMA, False), 3, 64, dtype, False).held
+    # Beside what is saved, the result itself and what the mask was made from are alive.
+    assert 0.99 * saved < held < 1.05 * saved
+
+
+def test_checkpointing_keeps_one_hidden_state_a_layer():
+    shape = shapes.count(LLAMA, False)
+    found = shapes.activations(shape, 3, 64, torch.float32, True)
+    deeper = dataclasses.replace(shape, config=shapes._of_layers(LLAMA, 5))
+    deeper.config.num_hidden_layers = 15
+    more = shapes.activations(deeper, 3, 64, torch.float32, True)
+    assert more.held - found.held == 10 * 3 * 64 * 128 * 4
+    assert found.held < found.peak < shapes.activations(shape, 3, 64, torch.float32, False).peak
