@@ -57,7 +57,7 @@ def engine_of(arguments, folder: Path):
     tokenizer = chat_template.load_tokenizer(base)
     common = dict(dtype=arguments.dtype, zero_stage=0)
     model = language_model.load(config, base, tokenizer=tokenizer, **common)
-    engine = zero.TrainEngine(model, config, learning_rate=1e-4, total_steps=10**6, **common)
+    engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=10**6, **common)
     return engine, tokenizer, config, device
 
 

@@ -146,10 +146,9 @@ def train_sft(config, dtype: str, device) -> None:
     )
     engine = zero.TrainEngine(
         model,
-        config,
+        config.pick(zero.Training, learning_rate=1e-5),
         dtype=dtype,
         zero_stage=config.zero_stage,
-        learning_rate=1e-5,
         total_steps=2,
     )
     shape = (config.micro_batch_size, config.max_length)

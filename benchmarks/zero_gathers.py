@@ -38,10 +38,8 @@ def engine_of(model, zero_stage: int = 3):
     from utils.distributed import zero
     from utils.settings.run_config import RunConfig
 
-    config = RunConfig(zero_stage=zero_stage, dtype="fp32", micro_batch_size=1)
-    return zero.TrainEngine(
-        model, config, dtype="fp32", zero_stage=zero_stage, learning_rate=1e-3, total_steps=9
-    )
+    how = RunConfig().pick(zero.Training, learning_rate=1e-3)
+    return zero.TrainEngine(model, how, dtype="fp32", zero_stage=zero_stage, total_steps=9)
 
 
 def rollout(engine, actor, ids, mask, new_tokens: int) -> tuple[torch.Tensor, dict, dict]:

@@ -123,9 +123,7 @@ def main() -> None:
     model = language_model.load(
         config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
     )
-    engine = zero.TrainEngine(
-        model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
-    )
+    engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     answers = Answers(run, engine, tokenizer, held)
     budget = config.micro_batch_size, config.micro_batch_tokens
     measure = functools.partial(evaluate, engine, held, budget, pad_id, device)

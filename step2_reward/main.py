@@ -117,9 +117,7 @@ def main() -> None:
         **loading,
     )
     run.say(freeze(model, config.trainable_modules))
-    engine = zero.TrainEngine(
-        model, config, learning_rate=config.learning_rate, total_steps=steps, **loading
-    )
+    engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     budget = config.micro_batch_size, config.micro_batch_tokens
 
     def score(groups: list) -> list[list[float]]:

@@ -66,13 +66,9 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     of_scorers = readers(config)
     loading = dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
-    actor = _train(
-        language_model.load(config, name, zero_stage=stage, **loading),
-        config,
-        dtype,
-        stage,
-        config.learning_rate,
-    )
+    training = dict(dtype=dtype, total_steps=config.optimizer_steps())
+    model = language_model.load(config, name, zero_stage=stage, **loading)
+    actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.algorithm != "reinforce":
         # A reward model of another language cannot read the policy's ids, whatever it knows.
@@ -80,15 +76,11 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
         like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
-        critic = _train(
-            scalar_model.load(config, start, zero_stage=stage, head="zero", **loading),
-            config,
-            dtype,
-            stage,
-            config.rate_of_critic(),
-        )
+        model = scalar_model.load(config, start, zero_stage=stage, head="zero", **loading)
+        how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
+        critic = zero.TrainEngine(model, how, zero_stage=stage, **training)
     stage = config.stage_of_reference()
-    frozen = dict(config=config, dtype=dtype, zero_stage=stage, device=device)
+    frozen = dict(dtype=dtype, zero_stage=stage, device=device, offload=config.offload)
     reference = zero.frozen(
         language_model.load(config, config.reference_model or name, zero_stage=stage, **loading),
         **frozen,
@@ -147,17 +139,6 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
             "set --logprobs_from auto or --hybrid_engine native"
         )
     return engine
-
-
-def _train(model, config, dtype, zero_stage, learning_rate) -> zero.TrainEngine:
-    return zero.TrainEngine(
-        model,
-        config,
-        dtype=dtype,
-        zero_stage=zero_stage,
-        learning_rate=learning_rate,
-        total_steps=config.optimizer_steps(),
-    )
 
 
 def outputs(models: Models, settings: str) -> dict[str, ModelFolder]:

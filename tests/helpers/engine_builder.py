@@ -36,11 +36,5 @@ def engine_of(
     model = language_model.load(config, folder, dtype=dtype, zero_stage=stage, tokenizer=tokenizer)
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or frozen not in name)
-    return zero.TrainEngine(
-        model,
-        config,
-        dtype=dtype,
-        zero_stage=stage,
-        learning_rate=RATE,
-        total_steps=total_steps,
-    )
+    how = config.pick(zero.Training, learning_rate=RATE)
+    return zero.TrainEngine(model, how, dtype=dtype, zero_stage=stage, total_steps=total_steps)

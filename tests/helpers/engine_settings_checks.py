@@ -8,7 +8,6 @@ from deepspeed.accelerator import get_accelerator
 from benchmarks import zero_gathers
 from tests.helpers.generation_checks import big_llama
 from tests.helpers.plan_checks import tensor_bytes
-from utils.checkpoints import engine_state
 from utils.distributed import zero
 from utils.generation.weights import in_eval_mode
 from utils.settings.run_config import RunConfig
@@ -71,24 +70,17 @@ def moments():
     nothing comes to a device that the optimizer is not on."""
     ids = torch.ones(1, 4, dtype=torch.int64)
     for dtype, stage in (("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)):
-        config = RunConfig(zero_stage=stage, dtype=dtype, micro_batch_size=1)
-        engine = zero.TrainEngine(
-            big_llama().to(zero.DTYPES[dtype]),
-            config,
-            dtype=dtype,
-            zero_stage=stage,
-            learning_rate=1e-3,
-            total_steps=9,
-        )
-        said = engine_state.moments_to_come(engine, torch.device("cpu"))
-        assert engine_state.moments_to_come(engine, torch.device("meta")) == 0
+        how, model = RunConfig().pick(zero.Training), big_llama().to(zero.DTYPES[dtype])
+        engine = zero.TrainEngine(model, how, dtype=dtype, zero_stage=stage, total_steps=9)
+        said = engine.moments_to_come(torch.device("cpu"))
+        assert engine.moments_to_come(torch.device("meta")) == 0
         before = tensor_bytes()
         for _ in range(2):
             engine.backward(engine(input_ids=ids).logits.sum(), normaliser=1)
             engine.step()
         kept = sum(n for at, n in tensor_bytes().items() if at not in before)
         assert said > 1e6 and abs(kept / said - 1) < 1e-3, (dtype, stage, kept, said)
-        assert engine_state.moments_to_come(engine, torch.device("cpu")) == 0
+        assert engine.moments_to_come(torch.device("cpu")) == 0
         del engine
     print("held: moments")
 

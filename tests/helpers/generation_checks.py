@@ -188,7 +188,9 @@ def built(folder, **settings):
     tokenizer = chat_template.load_tokenizer(folder)
     how = dict(dtype="fp32", zero_stage=config.zero_stage)
     model = language_model.load(config, folder, tokenizer=tokenizer, **how)
-    actor = zero.TrainEngine(model, config, learning_rate=1e-3, total_steps=9, **how)
+    actor = zero.TrainEngine(
+        model, config.pick(zero.Training, learning_rate=1e-3), total_steps=9, **how
+    )
     return actor, models._rollout_engine(config, tokenizer, actor, None)
 
 

@@ -43,7 +43,7 @@ def main() -> None:
         config = RunConfig(output_dir="-", model_name_or_path=folder, dtype=dtype, zero_stage=stage)
         model = language_model.load(config, folder, dtype=dtype, zero_stage=stage)
         engine = zero.TrainEngine(
-            model, config, dtype=dtype, zero_stage=stage, learning_rate=1e-4, total_steps=2
+            model, config.pick(zero.Training), dtype=dtype, zero_stage=stage, total_steps=2
         )
         ids = torch.ones(1, 4, dtype=torch.int64)
         for _ in range(2):

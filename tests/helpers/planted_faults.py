@@ -195,7 +195,7 @@ def average_thrown_away(patch):
         how, path = config.pick(Loading), config.model_name_or_path
         model = language_model.load(how, path, dtype="fp32", zero_stage=3)
         self.twin = zero.frozen(
-            model, config, dtype="fp32", zero_stage=3, device=torch.device("cpu")
+            model, dtype="fp32", zero_stage=3, device=torch.device("cpu")
         ).module
         self.shadow = {name: p.ds_tensor for name, p in self.twin.named_parameters()}
 

@@ -59,8 +59,8 @@ def positions_on_the_host(patch):
 
 
 def reference_left_on_the_host(patch):
-    def frozen(real, model, config, **settings):
-        return real(model, config, **settings | {"device": pretended_device.HOST})
+    def frozen(real, model, **settings):
+        return real(model, **settings | {"device": pretended_device.HOST})
 
     around(patch, zero, "frozen", frozen)
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from utils.distributed import process_group
+from utils.distributed.zero import MOMENTS
 from utils.models.ema import EMA
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -39,8 +39,7 @@ def runs_of(engine, create=lambda name: False) -> list[Run]:
     are left out, or made (as zeros) where `create(name)` asks for it."""
     if isinstance(engine, EMA):
         return _runs_of_average(engine)
-    optimizer, rank = engine.engine.optimizer, process_group.rank()
-    base = getattr(optimizer, "optimizer", optimizer)
+    optimizer, masters, rank = engine.engine.optimizer, engine.masters(), process_group.rank()
     found = []
     for name, p in engine.module.named_parameters():
         sharded = hasattr(p, "ds_id")
@@ -51,19 +50,19 @@ def runs_of(engine, create=lambda name: False) -> list[Run]:
             continue
         if sharded:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
-            flat, start = optimizer.fp32_partitioned_groups_flat[group], count * rank
+            flat, start = masters[group], count * rank
         elif hasattr(p, "_hp_mapping"):
             if p._hp_mapping is None:
                 continue  # all of it lies in other ranks' partitions
-            flat = _flat_partitions(optimizer)[p._hp_mapping.param_group_index]
+            flat = masters[p._hp_mapping.param_group_index]
             here = p._hp_mapping.get_hp_fragment_address()
             offset, count = here.start, here.numel
             start = p._hp_mapping.lp_fragment_address.start
         else:
             flat, offset, count, start = p, 0, p.numel(), 0
-        state = base.state.get(flat, {})
+        state = engine.adamw.state.get(flat, {})
         if not state and create(name):
-            state = base.state[flat] = {
+            state = engine.adamw.state[flat] = {
                 # As torch's fused AdamW makes them at its first step.
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
@@ -76,30 +75,6 @@ def runs_of(engine, create=lambda name: False) -> list[Run]:
             run.tensors["step"] = state["step"].view(1)
         found.append(run)
     return [run for run in found if run.tensors["weight"].numel()]
-
-
-def moments_to_come(engine, device: torch.device) -> int:
-    """Bytes on `device` that AdamW's moments of a zero.TrainEngine will take at their first step,
-    and keep. 0 for those that are there already, or are kept elsewhere (--offload).
-
-    Gradients are not among what comes: they are gone after each step, or there from the start.
-    """
-    optimizer = engine.engine.optimizer
-    base = getattr(optimizer, "optimizer", optimizer)
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        stepped = optimizer.fp32_partitioned_groups_flat
-    elif any(hasattr(p, "_hp_mapping") for p in engine.module.parameters()):
-        stepped = _flat_partitions(optimizer)
-    else:
-        stepped = [p for p in engine.module.parameters() if p.requires_grad]
-    coming = [t for t in stepped if t.device == device and "exp_avg" not in base.state.get(t, {})]
-    return sum(len(MOMENTS) * t.nbytes for t in coming)
-
-
-def _flat_partitions(optimizer) -> list[torch.Tensor]:
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return optimizer.single_partition_of_fp32_groups
-    return optimizer.fp32_groups_flat_partition  # BF16_Optimizer's
 
 
 def _run(name: str, start: int, tensors: dict, p, partitioned: bool) -> Run:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ REDUCE_BUCKET = int(5e7)
 PERSISTENT_BELOW = int(1e5)  # ZeRO-3 leaves smaller weights whole
 MAX_LIVE_PARAMETERS = int(1e9)  # whole weights at once under ZeRO-3
 Copy = Callable[..., torch.Tensor]  # (tensor, dtype=its own) → a copy on the CPU
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,8 +46,21 @@ def _cpu_has_bf16() -> bool:
     return bool(flags) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
-    """The DeepSpeed config of one training engine."""
+@dataclass(frozen=True)
+class Training:
+    """How weights are stepped on, as the settings of these names say."""
+
+    learning_rate: float
+    lr_schedule: str
+    warmup_ratio: float
+    weight_decay: float
+    adam_beta2: float
+    gradient_clipping: float
+    offload: str
+
+
+def deepspeed_config(dtype: str, zero_stage: int, offload: str, clipping: float = 0.0) -> dict:
+    """The DeepSpeed config of one engine."""
     if zero_stage == 0 and dtype != "fp32":
         # bf16 and fp16 weights need an fp32 copy to step on (a step of 1e-6 is lost on a bf16
         # weight), and DeepSpeed keeps one from ZeRO-1 on.
@@ -69,14 +84,14 @@ def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
             "stage3_max_reuse_distance": int(1e9),
         }
     pin = torch.cuda.is_available()
-    if config.offload in ("optimizer", "all") and zero_stage > 0:
+    if offload in ("optimizer", "all") and zero_stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
-    if config.offload == "all" and zero_stage == 3:
+    if offload == "all" and zero_stage == 3:
         zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
     result = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        # We count the micro-batches: `backward` only adds up, `step` reduces and updates. So the
-        # number of micro-batches may differ from step to step.
+        # We count the micro-batches: `backward` only adds up, `step` reduces and updates. So
+        # neither their size nor their number is DeepSpeed's to know.
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "zero_optimization": zero,
@@ -94,7 +109,7 @@ def deepspeed_config(config, dtype: str, zero_stage: int) -> dict:
     elif dtype == "fp16":
         result["fp16"] = {"enabled": True, "initial_scale_power": 16}
     # Always said: DeepSpeed's own default is a limit of 1.
-    result["gradient_clipping"] = 0.0 if _we_clip(zero_stage, dtype) else config.gradient_clipping
+    result["gradient_clipping"] = 0.0 if _we_clip(zero_stage, dtype) else clipping
     return result
 
 
@@ -122,39 +137,31 @@ class TrainEngine:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config,
-        *,
-        dtype: str,
-        zero_stage: int,
-        learning_rate: float,
-        total_steps: int,
+        self, model: nn.Module, how: Training, *, dtype: str, zero_stage: int, total_steps: int
     ):
         import deepspeed
 
-        settings = deepspeed_config(config, dtype, zero_stage)
         decayed = [p for p in model.parameters() if p.requires_grad and rank_of(p) >= 2]
         others = [p for p in model.parameters() if p.requires_grad and rank_of(p) < 2]
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": decayed, "weight_decay": how.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]],
-            lr=learning_rate,
-            betas=(0.9, config.adam_beta2),
+            lr=how.learning_rate,
+            betas=(0.9, how.adam_beta2),
             fused=True,
         )
-        warmup = math.ceil(config.warmup_ratio * total_steps)
+        warmup = math.ceil(how.warmup_ratio * total_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, total_steps, warmup, config.lr_schedule)
+            self.adamw, lambda step: lr_factor(step, total_steps, warmup, how.lr_schedule)
         )
         self.zero_stage = zero_stage
         self.world_size = process_group.world_size()
         self._norm = None
         if _we_clip(zero_stage, dtype):
-            limit = config.gradient_clipping or float("inf")
+            limit = how.gradient_clipping or float("inf")
 
             def clip(optimizer, args, kwargs):
                 params = [p for g in optimizer.param_groups for p in g["params"]]
@@ -163,12 +170,12 @@ class TrainEngine:
                     for p in params:
                         p.grad = None  # AdamW passes over these: weights and moments stay
 
-            optimizer.register_step_pre_hook(clip)
+            self.adamw.register_step_pre_hook(clip)
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=self.adamw,
             lr_scheduler=self.schedule,
-            config=settings,
+            config=deepspeed_config(dtype, zero_stage, how.offload, how.gradient_clipping),
             dist_init_required=False,
         )
         # transformers loads models in eval mode, in which gradient checkpointing does nothing.
@@ -201,13 +208,37 @@ class TrainEngine:
         skipped = not applied or (self._norm is not None and not math.isfinite(norm))
         return {"grad_norm": norm, "learning_rate": learning_rate, "skipped": float(skipped)}
 
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 tensors that AdamW steps on, on this rank: flat partitions of many weights, in
+        the order of its groups, or under ZeRO-0 the weights themselves."""
+        for name in (
+            "fp32_partitioned_groups_flat",  # ZeRO-3
+            "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+            "fp32_groups_flat_partition",  # BF16_Optimizer
+        ):
+            if hasattr(self.engine.optimizer, name):
+                return getattr(self.engine.optimizer, name)
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def moments_to_come(self, device: torch.device) -> int:
+        """Bytes on `device` that AdamW's moments will take at the first step, and keep. 0 for those
+        that are there already, or are kept elsewhere (--offload).
+
+        Gradients are not counted: they are gone after each step, or there from the start.
+        """
+        state = self.adamw.state
+        coming = [t for t in self.masters() if "exp_avg" not in state.get(t, {})]
+        return sum(len(MOMENTS) * t.nbytes for t in coming if t.device == device)
+
 
 def rank_of(parameter: nn.Parameter) -> int:
     # Under ZeRO-3 a parameter is a flat shard; its real shape stays in ds_shape.
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def frozen(model: nn.Module, config, *, dtype: str, zero_stage: int, device: torch.device):
+def frozen(
+    model: nn.Module, *, dtype: str, zero_stage: int, device: torch.device, offload: str = "none"
+):
     """A model for inference only: whole on the device, or sharded over the ranks with ZeRO-3.
 
     Returns a callable with `model`'s forward. Dropout is off.
@@ -217,7 +248,7 @@ def frozen(model: nn.Module, config, *, dtype: str, zero_stage: int, device: tor
         return model.to(device)
     import deepspeed
 
-    settings = deepspeed_config(config, dtype, 3)
+    settings = deepspeed_config(dtype, 3, offload)
     settings["zero_optimization"].pop("offload_optimizer", None)
     engine = deepspeed.initialize(model=model, config=settings, dist_init_required=False)[0]
     engine.eval()
@@ -225,18 +256,17 @@ def frozen(model: nn.Module, config, *, dtype: str, zero_stage: int, device: tor
 
 
 @contextlib.contextmanager
-def sharded_loading(config, dtype: str, zero_stage: int):
+def sharded_loading(dtype: str, zero_stage: int, offload: str):
     """Inside, `from_pretrained` shards each weight over the ranks as it is read (ZeRO-3)."""
     if zero_stage < 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    keep = HfDeepSpeedConfig(
-        deepspeed_config(config, dtype, 3)
-    )  # a weak reference is all they keep
+    # transformers keeps only a weak reference to it.
+    settings = HfDeepSpeedConfig(deepspeed_config(dtype, 3, offload))
     try:
-        yield keep
+        yield settings
     finally:
         unset_hf_deepspeed_config()
 

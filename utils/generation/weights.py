@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.checkpoints import engine_state
 from utils.distributed import host_memory, process_group
 from utils.seeding import undisturbed
 
@@ -44,7 +43,7 @@ def choose_gather(asked: str, actor, rows: int, length: int, others=()) -> tuple
     each, device = parameters[0].ds_tensor.element_size(), parameters[0].device
     weights = sum(p.ds_numel * p.ds_tensor.element_size() for p in parameters)
     cache = cache_bytes(actor.module.config, rows, length, each)
-    moments = sum(engine_state.moments_to_come(one, device) for one in (actor, *others))
+    moments = sum(one.moments_to_come(device) for one in (actor, *others))
     free = _free_bytes(device, moments)
     fits = weights + cache <= SHARE_OF_FREE * free
     gather = "rollout" if fits else "layer"

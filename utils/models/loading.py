@@ -19,10 +19,7 @@ class Loading:
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     packing: str = "auto"
-    # What DeepSpeed is told while ZeRO-3 shards the weights as they are read.
-    offload: str = "none"
-    micro_batch_size: int = 1
-    gradient_clipping: float = 1.0
+    offload: str = "none"  # where ZeRO-3 puts the shards
 
 
 def load(
@@ -44,7 +41,7 @@ def load(
     """
     attention = None if how.attn_implementation == "auto" else how.attn_implementation
     settings |= {"attn_implementation": attention, "trust_remote_code": how.trust_remote_code}
-    with zero.sharded_loading(how, dtype, zero_stage):
+    with zero.sharded_loading(dtype, zero_stage, how.offload):
         model = load_whole(auto_class, path, dtype=zero.DTYPES[dtype], **settings)
         # Inside, where transformers knows that the embeddings may be shards.
         if tokenizer is not None:
