@@ -105,10 +105,10 @@ def worst(*gaps: float) -> list[float]:
 
 
 def batch(rollout: Rollout, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,P+R) ids and mask on the device, wherever the parts of the rollout lie."""
-    ids = (rollout.prompt_ids, rollout.response_ids)
-    masks = (rollout.prompt_mask, rollout.response_mask)
-    return tuple(torch.cat([x.to(device) for x in pair], 1) for pair in (ids, masks))
+    """(B,P+R) ids and mask on the device."""
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1)
+    return ids.to(device), mask.to(device)
 
 
 @torch.no_grad()
