@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import deepspeed  # noqa: E402
-import torch  # noqa: E402
 
 from step3_ppo import rollout  # noqa: E402
 from step3_ppo.checks import probe
