@@ -296,5 +296,5 @@ def test_a_misplaced_tensor_breaks_the_walk(tiny, chain, tmp_path):
     for name in faults:
         line = next(x for x in said.splitlines() if x.startswith(f"walked {name}:"))
         assert "broken by Expected all tensors to be on the same device" in line
-    broke_off = "self-check, before the first step: 'generator equals model' broke off on rank 0"
+    broke_off = "self-check, before the first step: 'samples follow the policy' broke off on rank 0"
     assert broke_off in part(said, "probe_left_on_the_host")
