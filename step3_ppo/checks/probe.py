@@ -132,8 +132,8 @@ def train_forward(probe: Probe, rollout: Rollout, name: str = "actor") -> torch.
         if name == "reward model":
             scores = scorer.sequence_scores(models.reward.model, ids, mask)
             return (scores[:, None].expand(-1, length),)
-        settings = (ids, mask, length, probe.config.temperature)
-        return (language_model.new_logprobs(getattr(models, name), *settings),)
+        asked = (getattr(models, name), ids, mask, length)
+        return language_model.response_logprobs(*asked, temperature=probe.config.temperature)[:1]
 
     return _read(probe, rollout, read, probe.config.micro_batch_size)[0]
 
