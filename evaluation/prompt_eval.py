@@ -68,22 +68,24 @@ class PromptEvalConfig(checkpoints.Answering):
         return {name: getattr(self, name) for name in names}
 
     def problems(self, world_size: int) -> list[str]:
-        found = super().problems(world_size)
+        problems = super().problems(world_size)
         if world_size > 1:
-            found.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
+            problems.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
         for path in sorted({p for p in self.checkpoints if self.checkpoints.count(p) > 1}):
-            found.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
+            problems.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
         for path in dict.fromkeys(self.checkpoints):
-            found += checkpoints.folder_problems(path, "checkpoints")
+            problems += checkpoints.folder_problems(path, "checkpoints")
         if self.reward_model:
-            found += checkpoints.folder_problems(self.reward_model, "reward_model")
+            problems += checkpoints.folder_problems(self.reward_model, "reward_model")
         for name in self.prompts:
             unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
             if checkpoints.looks_local(unsplit) and not any(
                 Path(n).exists() for n in (name, unsplit)
             ):
-                found.append(f"prompts: {name!r} does not exist; set --prompts to files or folders")
-        return found
+                problems.append(
+                    f"prompts: {name!r} does not exist; set --prompts to files or folders"
+                )
+        return problems
 
     def shown(self) -> dict:
         """What the page says of how the answers came about."""
@@ -163,12 +165,12 @@ def generate(model, tokenizer, encoded: list[list[int]]) -> list[tuple[str, int,
     )
     responses = output[:, ids.shape[1] :].cpu()
     counted = generation.mask_through_stop(responses, tokenizer.eos_token_id)
-    found = []
+    answers = []
     for response, keep in zip(responses, counted, strict=True):
         kept = response[keep]
         finished = bool((kept == tokenizer.eos_token_id).any())
-        found.append((tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished))
-    return found
+        answers.append((tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished))
+    return answers
 
 
 def write(config, asked, results, summary: str) -> None:
