@@ -16,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 import torch
 
-from evaluation import checkpoints, pages, questions, scores
+from evaluation import checkpoints, pages, questions
 from utils import whole_files
 from utils.data import batches, chat_template
 from utils.data.chat_template import READ_AT, READ_AT_HELP
-from utils.distributed import program
+from utils.distributed import program, zero
 from utils.generation import sampling as generation
+from utils.models import scalar_model, scorer
+from utils.models.loading import Loading
+from utils.models.scorer import Reader
 from utils.settings import command_line
 from utils.settings.fields import setting
 from utils.settings.run_config import check_folder
@@ -173,6 +176,27 @@ def generate(model, tokenizer, encoded: list[list[int]]) -> list[tuple[str, int,
     return answers
 
 
+def score_all(config, answers) -> list[str]:
+    """Set every Answer's score as PPO would: the reward model's, bias taken off, on the
+    whole conversation. Returns why those that its template refuses have none."""
+    reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = zero.resolve_dtype(config.dtype, device)
+    how = Loading(config.attn_implementation, config.trust_remote_code, packing="off")
+    model = scalar_model.load(how, config.reward_model, dtype=dtype, tokenizer=reader.tokenizer)
+    refused, chosen, groups = [], [], []
+    for a in answers:
+        if why := reader.refusal(a.conversation[:-1]):
+            refused.append(f"{a.checkpoint}, turn {a.turn}, {a.answer[:60]!r}: no score, {why}")
+            continue
+        chosen.append(a)
+        groups.append([reader.encode(a.conversation[:-1], a.answer, a.finished)])
+    scores = scorer.score_groups(model.to(device), groups, device, config.batch_size)
+    for answer, (score,) in zip(chosen, scores, strict=True):
+        answer.score = score
+    return refused
+
+
 def write(config, asked, results, summary: str) -> None:
     """answers.jsonl, a line per prompt, checkpoint and turn; answers.md for people."""
     folder = Path(config.output_dir)
@@ -208,7 +232,7 @@ def main() -> None:
         write(config, asked, results, pages.summary_table(results, seconds))
     if config.reward_model:
         answers = [a for groups in results.values() for g in groups for a in g]
-        refused = scores.score_all(config, answers)
+        refused = score_all(config, answers)
         print("\n".join([*refused, pages.score_table(asked, results), ""]))
     summary = pages.summary_table(results, seconds)
     print(summary, flush=True)
