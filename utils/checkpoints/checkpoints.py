@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.checkpoints import engine_state, manifest, model_folder, resuming
+from utils.checkpoints import engine_state, manifest, model_folder
 from utils.checkpoints.background import Copies, Writing, does_not_fit
+from utils.checkpoints.resuming import Checkpoint
 from utils.distributed import preemption, process_group
 
 
@@ -56,17 +57,17 @@ class Pending:
 class Checkpoints:
     """The checkpoints of one run. Every rank calls every method at the same place.
 
-    settings: all of the run, for the manifest. found: the checkpoint that the run goes on from.
+    settings: all of the run, for the manifest. start: the checkpoint that the run goes on from.
     facts: what the main loop wants to find again, JSON only; saved with each checkpoint.
     """
 
-    def __init__(self, saving: Saving, settings: dict, found: resuming.Found | None, report):
-        self.saving, self.settings, self.found, self.report = saving, settings, found, report
-        self.facts: dict = found.record["facts"] if found else {}
-        self.step = found.step if found else 0
+    def __init__(self, saving: Saving, settings: dict, start: Checkpoint | None, report):
+        self.saving, self.settings, self.start, self.report = saving, settings, start, report
+        self.facts: dict = start.record["facts"] if start else {}
+        self.step = start.step if start else 0
         self._began = time.time() - self.facts.get("seconds", 0.0)
         self._saved_at = time.time()
-        self._saved_step = self.step if found else -1
+        self._saved_step = self.step if start else -1
         self._pending: Pending | None = None
         self._copies: Copies | None = None  # where checkpoints are written in the background
         self._chosen = False
@@ -89,37 +90,37 @@ class Checkpoints:
         return time.time() - self._began
 
     def follow(self, engines: dict, state: dict, outputs: dict, data: str) -> int:
-        """Save these from now on, go on where the checkpoint found ends, and return how many steps
-        are done.
+        """Save these from now on, go on where the checkpoint ends that the run starts from, and
+        return how many steps are done.
 
         engines: {name: zero.TrainEngine or EMA}, fresh. state: {name: object with state_dict() →
         JSON and load_state_dict(JSON)}. outputs: {folder: what model_folder.save writes there at
         the end of the run}. data: a fingerprint of the training rows.
         """
         self.engines, self.state, self.outputs, self.data = engines, state, outputs, data
-        if self.found is not None:
-            self._restore(self.found)
+        if self.start is not None:
+            self._restore(self.start)
         return self.step
 
-    def _restore(self, found: resuming.Found) -> None:
-        record = found.record
+    def _restore(self, start: Checkpoint) -> None:
+        record = start.record
         if record["data"] != self.data and not self.saving.resume_anyway:
             raise SystemExit(
-                f"checkpoint {found.folder} was trained on {record['data']}; the data now is "
-                f"{self.data}: step {found.step} is no place in it. Give the same data, or "
+                f"checkpoint {start.folder} was trained on {record['data']}; the data now is "
+                f"{self.data}: step {start.step} is no place in it. Give the same data, or "
                 "--resume_anyway"
             )
         names = [n for n in record["files"] if n.startswith("rank-")]
-        reader = manifest.Reader(found.folder, names)
+        reader = manifest.Reader(start.folder, names)
         try:
             for name, engine in self.engines.items():
                 engine_state.restore(engine, name, reader, record["engines"].get(name))
         except manifest.Damaged as problem:
-            raise SystemExit(f"checkpoint {found.folder} does not fit: {problem}") from None
+            raise SystemExit(f"checkpoint {start.folder} does not fit: {problem}") from None
         for name, thing in self.state.items():
             thing.load_state_dict(record["state"][name])
         engine_state.restore_random(reader, record["world_size"])
-        self.report.say(f"resumed from {found.folder}, after {found.step} steps")
+        self.report.say(f"resumed from {start.folder}, after {start.step} steps")
 
     def after_step(self, step: int, metrics: dict[str, float]) -> None:
         """After `step` passes of the loop: save where it is due; end the run where asked to."""
@@ -165,7 +166,7 @@ class Checkpoints:
 
     def save(self, step: int, wait: bool = False) -> bool:
         """Write checkpoint `step`, in the background where that is chosen and none must `wait` for
-        it. False where a rank could not, which is told; the run goes on."""
+        it. False where a rank could not, which is said; the run goes on."""
         self.seal()
         if step == self._saved_step:
             return True
@@ -262,7 +263,7 @@ class Checkpoints:
 
     def seal(self) -> bool:
         """Give the checkpoint that is being written its name, once every rank has written its
-        part. Every rank must call it. False where one could not, which is told."""
+        part. Every rank must call it. False where one could not, which is said."""
         pending, self._pending = self._pending, None
         if pending is None:
             return True
