@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -40,10 +42,10 @@ CURVES = {"β 0": "0", "β 0.02": "0.02", "β 0.05": "0.05", "recipe": "0.1", "�
 ROUNDS = 3
 
 
-def recipe_flags(step: str) -> list[str]:
-    """The tiny recipe's flags of SFT, COLLECT, REWARD, PPO, or PPO after round 1 (LATER_PPO)."""
-    script = f'. recipes/tiny.sh; printf "%s\\n" "${{{step}_FLAGS[@]}}"'
-    return subprocess.check_output(["bash", "-c", script], cwd=ROOT, text=True).splitlines()
+def recipe_flags(section: str) -> list[str]:
+    """Flags of a section of the tiny recipe."""
+    given = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text())[section]
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def run(program: str, *flags, done: Path) -> None:
@@ -66,14 +68,14 @@ def run(program: str, *flags, done: Path) -> None:
 
 def collect(base: Path, policy: Path, out: Path, seed: int) -> None:
     flags = ["--policy", policy, "--prompt_data", base / "data/prompts.jsonl"]
-    flags += ["--output_file", out, "--seed", seed, *recipe_flags("COLLECT")]
+    flags += ["--output_file", out, "--seed", seed, *recipe_flags("collect")]
     run("step2_reward/collect.py", *flags, done=out)
 
 
 def train_reward_model(base: Path, comparisons: list[Path], out: Path, seed: int) -> None:
     flags = ["--model_name_or_path", base / "step1_sft", "--sft_data", base / "data/sft.jsonl"]
     flags += ["--preference_data", *comparisons, "--output_dir", out, "--seed", seed]
-    run("step2_reward/main.py", *flags, *recipe_flags("REWARD"), done=out / "result.json")
+    run("step2_reward/main.py", *flags, *recipe_flags("reward"), done=out / "result.json")
 
 
 def ppo(base: Path, policy: Path, reward: Path, out: Path, seed: int, flags: list[str]) -> None:
@@ -81,7 +83,7 @@ def ppo(base: Path, policy: Path, reward: Path, out: Path, seed: int, flags: lis
     where += ["--reward_model", reward, "--prompt_data", base / "data/prompts.jsonl"]
     where += ["--output_dir", out, "--seed", seed, "--sample_answers", 0]
     where += ["--tensorboard", "false"]
-    run("step3_ppo/main.py", *where, *recipe_flags("PPO"), *flags, done=out / "result.json")
+    run("step3_ppo/main.py", *where, *recipe_flags("ppo"), *flags, done=out / "result.json")
 
 
 def build_base(base: Path, seed: int) -> None:
@@ -95,13 +97,13 @@ def build_base(base: Path, seed: int) -> None:
     run(
         "-m utils.models.from_scratch",
         *("--output_dir", base / "base_model", "--data", data / "sft.jsonl", "--seed", seed),
-        *recipe_flags("SCRATCH"),
+        *recipe_flags("scratch"),
         done=base / "base_model/config.json",
     )
     run(
         "step1_sft/main.py",
         *("--model_name_or_path", base / "base_model", "--sft_data", data / "sft.jsonl"),
-        *("--output_dir", base / "step1_sft", "--seed", seed, *recipe_flags("SFT")),
+        *("--output_dir", base / "step1_sft", "--seed", seed, *recipe_flags("sft")),
         done=base / "step1_sft/result.json",
     )
     collect(base, base / "step1_sft", data / "comparisons_1.jsonl", seed)
@@ -116,7 +118,7 @@ def run_rounds(base: Path, seed: int, rounds: int, flags: list[str]) -> None:
         comparisons.append(folder / "comparisons.jsonl")
         collect(base, policy / "actor", comparisons[-1], seed + number)
         train_reward_model(base, comparisons, folder / "step2_reward", seed)
-        more = [*recipe_flags("LATER_PPO"), *flags]
+        more = [*recipe_flags("later_ppo"), *flags]
         ppo(base, policy / "actor", folder / "step2_reward", folder, seed + number, more)
         policy = folder
 

@@ -1,6 +1,6 @@
 """Learning curves of step 3 and of TRL's PPOTrainer on the embedded task, at equal samples.
 
-Both start from one SFT model and one reward model and take recipes/tiny.sh's settings of PPO; the
+Both start from one SFT model and one reward model and take recipes/tiny.yaml's settings of PPO; the
 verifier judges both on the 512 held-out prompts with our sampler and the same noise, as
 evaluation/summary.py does.
 
@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -29,10 +31,10 @@ SEEDS = (42, 1, 2)
 SIDES = ("ours", "trl")
 
 
-def recipe_flags(name: str) -> list[str]:
-    """One array of recipes/tiny.sh, e.g. PPO_FLAGS."""
-    script = f'. recipes/tiny.sh; printf "%s\\n" "${{{name}[@]}}"'
-    return subprocess.check_output(["bash", "-c", script], cwd=ROOT, text=True).split()
+def recipe_flags(section: str) -> list[str]:
+    """Flags of a section of the tiny recipe."""
+    given = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text())[section]
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def call(*command) -> None:
@@ -51,18 +53,18 @@ def make_source(folder: Path, seed: int) -> None:
     data, common = folder / "data", ["--seed", seed]
     call("-m", "utils.data.toy_tasks", "--output_dir", data, *common)
     base = ["-m", "utils.models.from_scratch", "--output_dir", folder / "base_model"]
-    call(*base, "--data", data / "sft.jsonl", *common, *recipe_flags("SCRATCH_FLAGS"))
+    call(*base, "--data", data / "sft.jsonl", *common, *recipe_flags("scratch"))
     common.append("--overwrite")
     sft = ["step1_sft/main.py", "--model_name_or_path", folder / "base_model"]
     sft += ["--sft_data", data / "sft.jsonl", "--output_dir", folder / "step1_sft"]
-    call(*sft, *recipe_flags("SFT_FLAGS"), *common)
+    call(*sft, *recipe_flags("sft"), *common)
     collect = ["step2_reward/collect.py", "--policy", folder / "step1_sft"]
     collect += ["--prompt_data", data / "prompts.jsonl"]
     collect += ["--output_file", data / "comparisons_1.jsonl"]
-    call(*collect, *recipe_flags("COLLECT_FLAGS"), *common)
+    call(*collect, *recipe_flags("collect"), *common)
     reward = ["step2_reward/main.py", "--model_name_or_path", folder / "step1_sft"]
     reward += ["--preference_data", data / "comparisons_1.jsonl", "--sft_data", data / "sft.jsonl"]
-    call(*reward, "--output_dir", folder / "step2_reward", *recipe_flags("REWARD_FLAGS"), *common)
+    call(*reward, "--output_dir", folder / "step2_reward", *recipe_flags("reward"), *common)
 
 
 def ppo_flags(source: Path, output: Path, seed: int, max_steps: int) -> list[str]:
@@ -74,7 +76,7 @@ def ppo_flags(source: Path, output: Path, seed: int, max_steps: int) -> list[str
         *["--reward_model", str(source / "step2_reward")],
         *["--prompt_data", str(source / "data/prompts.jsonl"), "--output_dir", str(output)],
         "--overwrite",
-        *recipe_flags("PPO_FLAGS"),
+        *recipe_flags("ppo"),
         *["--seed", str(seed), "--tensorboard", "false"],
         *(map(str, shorter) if max_steps else []),
     ]
@@ -189,8 +191,6 @@ def one_run(side: str, source: Path, output: Path, seed: int, max_steps: int) ->
 
 def run(output: Path, sources: list[str], seeds: list[int] | None, max_steps: int) -> list[dict]:
     """Both sides on every seed: [{"seed", "ours": points, "trl": points}]."""
-    import yaml
-
     if seeds is None:
         seeds = [] if sources else SEEDS
     folders = {}

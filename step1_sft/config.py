@@ -9,7 +9,7 @@ from utils.settings.run_config import RunConfig
 
 @dataclass
 class SFTConfig(RunConfig):
-    section = "sft"
+    sections = ("all", "sft")
     weighted = "sft_data"
     sft_data: list[str] = setting([], "demonstrations: files, folders or hub names", needed=True)
     max_length: int = setting(1024, "tokens a row (see --long_prompts)", at_least=8)

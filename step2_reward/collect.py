@@ -46,7 +46,7 @@ from utils.settings.run_config import RunConfig, columns_of
 class CollectConfig(RunConfig):
     """Of the settings of every step only those that matter to sampling are read."""
 
-    section = "collect"
+    sections = ("all", "collect")
     weighted = "prompt_data"
     output_dir: str = free("", "folder of bad_rows.jsonl; empty: that of --output_file")
     model_name_or_path: str = setting("", "not read: see --policy")

@@ -20,7 +20,7 @@ def check_patterns(patterns: list[str]) -> None:
 class RewardConfig(RunConfig):
     """A batch counts comparisons: one prompt with its K answers, which go forward together."""
 
-    section = "reward"
+    sections = ("all", "reward")
     weighted = "preference_data"
     preference_data: list[str] = setting(
         [], "pairs or rankings: files, folders or hub names", needed=True

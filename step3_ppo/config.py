@@ -18,7 +18,7 @@ class PPOConfig(RunConfig):
     prompts_per_rollout × samples_per_prompt = minibatches × global_batch_size.
     """
 
-    section = "ppo"
+    sections = ("all", "ppo")
     weighted = "prompt_data"
     reward_model: str = setting("", "folder written by step2_reward/main.py")
     reward_read_at: str = setting(

@@ -17,6 +17,7 @@ FLOORS = (
         "utils.strict_json",
         "utils.errors",
         "utils.pretrained",
+        "utils.launch",
     ),
     ("utils.distributed", "utils.data"),
     ("utils.kernels", "utils.models"),

@@ -1,9 +1,5 @@
 #!/usr/bin/env bash
 # One GPU.
-# MODEL (step 1's output), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
-LAUNCH="${LAUNCH:---num_gpus 1}"
-launch step2_reward/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
-    --preference_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
-    --output_dir "${OUTPUT:-output/step2_reward}" \
-    --zero_stage 0 --dtype bf16 --global_batch_size 64 --micro_batch_size 4 "$@"
+export LAUNCH="${LAUNCH:---num_gpus 1}"
+launch_step --zero_stage 0 --dtype bf16 --global_batch_size 64 --micro_batch_size 4 "$@"

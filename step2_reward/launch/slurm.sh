@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-# multi_node.sh as a job of Slurm, from the repository's root:
+# multi_node.sh as a job of Slurm that goes back into the queue when its time is nearly over:
 #   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 step2_reward/launch/slurm.sh [flags of main.py]
-# Two minutes before its time is over it saves and goes back into the queue.
-. "$SLURM_SUBMIT_DIR/utils/requeue.sh" || exit
-requeued bash "$ROOT/step2_reward/launch/multi_node.sh" --resume auto "$@"
+. "$SLURM_SUBMIT_DIR/utils/requeue.sh" && requeued bash "$ROOT/step2_reward/launch/multi_node.sh" --resume auto "$@"

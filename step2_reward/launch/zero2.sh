@@ -1,8 +1,4 @@
 #!/usr/bin/env bash
 # All GPUs of this node, ZeRO-2: gradients and optimizer states sharded.
-# MODEL (step 1's output), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
-launch step2_reward/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
-    --preference_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
-    --output_dir "${OUTPUT:-output/step2_reward}" \
-    --zero_stage 2 --dtype bf16 --global_batch_size 64 --micro_batch_size 4 "$@"
+launch_step --zero_stage 2 --dtype bf16 --global_batch_size 64 --micro_batch_size 4 "$@"

@@ -1,9 +1,4 @@
 #!/usr/bin/env bash
 # All GPUs of this node, ZeRO-3: weights sharded too; step 3 gathers them once a rollout.
-# MODEL (step 1's output), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
-launch step2_reward/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
-    --preference_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
-    --output_dir "${OUTPUT:-output/step2_reward}" \
-    --zero_stage 3 --dtype bf16 --gradient_checkpointing --global_batch_size 64 --micro_batch_size 2 \
-    --max_length 2048 "$@"
+launch_step --zero_stage 3 --dtype bf16 --gradient_checkpointing --global_batch_size 64 --micro_batch_size 2 --max_length 2048 "$@"

@@ -1,13 +1,6 @@
 #!/usr/bin/env bash
 # Many nodes, ZeRO-3. HOSTS is DeepSpeed's hostfile: lines of `host slots=8`.
-# MODEL (step 1's output), REWARD (step 2's), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
-[ -n "${LAUNCH:-}" ] || [ -f "${HOSTS:-hosts}" ] || { echo "no hostfile ${HOSTS:-hosts}; set HOSTS" >&2; exit 2; }
-LAUNCH="${LAUNCH:---hostfile ${HOSTS:-hosts}}"
-launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
-    --reward_model "${REWARD:-output/step2_reward}" \
-    --prompt_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
-    --output_dir "${OUTPUT:-output/step3_ppo}" \
-    --zero_stage 3 --dtype bf16 --gradient_checkpointing --prompts_per_rollout 1024 \
-    --global_batch_size 512 --micro_batch_size 4 --generation_tokens 32768 \
-    --learning_rate 1e-6 --critic_learning_rate 9e-6 --max_prompt_length 1024 --max_response_length 1024 "$@"
+export LAUNCH="${LAUNCH:---hostfile ${HOSTS:-hosts}}"
+launch_step --zero_stage 3 --dtype bf16 --gradient_checkpointing --prompts_per_rollout 1024 --global_batch_size 512 --micro_batch_size 4 \
+    --generation_tokens 32768 --learning_rate 1e-6 --critic_learning_rate 9e-6 --max_prompt_length 1024 --max_response_length 1024 "$@"

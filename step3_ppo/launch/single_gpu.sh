@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
 # One GPU.
-# MODEL (step 1's output), REWARD (step 2's), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
-LAUNCH="${LAUNCH:---num_gpus 1}"
-launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
-    --reward_model "${REWARD:-output/step2_reward}" \
-    --prompt_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
-    --output_dir "${OUTPUT:-output/step3_ppo}" \
-    --zero_stage 0 --dtype bf16 --prompts_per_rollout 128 --global_batch_size 64 --micro_batch_size 8 "$@"
+export LAUNCH="${LAUNCH:---num_gpus 1}"
+launch_step --zero_stage 0 --dtype bf16 --prompts_per_rollout 128 --global_batch_size 64 --micro_batch_size 8 "$@"

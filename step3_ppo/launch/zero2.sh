@@ -1,9 +1,4 @@
 #!/usr/bin/env bash
 # All GPUs of this node, ZeRO-2: gradients and optimizer states sharded.
-# MODEL (step 1's output), REWARD (step 2's), DATA (names apart by spaces) and OUTPUT from the environment; further flags go to main.py.
 . "$(dirname "$0")/../../utils/launch.sh"
-launch step3_ppo/main.py --model_name_or_path "${MODEL:-output/step1_sft}" \
-    --reward_model "${REWARD:-output/step2_reward}" \
-    --prompt_data ${DATA:-HuggingFaceH4/ultrafeedback_binarized} \
-    --output_dir "${OUTPUT:-output/step3_ppo}" \
-    --zero_stage 2 --dtype bf16 --prompts_per_rollout 256 --global_batch_size 128 --micro_batch_size 8 "$@"
+launch_step --zero_stage 2 --dtype bf16 --prompts_per_rollout 256 --global_batch_size 128 --micro_batch_size 8 "$@"

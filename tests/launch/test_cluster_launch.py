@@ -1,4 +1,4 @@
-"""How utils/launch.sh and utils/requeue.sh speak with pdsh and Slurm, who are played by scripts.
+"""How utils/launch.py and utils/requeue.sh speak with pdsh and Slurm, who are played by scripts.
 
 tests/launch/test_nodes.py and tests/launch/test_slurm.py have the real ones (bash tests/nodes.sh).
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.running import ROOT
+from utils import launch
 from utils.distributed.process_group import free_port, interface_towards
 
 
@@ -46,36 +47,41 @@ def bash(folder: Path, command: str, **more) -> str:
 HOSTS = "# two machines\nnode-a slots=8\n\nnode-b  slots=4 # of eight\n#node-c slots=16\n"
 
 
-def test_ranks_of_a_launcher(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("--num_accelerators 2 --master_port 7", 2),
+        ("--num_gpus 4", 4),
+        ("--hostfile hosts", 12),
+        ("--master_port 7 -H hosts", 12),
+        ("--hostfile=hosts", 12),
+        ("--hostfile hosts --include node-a", 0),
+        ("--hostfile hosts --num_nodes 1", 0),
+        ("--hostfile hosts --num_gpus 2", 0),
+        ("--hostfile nowhere", 0),
+        ("srun --mpi none", 16),
+    ],
+)
+def test_ranks_of_a_launcher(tmp_path, monkeypatch, flags, ranks):
     (tmp_path / "hosts").write_text(HOSTS)
-    expected = {
-        "--num_accelerators 2 --master_port 7": "2",
-        "--num_gpus 4": "4",
-        "--hostfile hosts": "12",
-        "--master_port 7 -H hosts": "12",
-        "--hostfile=hosts": "12",
-        "--hostfile hosts --include node-a": "",
-        "--hostfile hosts --num_nodes 1": "",
-        "--hostfile hosts --num_gpus 2": "",
-        "--hostfile nowhere": "",
-        "srun --mpi none": "16",
-    }
-    asked = "; ".join(f"echo \"$(ranks_of '{flags}')\"" for flags in expected)
-    found = bash(tmp_path, asked, SLURM_NTASKS="16").splitlines()
-    assert dict(zip(expected, found, strict=True)) == expected
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    assert launch.ranks_of(flags.split()) == ranks
 
 
-def test_other_machines_get_what_changes_a_run_and_no_secret(tmp_path):
+def test_other_machines_get_what_changes_a_run_and_no_secret(tmp_path, monkeypatch):
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\nMINE=1")
-    found = bash(
-        tmp_path,
-        "cd /; environment_for_machines",
+    monkeypatch.chdir("/")
+    for name, value in dict(
+        HOME=str(tmp_path),
         HF_HUB_OFFLINE="1",
         HF_TOKEN="hf_secret",
         OMP_NUM_THREADS="3",
         DS_ACCELERATOR="cpu",
         GLOO_SOCKET_IFNAME="",
-    )
+    ).items():
+        monkeypatch.setenv(name, value)
+    found = launch.environment_for_machines()
     assert found.splitlines()[:2] == ["NCCL_DEBUG=INFO", "MINE=1"]
     assert {"HF_HUB_OFFLINE=1", "OMP_NUM_THREADS=3", "DS_ACCELERATOR=cpu"} <= set(found.split("\n"))
     assert "secret" not in found and "GLOO" not in found

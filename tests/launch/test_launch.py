@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
+import run_all
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
@@ -17,6 +19,7 @@ from step3_ppo.config import PPOConfig
 from tests.helpers.jobs import sft
 from tests.helpers.running import ROOT
 from utils.distributed.process_group import free_port
+from utils.settings import files
 
 BIN = Path(sys.executable).parent
 # Ports are asked for when they are used: minutes earlier another program may have taken them.
@@ -87,13 +90,20 @@ def test_a_launch_script_keeps_output_and_exit_code(tiny, tmp_path):
 @pytest.mark.parametrize("script", sorted(ROOT.glob("step*/launch/*.sh")), ids=lambda p: p.name)
 def test_launch_scripts_are_short_and_name_real_flags(script):
     text = script.read_text()
-    assert len(text.splitlines()) <= 15 and os.access(script, os.X_OK)
+    assert len(text.splitlines()) <= 10 and os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     config = {"step1_sft": SFTConfig, "step2_reward": RewardConfig, "step3_ppo": PPOConfig}
     known = {f.name for f in fields(config[script.parent.parent.name])}
-    known |= {"num_gpus", "hostfile", "data"} | {f.name for f in fields(CollectConfig)}
+    scratch = files.read(str(ROOT / "recipes/tiny.yaml"))["scratch"]
+    known |= (
+        {"num_gpus", "hostfile", "data", "config"}
+        | scratch.keys()
+        | {f.name for f in fields(CollectConfig)}
+    )
     known |= set("signal requeue open nodes ntasks gpus".split())  # sbatch's
     assert set(re.findall(r"--([a-z_0-9]+)", text)) <= known
+    for name, value in scratch.items():
+        assert name not in text or f"--{name} {value} " in text, "not the recipe's"
     assert {p.name for p in script.parent.iterdir()} == {
         "tiny.sh",
         "single_gpu.sh",
@@ -107,20 +117,13 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").iterdir()), ids=lambda p: p.stem)
 def test_recipes_name_real_settings(recipe):
-    text = recipe.read_text()
-    assert subprocess.run(["bash", "-n", recipe]).returncode == 0
-    classes = {
-        "SFT": [SFTConfig],
-        "REWARD": [RewardConfig],
-        "PPO": [PPOConfig],
-        "COLLECT": [CollectConfig],
-        "COMMON": [SFTConfig, RewardConfig, PPOConfig],
-    }
-    found = re.findall(r"([A-Z]+)_FLAGS=\((.*?)\)", text, re.S)
-    assert {name for name, _ in found} >= {"SFT", "REWARD", "PPO"}
-    for name, flags in found:
-        for config in classes.get(name, []):
-            assert set(re.findall(r"--([a-z_0-9]+)", flags)) <= {f.name for f in fields(config)}
+    sections = files.read(str(recipe))
+    assert sections.keys() >= {"run", "sft", "reward", "ppo"} and recipe.suffix == ".yaml"
+    for config in (SFTConfig, CollectConfig, RewardConfig, PPOConfig, run_all.Pipeline):
+        for word in (str(recipe), f"{recipe}:later_ppo"):
+            for place, settings in files.layers(word, *config.sections):
+                later = place.endswith("later_ppo") and config is not PPOConfig
+                assert later or settings.keys() <= {f.name for f in fields(config)}, place
 
 
 # Two rounds for real take half as long again, and each part of the second has a test: what it is
@@ -159,9 +162,15 @@ def test_run_all_walks_the_whole_way(tmp_path, rounds):
     assert "verifier, 512 held-out prompts" in output
 
 
-# Stands for Python: answers run_all.sh's questions about the machine, writes down all else.
+SECTIONS = {
+    "step1_sft/main.py": "sft",
+    "step2_reward/collect.py": "collect",
+    "step2_reward/main.py": "reward",
+    "step3_ppo/main.py": "ppo",
+}
+# Stands for Python: is it in run_all.py and launch.py, and writes down all else.
 RECORDER = """#!/bin/bash
-[ "$1" = - ] || [ "$1" = -c ] && exec {python} "$@"
+case $1 in - | -c | */run_all.py | */launch.py) exec {python} "$@" ;; esac
 echo "$*" >>{commands}
 while [ $# -gt 0 ]; do
     [ "$1" = --output_dir ] && mkdir -p "$2"
@@ -185,8 +194,20 @@ def stages_of_run_all(folder, *flags) -> list[tuple[str, dict[str, str]]]:
             words = line.split()
             program = next((w for w in words if w.endswith(".py")), words[1])
             found = re.findall(r" --(\w+)((?: (?!--)\S+)*)", line.partition(program)[2])
-            stages.append((program, {flag: values.strip() for flag, values in found}))
+            flags = {flag: values.strip() for flag, values in found}
+            stages.append((program, of_config(program, flags) | flags))
     return stages
+
+
+def of_config(program: str, flags: dict[str, str]) -> dict[str, str]:
+    """What the files of --config say to a step, by PyYAML's own reading of them."""
+    said = {}
+    for word in flags.get("config", "").split():
+        path, _, more = word.rpartition(":") if ".yaml:" in word else (word, "", "")
+        sections = yaml.safe_load(Path(path).read_text())
+        for name in ("all", SECTIONS[program.removeprefix(f"{ROOT}/")], more):
+            said |= {n: str(value) for n, value in sections.get(name, {}).items()}
+    return said
 
 
 def test_run_all_gives_each_round_what_the_last_one_made(tmp_path):
@@ -227,6 +248,20 @@ def test_a_flag_of_the_users_wins_in_every_round(tmp_path):
     assert steps == ["7", "7"]
 
 
+def test_a_file_of_the_users_wins_over_the_recipe_and_flags_over_both(tmp_path):
+    """recipe's all < recipe's step < the user's all < the user's step < flags."""
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "run: {rounds: 1}\nall: {log_every: 7, ppo_epochs: 9}\nppo: {max_steps: 8, log_every: 6}\n"
+    )
+    out = tmp_path / "out"
+    stages = stages_of_run_all(tmp_path, "--output_dir", out, "--config", own, "--ppo.kl_coef", 0.3)
+    steps = [flags for program, flags in stages if program.endswith("main.py")]
+    assert len(steps) == 3
+    assert [flags["log_every"] for flags in steps] == ["7", "7", "6"]
+    assert (steps[2]["max_steps"], steps[2]["ppo_epochs"], steps[2]["kl_coef"]) == ("8", "9", "0.3")
+
+
 def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a", "output": ""}\n')
@@ -245,8 +280,10 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     assert "step 1" not in output
     for words, message in (
         (["--ppo.bogus", "1"], "unknown flag --bogus"),
-        (["--output_dir"], "--output_dir takes one value, not 0"),
-        (["--rounds", "x"], "--rounds x"),
+        (["--output_dir"], "--output_dir has no value; it takes one"),
+        (["--rounds", "x"], "rounds='x' is not int"),
+        (["tiny", "word"], "'word' stands before any flag"),
+        (["scratch", "--rounds", "2"], "needs --sft_data and --preference_data"),
         (["--micro_batch_size=5"], "not divisible by micro_batch_size"),
     ):
         code, output = run(["bash", ROOT / "run_all.sh", *words], tmp_path)

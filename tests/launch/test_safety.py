@@ -101,12 +101,8 @@ def bash(script, cwd, *words, **environment):
     )
 
 
-LAUNCH = f"""
-set -u
-eval "$(sed -e '/^set_up_/d' -e '/^ROOT=/d' -e '/^\\. /d' "{ROOT}/utils/launch.sh")"
-ROOT={ROOT} PYTHON=./fake_python DS_ACCELERATOR=cpu
-launch step1_sft/main.py "$@"
-"""
+LAUNCH = f'exec {sys.executable} "{ROOT}/utils/launch.py" step1_sft/main.py "$@"'
+ENVIRONMENT = {"PYTHON": "./fake_python", "DS_ACCELERATOR": "cpu", "HOME": "/nowhere"}
 FAKE = """#!/bin/sh
 shift; shift; shift; shift
 for word in "$@"; do printf '%s\\0' "$word"; done > words
@@ -122,7 +118,7 @@ def fake(folder):
 def test_names_of_data_reach_the_program_as_they_are(tmp_path, word):
     fake(tmp_path)
     argv = ["--sft_data", word, "--output_dir", f"out {word}".replace("\n", " ")]
-    done = bash(LAUNCH, tmp_path, *argv, LAUNCH="--num_gpus 1")
+    done = bash(LAUNCH, tmp_path, *argv, LAUNCH="--num_gpus 1", **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     passed = (tmp_path / "words").read_text().split("\0")[:-1]
     assert passed[-4:] == argv and not (tmp_path / "ran").exists()
@@ -132,20 +128,22 @@ def test_names_of_data_reach_the_program_as_they_are(tmp_path, word):
 def test_words_that_another_machines_shell_would_obey_are_refused(tmp_path, word):
     fake(tmp_path)
     for flags in ("--hostfile hosts", "-H hosts"):
-        done = bash(LAUNCH, tmp_path, "--sft_data", word, LAUNCH=flags)
+        done = bash(LAUNCH, tmp_path, "--sft_data", word, LAUNCH=flags, **ENVIRONMENT)
         assert done.returncode == 2 and "--config" in done.stderr
     assert not (tmp_path / "words").exists()
 
 
 def test_shell_scripts_quote_what_they_pass_on():
-    """Every use of a data or output variable stands in double quotes."""
-    names = r"OUTPUT|MODEL|SFT_DATA|PREFERENCE_DATA|PROMPT_DATA|folder|policy|seed"
-    for path in (ROOT / "run_all.sh", ROOT / "utils/launch.sh"):
+    """Every use of a data or output variable stands in double quotes, but for $data, names apart by
+    spaces."""
+    names = r"OUTPUT|MODEL|REWARD|ROOT|PYTHON|comparisons|step"
+    for path in (ROOT / "run_all.sh", ROOT / "utils/launch.sh", *ROOT.glob("step*/launch/*.sh")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = re.sub(r"(^|\s)#.*", "", line)
             code = re.sub(r'"[^"]*"', '""', code)  # what is quoted is fine
             code = re.sub(r"\[\[.*?\]\]|\$\{#[^}]*\}|^\s*\w+=\S*|\s\w+=\S*", "", code)
-            assert not re.search(rf"\$\{{?({names})\b", code), f"{path}:{number}: {line}"
+            if not code.strip().startswith("case $step in"):
+                assert not re.search(rf"\$\{{?({names})\b", code), f"{path}:{number}: {line}"
 
 
 # Text of models.
@@ -207,11 +205,3 @@ def test_the_environment_is_not_saved(tmp_path, monkeypatch):
     config = command_line.build(SFTConfig, NEEDED, 1)
     command_line.save(config, tmp_path, 1)
     assert SECRETS[0] not in (tmp_path / "config.yaml").read_text()
-
-
-def test_security_md_names_tests_that_are_there():
-    names = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
-    assert len(names) >= 8
-    for file, test in names:
-        text = (ROOT / "tests" / file).read_text()
-        assert f"def {test}" in text if test else text

@@ -51,8 +51,8 @@ def test_ranks_of_the_real_launcher_see_the_devices_named(tmp_path):
 
 # Stands for Python: answers launch.sh's questions, else writes down how it was started.
 RECORDER = """#!/bin/bash
-[ "$1" = - ] || [ "$1" = -c ] && exec {python} "$@"
-[ "$2" = - ] || echo "sees ${{CUDA_VISIBLE_DEVICES-nothing}}; $*" >started
+case $1 in - | -c | */launch.py) exec {python} "$@" ;; esac
+echo "sees ${{CUDA_VISIBLE_DEVICES-nothing}}; $*" >started
 """
 
 
@@ -78,6 +78,7 @@ def test_what_the_launcher_is_told(tmp_path, flags, devices, expected):
     python.write_text(RECORDER.format(python=sys.executable))
     python.chmod(0o755)
     (tmp_path / "rank.py").touch()
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
     environment = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", LAUNCH=flags)
     environment["CUDA_VISIBLE_DEVICES"] = devices
     launch(tmp_path, tmp_path / "rank.py", "--output_dir", "out", **environment)

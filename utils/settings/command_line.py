@@ -91,7 +91,7 @@ def build(config_class, argv: list[str], world_size: int):
         problems.append("--config has no value; it takes a file")
     for path in paths or []:
         try:
-            for place, settings in files.layers(path, config_class.section):
+            for place, settings in files.layers(path, *config_class.sections):
                 take(settings, place)
         except ValueError as error:
             problems.append(str(error))

@@ -72,8 +72,8 @@ rounding = functools.partial(setting, on_resume="rounding")
 class Settings:
     """Base class of the dataclasses of settings."""
 
-    # The section of a --config file that holds the settings of this class.
-    section: typing.ClassVar[str] = ""
+    # The sections of a --config file that hold settings of this class, the weakest first.
+    sections: typing.ClassVar[tuple[str, ...]] = ()
 
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, one sentence each, with the flag that mends it."""

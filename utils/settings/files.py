@@ -11,8 +11,9 @@ import yaml
 
 from utils import strict_json
 
-# `later_ppo` is read on top of `ppo` in rounds after the first; `run` is run_all.sh's own.
-SECTIONS = ("all", "sft", "collect", "reward", "ppo", "later_ppo", "run")
+# `later_ppo` is read on top of `ppo` in rounds after the first, `run` by run_all.sh; `scratch`
+# is the shape of a model from random weights.
+SECTIONS = ("all", "sft", "collect", "reward", "ppo", "later_ppo", "run", "scratch")
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,8 +48,9 @@ for _tag, _pattern, _first in (
     )
 
 
-def layers(word: str, section: str) -> list[tuple[str, dict]]:
-    """What `--config word` gives to a program of that section: (place, settings), weakest first.
+def layers(word: str, *sections: str) -> list[tuple[str, dict]]:
+    """What `--config word` says to a program that reads these sections: (place, settings), weakest
+    first. What stands in no section is for programs that read `all`, or no section.
 
     `FILE:SECTION` reads one more section on top. ValueError where there is no such file.
     """
@@ -56,12 +58,11 @@ def layers(word: str, section: str) -> list[tuple[str, dict]]:
     if not path or more not in SECTIONS:
         path, more = word, ""
     values = read(path)
-    sections = {name: v for name, v in values.items() if name in SECTIONS and isinstance(v, dict)}
-    if not sections:
-        return [(path, values)]
-    outside = {name: v for name, v in values.items() if name not in sections and v is not None}
-    read_here = [name for name in ("all", section, more) if name in sections]
-    return [(path, outside), *((f"{path}, {name}", sections[name]) for name in read_here)]
+    known = {name: v for name, v in values.items() if name in SECTIONS and isinstance(v, dict)}
+    outside = {name: v for name, v in values.items() if name not in known}
+    outside = {name: v for name, v in outside.items() if name not in SECTIONS or v is not None}
+    found = [(path, outside)] if not sections or "all" in sections else []
+    return found + [(f"{path}, {n}", known[n]) for n in (*sections, more) if n in known]
 
 
 def read(path: str) -> dict:
