@@ -1,8 +1,8 @@
-"""What an engine remembers, as flat runs of named weights: fp32 master weights, AdamW's moments.
+"""The state of an engine as flat runs of named weights: fp32 master weights, AdamW's moments.
 
 DeepSpeed keeps these in flat partitions whose layout depends on the ZeRO stage and the number of
-ranks. Here every rank says which elements of which weight it holds, so nothing is gathered to save
-it, and any stage on any number of ranks can take it up again. Loaded bit by bit as it was.
+ranks. Here every rank says which elements of which weight it holds, so saving needs no all-gather,
+and any stage on any number of ranks can load it, to the last bit.
 """
 
 import json

@@ -126,10 +126,7 @@ def listed(folder: Path, known: dict[str, dict]) -> dict[str, dict]:
 def seal(temporary: Path, folder: Path, record: dict) -> None:
     """Write the manifest, `record` with its own checksum, and give the folder its final name."""
     text = json.dumps({"sha256": _digest_of(record)} | record, indent=1)
-    with open(temporary / "manifest.json", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    whole_files.write_text(temporary / "manifest.json", text)
     for inner in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         whole_files.sync(inner)
     if folder.exists():
@@ -198,8 +195,8 @@ class Reader:
     """Flat runs of named tensors from the files of all ranks of a checkpoint.
 
     A key is `part|name|kind|start`: elements from `start` of the flattened tensor `name`. Which
-    rank wrote which run does not matter to who reads, so any ZeRO stage and any number of ranks
-    can take up what another one wrote.
+    rank wrote which run does not matter, so any ZeRO stage and any number of ranks
+    can read what another one wrote.
     """
 
     def __init__(self, folder: Path, names: list[str]):
