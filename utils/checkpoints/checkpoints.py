@@ -42,16 +42,19 @@ class Saving:
 
 @dataclass
 class Pending:
-    """A checkpoint that has no name yet. before: when the one before it was made."""
+    """A checkpoint that is being written. before: when the one before it was made."""
 
     step: int
     folder: Path
-    temporary: Path
     before: float
     record: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)  # of this rank, once they are written
     writing: Writing | None = None
     stood: float = 0.0  # seconds that training has waited for it
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.writing")
 
 
 class Checkpoints:
@@ -63,7 +66,7 @@ class Checkpoints:
 
     def __init__(self, saving: Saving, settings: dict, start: Checkpoint | None, report):
         self.saving, self.settings, self.start, self.report = saving, settings, start, report
-        self.facts: dict = start.record["facts"] if start else {}
+        self.facts: dict = start.record["facts"] if start else {"best": None}
         self.step = start.step if start else 0
         self._began = time.time() - self.facts.get("seconds", 0.0)
         self._saved_at = time.time()
@@ -71,7 +74,7 @@ class Checkpoints:
         self._pending: Pending | None = None
         self._copies: Copies | None = None  # where checkpoints are written in the background
         self._chosen = False
-        self._best = self.facts.get("best")  # of the checkpoints that are whole
+        self._best = self.facts["best"]  # of the checkpoints that are whole
 
     def __enter__(self) -> "Checkpoints":
         """The loop begins: from here on a signal to end waits for the next step boundary."""
@@ -145,9 +148,8 @@ class Checkpoints:
         value = metrics.get(name)
         if value is None or not math.isfinite(value):
             return False
-        best = self.facts.get("best")
-        sign = 1 if direction == "max" else -1
-        if best is not None and sign * value <= sign * best["value"]:
+        best, sign = self.facts["best"], 1 if direction == "max" else -1
+        if best and sign * value <= sign * best["value"]:
             return False
         self.facts["best"] = {"metric": name, "value": value, "step": step}
         return True
@@ -172,8 +174,8 @@ class Checkpoints:
             return True
         began, copies = time.time(), None if wait else self._choose_copies()
         folder = manifest.folder_of(self.saving.output_dir, step)
-        temporary = folder.with_name(f".{folder.name}.writing")
-        pending = Pending(step, folder, temporary, self._saved_at)
+        pending = Pending(step, folder, self._saved_at)
+        temporary = pending.temporary
         try:
             with manifest.failing_together():
                 if process_group.is_main():
@@ -283,7 +285,7 @@ class Checkpoints:
                     self._remove_old(record)
         except OSError as problem:
             return self._give_up(pending, problem)
-        self._best = pending.record["facts"].get("best")
+        self._best = pending.record["facts"]["best"]
         how = ", written in the background" if pending.writing is not None else ""
         stood = pending.stood + time.time() - began
         self.report.say(f"checkpoint {pending.folder}: training stood still {stood:.2f} s{how}")
@@ -293,11 +295,8 @@ class Checkpoints:
         if process_group.is_main():
             shutil.rmtree(pending.temporary, ignore_errors=True)
         self._saved_at, self._saved_step = pending.before, -1
-        # The best one is then the older one again, which must stay.
-        if self.facts.get("best", {}).get("step") == pending.step:
-            self.facts["best"] = self._best
-            if self._best is None:
-                del self.facts["best"]
+        if self.facts["best"] and self.facts["best"]["step"] == pending.step:
+            self.facts["best"] = self._best  # the best one that is whole, which must stay
         older = [str(s) for s in manifest.steps_in(self.saving.output_dir)]
         self.report.say(
             f"checkpoint at step {pending.step} could not be written: {problem}. Training "
@@ -309,7 +308,7 @@ class Checkpoints:
     def _remove_old(self, record: dict) -> None:
         """Keep --keep_last of them and the best. (Later ones than the record's are damaged.)"""
         steps = [s for s in manifest.steps_in(self.saving.output_dir) if s <= record["step"]]
-        best = record["facts"].get("best", {}).get("step")
+        best = record["facts"]["best"]
         for old in steps[self.saving.keep_last :] if self.saving.keep_last else []:
-            if old != best:
+            if not best or old != best["step"]:
                 manifest.remove(manifest.folder_of(self.saving.output_dir, old))
