@@ -192,8 +192,8 @@ def our_rollout(ours: models.Models, theirs: dict, config):
     mask = generation.mask_through_stop(responses, ours.tokenizer.eos_token_id)
     steps = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
     ids, real = torch.cat([prompt_ids, responses], 1), torch.cat([prompt_mask, mask], 1)
-    length, micro = responses.shape[1], config.micro_batch_size
-    score = dict(temperature=config.temperature, micro_batch_size=micro)
+    length = responses.shape[1]
+    score = dict(temperature=config.temperature, with_entropies=True)
     logprobs, entropies = language_model.response_logprobs(
         ours.actor.module, ids, real, length, **score
     )

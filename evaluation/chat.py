@@ -18,25 +18,17 @@ from utils import terminal
 from utils.data import rows
 from utils.distributed import program
 from utils.settings import command_line
-from utils.settings.fields import Settings, setting
+from utils.settings.fields import setting
 
 
 @dataclass
-class ChatConfig(Settings):
+class ChatConfig(checkpoints.Answering):
     checkpoint: str = setting("", "chat model: folder or hub name", needed=True)
     system: str = setting("", "system turn that opens the conversation; empty: none")
     temperature: float = setting(0.7, "sampling temperature; 0: the likeliest token always")
     top_p: float = setting(
         0.95, "share of the probability that is sampled from", above=0, at_most=1
     )
-    seed: int = setting(42, "seed of the sampling", below=2**63)
-    max_new_tokens: int = setting(128, "tokens an answer at most", at_least=1)
-    dtype: str = setting(
-        "auto",
-        "of the weights; auto: bf16 where the GPU or CPU computes it, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-    trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
     def problems(self, world_size: int) -> list[str]:
         found = super().problems(world_size)
@@ -44,8 +36,6 @@ class ChatConfig(Settings):
             found.append(f"{world_size} processes were started; start one, with python")
         if self.checkpoint:
             found += checkpoints.folder_problems(self.checkpoint, "checkpoint")
-        if self.dtype == "fp16" and not torch.cuda.is_available():
-            found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
         return found
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,27 @@ import torch
 from utils.data import chat_template, files, fitting
 from utils.distributed import zero
 from utils.models import loading
+from utils.settings.fields import Settings, setting
+
+
+@dataclass
+class Answering(Settings):
+    """What the chat and the side-by-side evaluation both ask."""
+
+    seed: int = setting(42, "seed of the sampling", below=2**63)
+    max_new_tokens: int = setting(128, "tokens an answer at most", at_least=1)
+    dtype: str = setting(
+        "auto",
+        "of the weights; auto: bf16 where the GPU or CPU computes it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
+
+    def problems(self, world_size: int) -> list[str]:
+        found = super().problems(world_size)
+        if self.dtype == "fp16" and not torch.cuda.is_available():
+            found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
+        return found
 
 
 def looks_local(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 import torch
 
-from utils import report as reporting
 from utils.distributed import zero
 from utils.models import scalar_model, scorer
 from utils.models.loading import Loading
@@ -28,14 +27,3 @@ def score_all(config, answers) -> list[str]:
     for answer, (score,) in zip(chosen, scores, strict=True):
         answer.score = score
     return refused
-
-
-def score_table(questions, results) -> str:
-    """Every answer's score, "-" where it has none: a line a turn, a column a checkpoint."""
-    lines = []
-    for i, question in enumerate(questions):
-        for turn in range(len(question.turns)):
-            scores = [groups[i][turn].score for groups in results.values()]
-            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
-            lines.append((i + 1, turn + 1, *shown))
-    return reporting.table(lines, ("prompt", "turn", *(f"score of {name}" for name in results)))

@@ -5,7 +5,6 @@ deepspeed step2_reward/collect.py --policy SFT --prompt_data DATA --labeller ver
 """
 
 import json
-import math
 import os
 import random
 import sys
@@ -16,18 +15,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
+import numpy as np
 
 from utils import whole_files
 from utils.checkpoints import resuming
-from utils.data import (
-    batches,
-    chat_template,
-    comparisons,
-    rows,
-    splits,
-    tables,
-    toy_tasks,
-)
+from utils.data import batches, chat_template, comparisons, rows, splits, tables, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
@@ -35,7 +27,7 @@ from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
 from utils.models import language_model, scalar_model, scorer
 from utils.models.loading import Loading
-from utils.models.scorer import Reader
+from utils.models.scorer import Reader, Scorer
 from utils.run import join, output_of
 from utils.settings import command_line
 from utils.settings.fields import free, setting
@@ -61,7 +53,7 @@ class CollectConfig(RunConfig):
     temperature: float = setting(1.0, "sampling temperature", above=0)
     labeller: str = setting(
         "verifier",
-        "who ranks: a program, a reward model, a file of human "
+        "what ranks: a program, a reward model, a file of human "
         "rankings, or none (write the answers for people to rank)",
         choices=("verifier", "reward_model", "file", "none"),
     )
@@ -93,15 +85,10 @@ class CollectConfig(RunConfig):
 
     def problems(self, world_size: int) -> list[str]:
         problems = super().problems(world_size)
-        if self.labeller == "file":
-            if not self.rankings:
-                problems.append("labeller=file needs --rankings FILE")
-        elif not self.policy or not self.prompt_data:
-            problems.append(
-                f"labeller={self.labeller} samples answers: set --policy, --prompt_data"
-            )
-        if self.labeller == "reward_model" and not self.reward_model:
-            problems.append("labeller=reward_model needs --reward_model FOLDER")
+        needed = {"file": ["rankings"], "reward_model": ["policy", "prompt_data", "reward_model"]}
+        for name in needed.get(self.labeller, ["policy", "prompt_data"]):
+            if not getattr(self, name):
+                problems.append(f"labeller={self.labeller} needs --{name}, which is empty")
         if self.output_file and os.path.isdir(self.output_file):
             problems.append(f"output_file={self.output_file!r} is a folder; name a file in it")
         return problems
@@ -117,14 +104,14 @@ class Sampled(NamedTuple):
 
 def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampled]]:
     """K answers to each prompt of `encoded` (id lists), on every rank, in that order."""
-    rank, world = process_group.rank(), process_group.world_size()
     k, length = config.answers_per_prompt, config.max_response_length
     noise = generation.uniform_noise(len(encoded) * k, length, config.seed, 0)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    mine = order[rank::world]
-    found, decoder = {}, Decoder()
-    for start in range(0, len(mine), config.micro_batch_size):
-        chosen = mine[start : start + config.micro_batch_size]
+    ranks = process_group.rank(), process_group.world_size()
+    lengths = list(map(len, encoded))
+    sampled, decoder = {}, Decoder()
+    for chosen in batches.deal(range(len(encoded)), lengths, *ranks, config.micro_batch_size):
+        if not chosen:
+            continue  # the other ranks have a prompt more
         ids, mask = batches.prompt_batch(
             [encoded[i] for i in chosen for _ in range(k)], tokenizer.pad_token_id
         )
@@ -141,143 +128,131 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         finished = (responses == tokenizer.eos_token_id).any(1).tolist()
-        sampled = list(zip(texts, finished, strict=True))
-        found |= {i: sampled[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
-    everything = {i: t for part in process_group.gather_objects(found) for i, t in part.items()}
+        answers = list(zip(texts, finished, strict=True))
+        sampled |= {i: answers[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
+    parts = process_group.gather_objects(sampled)
+    everything = {i: answers for part in parts for i, answers in part.items()}
     return [[Sampled(*one) for one in everything[i]] for i in range(len(encoded))]
+
+
+# Labellers: how good each answer is, on every rank; None: people shall say.
+
+
+def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
+    """The embedded task's program, with as many errors as --agreement says."""
+    scores = [
+        [toy_tasks.verify(p.row, a.text) for a in group]
+        for p, group in zip(prompts, answers, strict=True)
+    ]
+    labels = agreeing_scores(scores, config.agreement, config.seed)
+    share = share_agreeing(scores, labels)
+    mean = sum(map(sum, scores)) / sum(map(len, scores))
+    say(
+        f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs that "
+        "differ"
+    )
+    return labels
+
+
+def by_reward_model(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
+    """Scores as PPO would give them."""
+    groups = [
+        [reward.reader.encode(prompt.messages, *answer) for answer in group]
+        for prompt, group in zip(prompts, answers, strict=True)
+    ]
+    prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)
+    model = reward.model.to(reward.device)
+    return scorer.score_groups(model, groups, reward.device, prompts_at_once)
+
+
+LABELLERS = {"verifier": by_verifier, "reward_model": by_reward_model, "none": lambda *_: None}
 
 
 def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> list[list[float]]:
     """Scores with noise, so that a share `agreement` of the pairs that differ keep their order.
 
-    A labeller who errs on answers rather than on pairs: the ranking of one prompt stays free of
-    cycles, as a person's is. The noise's size is found by bisection on these very answers.
+    Errors are of answers rather than of pairs: the ranking of one prompt stays free of cycles, as a
+    person's is. The noise's size is found by bisection on these very answers.
     """
     if agreement >= 1.0:
         return scores
-    draw = random.Random(seed)
-    noise = [[draw.gauss(0.0, 1.0) for _ in group] for group in scores]
-
-    def noisy(size: float) -> list[list[float]]:
-        return [
-            [s + size * e for s, e in zip(*pair, strict=True)]
-            for pair in zip(scores, noise, strict=True)
-        ]
-
-    low, high = 0.0, 1e4 * (max(map(max, scores)) - min(map(min, scores)) + 1e-9)
+    draw, truth = random.Random(seed), np.array(scores)
+    noise = np.array([[draw.gauss(0.0, 1.0) for _ in group] for group in scores])
+    low, high = 0.0, 1e4 * (np.ptp(truth) + 1e-9)
     for _ in range(60):
         middle = (low + high) / 2
-        if share_agreeing(scores, noisy(middle)) > agreement:
-            low = middle
-        else:
-            high = middle
-    return noisy(high)
+        agrees = share_agreeing(truth, truth + middle * noise) > agreement
+        low, high = (middle, high) if agrees else (low, middle)
+    return (truth + high * noise).tolist()
 
 
-def share_agreeing(truth: list[list[float]], other: list[list[float]]) -> float:
-    """Share of the pairs that differ in `truth` which `other` orders the same way."""
-    same = pairs = 0
-    for t, o in zip(truth, other, strict=True):
-        for i in range(len(t)):
-            for j in range(i):
-                if t[i] != t[j]:
-                    pairs += 1
-                    same += (t[i] > t[j]) == (o[i] > o[j])
-    return same / max(pairs, 1)
+def share_agreeing(truth, other) -> float:
+    """(P,K) scores each → share of the pairs that differ in `truth` which `other` orders alike."""
+    truth, other = np.array(truth), np.array(other)
+    i, j = np.triu_indices(truth.shape[1], 1)
+    differ = truth[:, i] != truth[:, j]
+    alike = (truth[:, i] > truth[:, j]) == (other[:, i] > other[:, j])
+    return float(alike[differ].mean()) if differ.any() else 0.0
 
 
-def refuse_other_tasks(prompts) -> None:
-    if other := [p.where for p in prompts if not toy_tasks.is_task(p.row)]:
-        raise SystemExit(
-            f"labeller=verifier: {other[0]} is no task of utils/data/toy_tasks.py ({len(other)} in "
-            "all), which alone it judges; choose --labeller reward_model, file or none for others"
-        )
+# Rows of the output.
 
 
-def label_with_verifier(config, prompts, answers) -> list[list[float]]:
-    scores = [
-        [toy_tasks.verify(p.row, a.text) for a in group]
-        for p, group in zip(prompts, answers, strict=True)
-    ]
-    labelled = agreeing_scores(scores, config.agreement, config.seed)
-    if process_group.is_main():
-        share = share_agreeing(scores, labelled)
-        mean = sum(map(sum, scores)) / sum(map(len, scores))
-        print(
-            f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs "
-            "that differ",
-            flush=True,
-        )
-    return labelled
-
-
-def label_with_reward_model(config, reader, model, prompts, answers, device) -> list[list[float]]:
-    """Scores as PPO would give them; `model` is the one that `reader` (Reader) is of."""
-    groups = [
-        [reader.encode(prompt.messages, *answer) for answer in group]
+def rows_of(config, prompts, answers: list[list[Sampled]]) -> list[dict]:
+    """Comparisons that nobody has ranked, with their provenance."""
+    names = ("policy", "labeller", "seed", "temperature", "agreement")
+    provenance = {name: getattr(config, name) for name in names}
+    return [
+        {
+            "prompt": list(prompt.messages),
+            "responses": [a.text for a in group],
+            "finished": [a.finished for a in group],
+            "provenance": provenance | {"prompt": prompt.where},
+        }
         for prompt, group in zip(prompts, answers, strict=True)
     ]
-    prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)
-    return scorer.score_groups(model.to(device), groups, device, prompts_at_once)
 
 
-def keep_samples(config, prompts, answers) -> Path:
-    """Write what was sampled beside the output, as people would be given it, before it is ranked:
-    whatever goes wrong then, the hours of sampling are not lost."""
-    path = Path(config.output_file).with_suffix(".sampled.jsonl")
-    with whole_files.writing(path, "--output_file") as f:
-        for prompt, group in zip(prompts, answers, strict=True):
-            f.write(json.dumps(row_of(config, prompt, group), ensure_ascii=True) + "\n")
-    print(f"{path}: what was sampled, until it is ranked", flush=True)
-    return path
+def ranked(row: dict, scores: list[float] | None) -> dict | None:
+    """A row with its scores, answers that say the same once; None where nothing is to be compared.
+
+    scores: None where people shall rank.
+    """
+    # A tiny policy samples control bytes now and then, which no data file should hold.
+    kept = list(
+        {
+            text: k
+            for k, text in enumerate(row["responses"])
+            if text.strip() and not rows.text_problem(text)
+        }.values()
+    )
+    columns = {name: row[name] for name in ("responses", "finished")}
+    columns |= {} if scores is None else {"scores": scores}
+    columns = {name: [values[k] for k in kept] for name, values in columns.items()}
+    if len(kept) < 2 or len(set(columns.get("scores", kept))) < 2:
+        return None
+    return row | columns
 
 
-def row_of(config, prompt, answers: list[Sampled]) -> dict:
-    """A row of comparisons that nobody has ranked, with its provenance."""
-    provenance = {
-        "policy": config.policy,
-        "labeller": config.labeller,
-        "seed": config.seed,
-        "temperature": config.temperature,
-        "agreement": config.agreement,
-    }
-    return {
-        "prompt": list(prompt.messages),
-        "responses": [a.text for a in answers],
-        "finished": [a.finished for a in answers],
-        "provenance": provenance | {"prompt": prompt.where},
-    }
+def write_rows(file, lines: list[dict]) -> None:
+    for row in lines:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write(config, prompts, answers, labels) -> None:
-    """Comparisons with their provenance; answers that say the same count once."""
-    kept = ties = 0
+def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
+    """The comparisons, and beside them the settings that they were made with."""
     path = Path(config.output_file)
-    with whole_files.writing(path, "--output_file") as f:
-        for prompt, group, scores in zip(prompts, answers, labels, strict=True):
-            # A tiny policy samples control bytes now and then, which no data file should hold.
-            unique = {
-                a.text: (a, s)
-                for a, s in zip(group, scores, strict=True)
-                if a.text.strip() and not rows.text_problem(a.text)
-            }
-            group, scores = zip(*unique.values(), strict=True) if unique else ((), ())
-            if len(group) < 2 or (config.labeller != "none" and len(set(scores)) < 2):
-                ties += 1
-                continue
-            kept += 1
-            row = row_of(config, prompt, group)
-            if config.labeller != "none":
-                row["scores"] = scores
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if not kept:
-            raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
-        settings = settings_of(config)
+    labels = labels or [None] * len(lines)
+    kept = [row for pair in zip(lines, labels, strict=True) if (row := ranked(*pair))]
+    if not kept:
+        raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
+    settings = settings_of(config)
+    with whole_files.writing(path, "--output_file") as file:
+        write_rows(file, kept)
         command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
-    print(
-        f"{path}: {kept} comparisons; {ties} prompts left out, whose answers were all alike or "
-        "equally good",
-        flush=True,
+    say(
+        f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
+        "out, whose answers were all alike or equally good"
     )
 
 
@@ -290,15 +265,15 @@ def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     columns = columns_of(config.columns)
-    found = comparisons.load_comparisons([config.rankings], columns=columns, bad=bad)
+    read = comparisons.load_comparisons([config.rankings], columns=columns, bad=bad)
     bad.finish(config.rankings)
-    prompts = [prompt_data.Prompt(c.prompt, c.where, {}) for c in found]
-    answers = [list(map(Sampled, c.responses, c.finished)) for c in found]
-    write(config, prompts, answers, [c.scores for c in found])
+    prompts = [prompt_data.Prompt(c.prompt, c.where, {}) for c in read]
+    answers = [list(map(Sampled, c.responses, c.finished)) for c in read]
+    write(config, rows_of(config, prompts, answers), [list(c.scores) for c in read])
 
 
-def load_prompts(config, tokenizer, reader: Reader | None):
-    """(prompts that the policy's template and the labeller's, if it has one, can render, Counts)"""
+def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.Prompt]:
+    """Prompts that the policy's template and the reward model's can render."""
     bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
     train, _ = splits.train_and_held_out(
@@ -312,9 +287,55 @@ def load_prompts(config, tokenizer, reader: Reader | None):
     chosen = (train[i] for i in order[: config.num_prompts or None])
     prompts, counts = tables.encode_all(chosen, encode, bad)
     bad.finish("prompt_data")
-    if config.labeller == "verifier":
-        refuse_other_tasks(prompts)
-    return prompts, counts
+    say(counts.line("prompts"))
+    other = [p.where for p in prompts if not toy_tasks.is_task(p.row)]
+    if config.labeller == "verifier" and other:
+        raise SystemExit(
+            f"labeller=verifier: {other[0]} is no task of utils/data/toy_tasks.py ({len(other)} in "
+            "all), which alone it judges; choose --labeller reward_model, file or none for others"
+        )
+    return prompts
+
+
+def say(text: str) -> None:
+    if process_group.is_main():
+        print(text, flush=True)
+
+
+def collect(config, device) -> None:
+    started = time.time()
+    dtype = zero.resolve_dtype(config.dtype, device)
+    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code, config.date)
+    how, reader, reward = config.pick(Loading), None, None
+    if config.reward_model:
+        reader = Reader.load(
+            config.reward_model, config.trust_remote_code, config.reward_read_at, config.date
+        )
+    prompts = load_prompts(config, tokenizer, reader)
+    encoded = [prompt.ids for prompt in prompts]
+    if reader is not None:
+        # Before hours of sampling: a folder that holds no reward model is refused now.
+        model = scalar_model.load(how, reader.name, dtype=dtype, tokenizer=reader.tokenizer)
+        reward = Scorer(model, reader, True, device)
+    model = language_model.load(how, config.policy, dtype=dtype)
+    answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
+    lines = rows_of(config, prompts, answers)
+    # As people would be given it: whatever goes wrong now, the hours of sampling are not lost.
+    kept = Path(config.output_file).with_suffix(".sampled.jsonl")
+    if process_group.is_main():
+        with whole_files.writing(kept, "--output_file") as file:
+            write_rows(file, lines)
+    say(f"{kept}: what was sampled, until it is ranked")
+
+    labels = LABELLERS[config.labeller](config, prompts, answers, reward)
+    if process_group.is_main():
+        write(config, lines, labels)
+        kept.unlink()
+    characters = sum(len(a.text) for group in answers for a in group)
+    say(
+        f"{len(prompts)} × {config.answers_per_prompt} answers, {characters} characters in "
+        f"{time.time() - started:.1f} s"
+    )
 
 
 def main() -> None:
@@ -322,45 +343,10 @@ def main() -> None:
     output_of(config).check_file(Path(config.output_file), settings_of(config))
     device = join(config)
     config.date = resuming.date_of(config.date)
-    dtype = zero.resolve_dtype(config.dtype, device)
-    started = time.time()
-    if config.labeller == "file":
-        if process_group.is_main():
-            import_rankings(config)
-        process_group.shut_down()
-        return
-    tokenizer = chat_template.load_tokenizer(config.policy, config.trust_remote_code, config.date)
-    reader = None
-    if config.labeller == "reward_model":
-        reader = Reader.load(
-            config.reward_model, config.trust_remote_code, config.reward_read_at, config.date
-        )
-    prompts, counts = load_prompts(config, tokenizer, reader)
-    encoded = [prompt.ids for prompt in prompts]
-    if process_group.is_main():
-        print(counts.line("prompts"), flush=True)
-    # Before hours of sampling, on the CPU: a folder that holds no reward model is refused now.
-    reward_model = reader and scalar_model.load(
-        config.pick(Loading), config.reward_model, dtype=dtype, tokenizer=reader.tokenizer
-    )
-    model = language_model.load(config.pick(Loading), config.policy, dtype=dtype, zero_stage=0)
-    answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
-    tokens = math.fsum(len(a.text) for group in answers for a in group)
-    sampled = keep_samples(config, prompts, answers) if process_group.is_main() else None
-    if reward_model is not None:
-        labels = label_with_reward_model(config, reader, reward_model, prompts, answers, device)
-    elif config.labeller == "verifier":
-        labels = label_with_verifier(config, prompts, answers)
-    else:
-        labels = [[0.0] * len(group) for group in answers]
-    if process_group.is_main():
-        write(config, prompts, answers, labels)
-        sampled.unlink()
-        print(
-            f"{len(prompts)} × {config.answers_per_prompt} answers, {tokens:.0f} characters in "
-            f"{time.time() - started:.1f} s",
-            flush=True,
-        )
+    if config.labeller != "file":
+        collect(config, device)
+    elif process_group.is_main():
+        import_rankings(config)
     process_group.shut_down()
 
 

@@ -1,210 +1,129 @@
-"""What is measured of a rollout and of the experience made from it: one function for each metric.
+"""What step 3 measures: each metric's row of the table (utils/metrics.py), and beside it how it is
+computed from a rollout or from the experience made of it.
 
-The decorator holds the metric's row of the table (utils/metrics.py), so a new metric is one more
-function here. A function that returns None has nothing to measure, and its metric is left out.
+A new metric is one more entry here. Where its function returns None there is nothing to measure,
+and the metric is left out.
 """
 
 from step3_ppo import algorithm
 from utils.metrics import Metric, register
 
-STEP = "step 3"
-_OF_ROLLOUT, _OF_EXPERIENCE = {}, {}
+PHASES = ("generate", "score", "train")
 
 
-def _decorator(functions: dict, row: Metric):
-    register(STEP, row)
-
-    def add(function):
-        functions[row.name] = function
-        return function
-
-    return add
-
-
-def of_rollout(*row: str):
-    """Decorates a function (rollout, kl_estimator) → float or None. row: as Metric's fields."""
-    return _decorator(_OF_ROLLOUT, Metric(*row))
-
-
-def of_experience(*row: str):
-    """Decorates a function (experience, config, state) → float or None. The advantages are not
-    whitened yet."""
-    return _decorator(_OF_EXPERIENCE, Metric(*row))
-
-
-def measure_rollout(rollout, kl_estimator: str) -> dict[str, float]:
-    """What can be said of a rollout without training on it."""
-    return _measured(_OF_ROLLOUT, rollout, kl_estimator)
-
-
-def measure_experience(experience, config, state) -> dict[str, float]:
-    return _measured(_OF_EXPERIENCE, experience, config, state)
-
-
-def _measured(functions: dict, *arguments) -> dict[str, float]:
-    values = {name: function(*arguments) for name, function in functions.items()}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-@of_rollout(
-    "score",
-    "score",
-    "mean over the responses, of reward model and reward function together, as they came",
-    "flat while `kl` grows: the policy drifts for nothing; `eval/score` rises while `eval/verifier`"
-    " falls: over-optimised, stop earlier or raise `--kl_coef`",
-)
-def score(rollout, _) -> float:
-    return rollout.scores.mean().item()
-
-
-@of_rollout("score_std", "score", "standard deviation over the responses")
-def score_std(rollout, _) -> float:
-    return rollout.scores.std(correction=0).item()
-
-
-def _kl(rollout, estimator: str) -> float:
+def kl_of(rollout, estimator: str) -> float:
+    """KL to the reference, mean over the responses, nats a response. estimator: k1, k2 or k3."""
     estimates = algorithm.kl_estimates(rollout.logprobs, rollout.ref_logprobs)
     estimate = estimates[algorithm.KL_ESTIMATORS.index(estimator)]
     return (estimate * rollout.response_mask).sum(1).mean().item()
 
 
-@of_rollout(
-    "kl",
-    "nats a response",
-    "KL to the reference by the estimate that the reward is charged for (`--kl_estimator`)",
-    "above 10, or above `--kl_limit`: raise `--kl_coef` or set `--kl_target`",
-)
-def kl(rollout, kl_estimator: str) -> float:
-    return _kl(rollout, kl_estimator)
+def mean_unless_zero(x) -> float | None:
+    """Of scores that are all 0 where nobody gave them."""
+    return x.mean().item() if x.any() else None
 
 
-@of_rollout(
-    "entropy",
-    "nats a token",
-    "mean entropy of the distributions that the responses were sampled from",
-    "near 0: collapsed; raise `--kl_coef`, lower `--learning_rate`",
-)
-def entropy(rollout, _) -> float:
-    return algorithm.masked_mean(rollout.entropies, rollout.response_mask).item()
+def score_of_model(rollout) -> float | None:
+    function = mean_unless_zero(rollout.function_scores)
+    return None if function is None else rollout.scores.mean().item() - function
 
 
-@of_rollout(
-    "response_length",
-    "tokens",
-    "mean length of the responses, stop token included",
-    "a third or three times of the first rollout's: the reward model likely pays for length",
-)
-def response_length(rollout, _) -> float:
-    return rollout.response_mask.sum(1).float().mean().item()
-
-
-@of_rollout(
-    "eos_share",
-    "share",
-    "responses that ended with the stop token",
-    "near 0: raise `--max_response_length`; `--missing_eos_penalty 1` with `--score_normalisation "
-    "running` makes a cut answer cost a deviation more than the mean finished one",
-)
-def eos_share(rollout, _) -> float:
-    return rollout.finished.float().mean().item()
-
-
-@of_rollout("score_function", "score", "the part of `score` from `--reward_function`")
-def score_function(rollout, _) -> float | None:
-    return rollout.function_scores.mean().item() if rollout.function_scores.any() else None
-
-
-@of_rollout("score_model", "score", "the part of `score` from the reward model")
-def score_model(rollout, _) -> float | None:
-    function = score_function(rollout, _)
-    return None if function is None else score(rollout, _) - function
-
-
-@of_rollout(
-    "judge",
-    "score",
-    "mean score by `--judge_model`, of held-out answers only",
-    "falls while `eval/score` rises: over-optimised",
-)
-def judge(rollout, _) -> float | None:
-    return rollout.judge_scores.mean().item() if rollout.judge_scores.any() else None
-
-
-@of_rollout("judge_std", "score", "standard deviation of the judge's scores")
-def judge_std(rollout, _) -> float | None:
-    scores = rollout.judge_scores
-    return scores.std(correction=0).item() if scores.any() else None
-
-
-@of_rollout(
-    "kl_k1",
-    "nats a response",
-    "KL to the reference by log p − log q, unbiased; below 0 by chance where the samples happen to "
-    "be likelier to the reference, which is no bug",
-)
-def kl_k1(rollout, _) -> float:
-    return _kl(rollout, "k1")
-
-
-@of_rollout("kl_k2", "nats a response", "by (log p − log q)² / 2, biased and small in variance")
-def kl_k2(rollout, _) -> float:
-    return _kl(rollout, "k2")
-
-
-@of_rollout("kl_k3", "nats a response", "by q/p − 1 + log p − log q, unbiased and never negative")
-def kl_k3(rollout, _) -> float:
-    return _kl(rollout, "k3")
-
-
-@of_experience("kl_coef", "score a nat", "what a nat of KL costs; moves with `--kl_target`")
-def kl_coef(experience, _, state) -> float:
-    return state.kl_coef
-
-
-@of_experience("reward", "score", "mean over the responses of score − kl_coef × kl, as trained on")
-def reward(experience, *_) -> float:
-    return experience.rewards.sum(1).mean().item()
-
-
-@of_experience("advantage_std", "score", "standard deviation over the actions, before whitening")
-def advantage_std(experience, *_) -> float:
-    return experience.advantages[experience.mask].std().item()
-
-
-@of_experience("return", "score", "mean over the actions")
-def mean_return(experience, *_) -> float:
-    return algorithm.masked_mean(experience.returns, experience.mask).item()
-
-
-@of_experience(
-    "explained_variance",
-    "",
-    "of the returns by the critic: 1 is perfect, 0 useless",
-    "below 0 for long: raise `--critic_learning_rate`",
-)
-def explained_variance(experience, config, _) -> float | None:
+def explained_variance(experience, config) -> float | None:
     if config.algorithm == "reinforce":
         return None  # no critic
     values, returns, mask = experience.values, experience.returns, experience.mask
     return algorithm.explained_variance(values, returns, mask).item()
 
 
-def speeds(rollout, seconds: dict[str, float]) -> dict[str, float]:
-    """Response tokens a second of each phase that was timed."""
-    tokens = int(rollout.response_mask.sum())
-    return {
-        f"tokens_per_second_{phase}": tokens / seconds[f"seconds_{phase}"]
-        for phase in PHASES
-        if f"seconds_{phase}" in seconds
-    }
-
-
-PHASES = ("generate", "score", "train")
-
-# Computed in algorithm.py, state.py, update.py and main.py.
-_FAR = "above 0.4: fewer `--ppo_epochs`, lower `--learning_rate`"
-register(
-    STEP,
+# Of (rollout, kl_estimator).
+ROLLOUT = {
+    Metric(
+        "score",
+        "score",
+        "mean over the responses, of reward model and reward function together, as they came",
+        "flat while `kl` grows: the policy drifts for nothing; `eval/score` rises while "
+        "`eval/verifier` falls: over-optimised, stop earlier or raise `--kl_coef`",
+    ): lambda r, _: r.scores.mean().item(),
+    Metric("score_std", "score", "standard deviation over the responses"): lambda r, _: (
+        r.scores.std(correction=0).item()
+    ),
+    Metric(
+        "kl",
+        "nats a response",
+        "KL to the reference by the estimate that the reward is charged for (`--kl_estimator`)",
+        "above 10, or above `--kl_limit`: raise `--kl_coef` or set `--kl_target`",
+    ): kl_of,
+    Metric(
+        "entropy",
+        "nats a token",
+        "mean entropy of the distributions that the responses were sampled from",
+        "near 0: collapsed; raise `--kl_coef`, lower `--learning_rate`",
+    ): lambda r, _: algorithm.masked_mean(r.entropies, r.response_mask).item(),
+    Metric(
+        "response_length",
+        "tokens",
+        "mean length of the responses, stop token included",
+        "a third or three times of the first rollout's: the reward model likely pays for length",
+    ): lambda r, _: r.response_mask.sum(1).float().mean().item(),
+    Metric(
+        "eos_share",
+        "share",
+        "responses that ended with the stop token",
+        "near 0: raise `--max_response_length`; `--missing_eos_penalty 1` with "
+        "`--score_normalisation running` makes a cut answer cost a deviation more than the mean "
+        "finished one",
+    ): lambda r, _: r.finished.float().mean().item(),
+    Metric("score_function", "score", "the part of `score` from `--reward_function`"): (
+        lambda r, _: mean_unless_zero(r.function_scores)
+    ),
+    Metric("score_model", "score", "the part of `score` from the reward model"): (
+        lambda r, _: score_of_model(r)
+    ),
+    Metric(
+        "judge",
+        "score",
+        "mean score by `--judge_model`, of held-out answers only",
+        "falls while `eval/score` rises: over-optimised",
+    ): lambda r, _: mean_unless_zero(r.judge_scores),
+    Metric("judge_std", "score", "standard deviation of the judge's scores"): lambda r, _: (
+        r.judge_scores.std(correction=0).item() if r.judge_scores.any() else None
+    ),
+    Metric(
+        "kl_k1",
+        "nats a response",
+        "KL to the reference by log p − log q, unbiased; below 0 by chance where the samples happen"
+        " to be likelier to the reference, which is no bug",
+    ): lambda r, _: kl_of(r, "k1"),
+    Metric("kl_k2", "nats a response", "by (log p − log q)² / 2, biased, small in variance"): (
+        lambda r, _: kl_of(r, "k2")
+    ),
+    Metric("kl_k3", "nats a response", "by q/p − 1 + log p − log q, unbiased, never negative"): (
+        lambda r, _: kl_of(r, "k3")
+    ),
+}
+# Of (experience, config, state), before the advantages are whitened.
+EXPERIENCE = {
+    Metric("kl_coef", "score a nat", "what a nat of KL costs; moves with `--kl_target`"): (
+        lambda e, config, state: state.kl_coef
+    ),
+    Metric("reward", "score", "mean over the responses of score − kl_coef × kl, as trained on"): (
+        lambda e, *_: e.rewards.sum(1).mean().item()
+    ),
+    Metric("advantage_std", "score", "standard deviation over the actions, before whitening"): (
+        lambda e, *_: e.advantages[e.mask].std().item()
+    ),
+    Metric("return", "score", "mean over the actions"): lambda e, *_: algorithm.masked_mean(
+        e.returns, e.mask
+    ).item(),
+    Metric(
+        "explained_variance",
+        "",
+        "of the returns by the critic: 1 is perfect, 0 useless",
+        "below 0 for long: raise `--critic_learning_rate`",
+    ): lambda e, config, state: explained_variance(e, config),
+}
+# Computed where they arise: in state.py, algorithm.py, update.py and main.py.
+ELSEWHERE = (
     Metric(
         "score_clipped",
         "share",
@@ -213,7 +132,12 @@ register(
     ),
     Metric("ratio", "", "mean probability ratio of new and old policy over the actions"),
     Metric("approx_kl", "nats an action", "how far an update moved the policy: KL(old ‖ new)"),
-    Metric("clip_fraction", "share", "actions whose ratio is outside the clip range", _FAR),
+    Metric(
+        "clip_fraction",
+        "share",
+        "actions whose ratio is outside the clip range",
+        "above 0.4: fewer `--ppo_epochs`, lower `--learning_rate`",
+    ),
     Metric("policy_loss", "", "mean over the actions"),
     Metric("value_loss", "score²", "½ (V − return)², mean over the actions"),
     Metric("value_clip_fraction", "share", "actions whose value is held back by `--clip_value`"),
@@ -225,9 +149,31 @@ register(
         "correct held-out answers of the embedded task",
         "falls while `eval/score` rises: over-optimised",
     ),
-    *(Metric(f"seconds_{phase}", "s", f"of the phase {phase}") for phase in PHASES),
-    *(
-        Metric(f"tokens_per_second_{phase}", "tokens/s", f"response tokens, phase {phase}")
-        for phase in PHASES
-    ),
+    *(Metric(f"seconds_{x}", "s", f"of the phase {x}") for x in PHASES),
+    *(Metric(f"tokens_per_second_{x}", "tokens/s", f"response tokens, phase {x}") for x in PHASES),
 )
+register("step 3", *ROLLOUT, *EXPERIENCE, *ELSEWHERE)
+
+
+def measure_rollout(rollout, kl_estimator: str) -> dict[str, float]:
+    """What can be said of a rollout without training on it."""
+    return _measured(ROLLOUT, rollout, kl_estimator)
+
+
+def measure_experience(experience, config, state) -> dict[str, float]:
+    return _measured(EXPERIENCE, experience, config, state)
+
+
+def _measured(table: dict, *arguments) -> dict[str, float]:
+    values = {row.name: function(*arguments) for row, function in table.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def speeds(rollout, seconds: dict[str, float]) -> dict[str, float]:
+    """Response tokens a second of each phase that was timed."""
+    tokens = int(rollout.response_mask.sum())
+    return {
+        f"tokens_per_second_{phase}": tokens / seconds[f"seconds_{phase}"]
+        for phase in PHASES
+        if f"seconds_{phase}" in seconds
+    }

@@ -14,6 +14,7 @@ from utils.generation import engines
 from utils.generation.engine import RolloutEngine, Setup
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
+from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 
 
@@ -64,10 +65,10 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)
     of_scorers = readers(config)
-    loading = dict(dtype=dtype, tokenizer=tokenizer)
+    settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
-    model = language_model.load(config, name, zero_stage=stage, **loading)
+    model = language_model.load(settings, name, zero_stage=stage, **loading)
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.algorithm != "reinforce":
@@ -76,13 +77,13 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
         like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
-        model = scalar_model.load(config, start, zero_stage=stage, head="zero", **loading)
+        model = scalar_model.load(settings, start, zero_stage=stage, head="zero", **loading)
         how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
         critic = zero.TrainEngine(model, how, zero_stage=stage, **training)
     stage = config.stage_of_reference()
     frozen = dict(dtype=dtype, zero_stage=stage, device=device, offload=config.offload)
     reference = zero.frozen(
-        language_model.load(config, config.reference_model or name, zero_stage=stage, **loading),
+        language_model.load(settings, config.reference_model or name, zero_stage=stage, **loading),
         **frozen,
     )
 
@@ -92,7 +93,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
             return None
         reader = of_scorers[flag]
         model = scalar_model.load(
-            config, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
+            settings, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
         )
         model = zero.frozen(model, **frozen)
         return Scorer(model, reader, reads_text(reader, tokenizer), device)

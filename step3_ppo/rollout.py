@@ -218,7 +218,7 @@ def in_micro_batches(
 
 def response_logprobs(input_ids, mask, length: int, model, temperature: float):
     """(B,P+R) → (B,R) log-probabilities and entropies."""
-    settings = dict(temperature=temperature, micro_batch_size=len(input_ids))
+    settings = dict(temperature=temperature, with_entropies=True)
     return language_model.response_logprobs(model, input_ids, mask, length, **settings)
 
 

@@ -74,7 +74,9 @@ def step_actor(
     actions = int(experience.mask[rows].sum())  # of all ranks: tokens, or whole answers
     sums = metrics.Sums(device)
     for ids, mask, length, part in micro_batches(experience, rows, config, device):
-        new_logprobs = language_model.new_logprobs(actor, ids, mask, length, config.temperature)
+        new_logprobs, _ = language_model.response_logprobs(
+            actor, ids, mask, length, temperature=config.temperature
+        )
         told = new_logprobs
         if config.action_level == "sequence":
             answers = host_memory.send(mask[:, -length:], device)

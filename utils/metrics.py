@@ -1,8 +1,7 @@
 """Every number that a run records: its row of one table, and how many parts become one number.
 
-A row stands where its number is computed: `register` beside the code of a step, a decorator in
-step3_ppo/measures.py. utils/report.py refuses a name without a row, so the table is complete;
-docs/metrics.md prints it.
+A step registers the rows of what it measures. utils/report.py refuses a name without a row, so the
+table is complete; docs/metrics.md prints it.
 """
 
 import math

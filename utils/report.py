@@ -63,7 +63,7 @@ class Report:
         """Record one step; `show` names what the console line holds, in that order."""
         if not self.main:
             return
-        check_metrics(metrics)
+        check_metrics([*metrics, *show])
         record = {"step": step} | {k: _plain(v) for k, v in metrics.items()}
         with whole_files.naming(self._metrics):
             whole_files.append(self._file, json.dumps(record, ensure_ascii=False) + "\n")

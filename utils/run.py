@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from utils import metrics
 from utils import report as reporting
 from utils.checkpoints import model_folder, resuming
 from utils.checkpoints.checkpoints import Checkpoints, Saving
 from utils.data import chat_template
 from utils.distributed import process_group, program, shared_files, zero
 from utils.distributed.process_group import StopRun
+from utils.errors import UserError
 from utils.kernels.cpu_products import PRODUCTS
 from utils.models import language_model
 from utils.planner import plan
@@ -45,6 +47,12 @@ class Run:
         """Everything before data and models: is the output folder free, which checkpoint does the
         run go on from, which day is it. Ends the process where nothing is left to do."""
         self.config = config
+        best = config.keep_best.rpartition(":")[0]
+        if best and not metrics.known(best):
+            raise UserError(
+                f"keep_best={config.keep_best}: no metric is called {best!r}; set --keep_best to "
+                "one of docs/metrics.md, e.g. eval/loss:min"
+            )
         output_of(config).check()
         self.device = join(config)
         self.dtype = zero.resolve_dtype(config.dtype, self.device)

@@ -95,7 +95,7 @@ def _stale_weights(module, generator) -> list[str]:
 
 def _logprobs(model, ids, mask):
     """(N,T) → (N,T−1), position t that of token t + 1."""
-    return language_model.new_logprobs(model, ids, mask, ids.shape[1] - 1, 1.0)
+    return language_model.response_logprobs(model, ids, mask, ids.shape[1] - 1)[0]
 
 
 def _values(model, ids, mask):

@@ -120,8 +120,11 @@ def train_forward(probe: Probe, rollout: Rollout, critic: bool = False) -> torch
         if critic:
             pieces.append(models.critic(i, m)[:, -length - 1 : -1])
         else:
-            settings = (length, probe.config.temperature)
-            pieces.append(language_model.new_logprobs(models.actor, i, m, *settings))
+            temperature = probe.config.temperature
+            logprobs, _ = language_model.response_logprobs(
+                models.actor, i, m, length, temperature=temperature
+            )
+            pieces.append(logprobs)
     return torch.cat(pieces)
 
 

@@ -6,6 +6,7 @@ and so takes the same turn.
 
 import dataclasses
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,17 @@ from utils import whole_files
 from utils.distributed import process_group
 
 MOST_DUMPS = 10  # a run that goes on skipping would fill the disk
+WARNINGS: dict[str, Callable[["Watch"], str]] = {}  # name → what to say; empty: nothing
+
+
+def warning(name: str):
+    """Adds the decorated function to WARNINGS."""
+
+    def add(function):
+        WARNINGS[name] = function
+        return function
+
+    return add
 
 
 class Watch:
@@ -26,10 +38,7 @@ class Watch:
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict:
-        return {
-            "history": self.history,
-            "warned": sorted(self.warned),
-        }
+        return {"history": self.history, "warned": sorted(self.warned)}
 
     def load_state_dict(self, saved: dict) -> None:
         self.history, self.warned = saved["history"], set(saved["warned"])
@@ -37,12 +46,12 @@ class Watch:
 
     def may_train_on(self, rollout, step: int) -> bool:
         """False where the rollout holds a number that is not finite: no step may be taken on it."""
-        found = rollout.not_finite()
-        if found:
-            reason = f"rollout {step + 1}: not finite: {', '.join(found)}"
+        problems = rollout.not_finite()
+        if problems:
+            reason = f"rollout {step + 1}: not finite: {', '.join(problems)}"
             self.dump(rollout, reason, step)
             self.bad_steps.note(True, reason)
-        return not found
+        return not problems
 
     def after_update(self, metrics: dict, experience, rows: list[int], step: int) -> None:
         """Count an optimizer step that was skipped, and keep what it was to learn from."""
@@ -58,12 +67,12 @@ class Watch:
         if not process_group.is_main() or self.bad_steps.total >= MOST_DUMPS:
             return
         path = folder / f"rollout{step + 1}_{self.bad_steps.total + 1}.pt"
-        found = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
+        kept = {"rows": list(rows), "reason": reason, "config": dataclasses.asdict(self.config)}
+        kept |= {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
         if experience is not None:
-            found |= {n: getattr(experience, n) for n in ("advantages", "returns")}
-        config = dataclasses.asdict(self.config)
+            kept |= {n: getattr(experience, n) for n in ("advantages", "returns")}
         content = io.BytesIO()  # torch would tell of a full disk as an internal error
-        torch.save(found | {"rows": list(rows), "reason": reason, "config": config}, content)
+        torch.save(kept, content)
         with whole_files.placing(path) as beside:
             beside.write_bytes(content.getbuffer())
         self.say(f"kept for a repro: {path}")
@@ -80,10 +89,10 @@ class Watch:
         if "eval/score" in metrics:
             self.evaluations.append(metrics)
         for name, test in WARNINGS.items():
-            found = "" if name in self.warned else test(self)
-            if found:
+            text = "" if name in self.warned else test(self)
+            if text:
                 self.warned.add(name)
-                self.say(f"warning at rollout {step + 1}: {name}: {found}")
+                self.say(f"warning at rollout {step + 1}: {name}: {text}")
 
     def last(self, name: str, count: int) -> list[float]:
         """The metric's last `count` values; empty before there are so many."""
@@ -95,7 +104,8 @@ class Watch:
         return sum(values) / len(values) if values else None
 
 
-def _kl_above_limit(watch: Watch) -> str:
+@warning("kl above its limit")
+def kl_above_limit(watch: Watch) -> str:
     kl, limit = watch.history[-1]["kl"], watch.config.kl_limit
     if kl <= limit:
         return ""
@@ -106,7 +116,8 @@ def _kl_above_limit(watch: Watch) -> str:
     )
 
 
-def _reward_flat_while_kl_grows(watch: Watch) -> str:
+@warning("reward flat while kl grows")
+def reward_flat_while_kl_grows(watch: Watch) -> str:
     scores, kls = watch.last("score", 20), watch.last("kl", 20)
     if not scores:
         return ""
@@ -121,7 +132,8 @@ def _reward_flat_while_kl_grows(watch: Watch) -> str:
     )
 
 
-def _length_collapses_or_spikes(watch: Watch) -> str:
+@warning("response length collapses or spikes")
+def length_collapses_or_spikes(watch: Watch) -> str:
     first, now = watch.history[0]["response_length"], watch.mean("response_length", 3)
     if now is None or first / 3 <= now <= 3 * first:
         return ""
@@ -132,7 +144,8 @@ def _length_collapses_or_spikes(watch: Watch) -> str:
     )
 
 
-def _eos_share_at_an_end(watch: Watch) -> str:
+@warning("eos_share at an end")
+def eos_share_at_an_end(watch: Watch) -> str:
     eos, length = watch.mean("eos_share", 3), watch.mean("response_length", 3)
     if eos is not None and eos <= 0.02:
         return (
@@ -149,7 +162,8 @@ def _eos_share_at_an_end(watch: Watch) -> str:
     return ""
 
 
-def _critic_explains_nothing(watch: Watch) -> str:
+@warning("the critic explains nothing")
+def critic_explains_nothing(watch: Watch) -> str:
     values = watch.last("explained_variance", 10)
     if not values or max(values) >= 0:
         return ""
@@ -160,7 +174,8 @@ def _critic_explains_nothing(watch: Watch) -> str:
     )
 
 
-def _updates_are_clipped(watch: Watch) -> str:
+@warning("updates are clipped")
+def updates_are_clipped(watch: Watch) -> str:
     share = watch.mean("clip_fraction", 3)
     if share is None or share <= 0.4:
         return ""
@@ -170,7 +185,8 @@ def _updates_are_clipped(watch: Watch) -> str:
     )
 
 
-def _scores_are_clipped(watch: Watch) -> str:
+@warning("scores are clipped")
+def scores_are_clipped(watch: Watch) -> str:
     share, normalised = watch.mean("score_clipped", 3), watch.config.score_normalisation != "none"
     if share is None or share <= 0.1:
         return ""
@@ -181,7 +197,8 @@ def _scores_are_clipped(watch: Watch) -> str:
     )
 
 
-def _entropy_collapses(watch: Watch) -> str:
+@warning("entropy collapses")
+def entropy_collapses(watch: Watch) -> str:
     first, now = watch.history[0]["entropy"], watch.mean("entropy", 3)
     if now is None or now >= 0.1 * first:
         return ""
@@ -191,7 +208,8 @@ def _entropy_collapses(watch: Watch) -> str:
     )
 
 
-def _proxy_rises_while_the_judge_falls(watch: Watch) -> str:
+@warning("the score rises and the judge falls")
+def proxy_rises_while_the_judge_falls(watch: Watch) -> str:
     # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
     for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
         seen = [m for m in watch.evaluations if (deviation or name) in m]
@@ -207,16 +225,3 @@ def _proxy_rises_while_the_judge_falls(watch: Watch) -> str:
                 "--kl_coef, or train it on new comparisons of this policy (--rounds)"
             )
     return ""
-
-
-WARNINGS = {
-    "kl above its limit": _kl_above_limit,
-    "reward flat while kl grows": _reward_flat_while_kl_grows,
-    "response length collapses or spikes": _length_collapses_or_spikes,
-    "eos_share at an end": _eos_share_at_an_end,
-    "the critic explains nothing": _critic_explains_nothing,
-    "updates are clipped": _updates_are_clipped,
-    "scores are clipped": _scores_are_clipped,
-    "entropy collapses": _entropy_collapses,
-    "the score rises and the judge falls": _proxy_rises_while_the_judge_falls,
-}

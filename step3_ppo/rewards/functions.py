@@ -1,7 +1,7 @@
 """Finding the function of `--reward_function`, and calling it so that it cannot hang a run.
 
 A reward function is user code: it may be slow, fail on one row of a thousand or return what is no
-score. What is said of it names the row, for the run that it ends may be hours old.
+score. Messages name the row, for the run that ends may be hours old.
 """
 
 import faulthandler
@@ -27,6 +27,7 @@ import torch
 
 FORMS = "package.module:function or path/to/file.py:function"
 CALLED_WITH = ("prompts", "responses", "rows")
+RENAMED = {"step3_ppo.reward_functions": "step3_ppo.rewards.shipped"}
 SHOWN_TEXT = 200  # characters of a prompt or response in a message
 SHOWN_NAMES = 20
 SLOW_ROW = 1.0  # seconds; a row that is done sooner is never called slow
@@ -47,23 +48,74 @@ def load(name: str) -> Callable:
     Modules are found as Python finds them and from the current folder, files relative to it; what
     stands beside a file can be imported by it. Raises SystemExit with what is wrong and the flag.
     """
+
+    def refusal(why: str) -> SystemExit:
+        return SystemExit(f"--reward_function {name!r}: {why}")
+
     place, _, attribute = name.rpartition(":")
     if not place or not attribute.isidentifier():
-        raise _unusable(name, f"names no function; give {FORMS}")
-    if place.endswith(".py") or os.sep in place:
-        module = _file(name, Path(place))
-    else:
-        module = _module(name, place)
-    advice = f"callable there: {_callables(module)}"
+        raise refusal(f"names no function; give {FORMS}")
+    if place in RENAMED:
+        raise refusal(f"the module is called otherwise now; give {RENAMED[place]}:{attribute}")
+    is_file, path = place.endswith(".py") or os.sep in place, Path(place).expanduser().absolute()
+    if is_file and not (path.is_file() and path.suffix == ".py"):
+        what = "is a folder" if path.is_dir() else "is not there"
+        what = "does not end in .py" if path.is_file() else what
+        raise refusal(f"the file {path} {what}; give {FORMS}")
+    if not is_file and not all(part.isidentifier() for part in place.split(".")):
+        raise refusal(f"{place!r} is neither a module's name nor a file's; give {FORMS}")
+    # At the end: a user's file must not take the place of an installed module of the same name.
+    folder = str(path.parent if is_file else Path.cwd())
+    sys.path += [folder] if folder not in sys.path else []
     try:
-        function = getattr(module, attribute)
-    except AttributeError:
-        raise _unusable(name, f"there is no {attribute!r} in {place}; {advice}") from None
+        module = _import_file(path) if is_file else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # a script without a main guard may call exit()
+        # Only if this very module, or a package it is in, is what Python did not find.
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing and not is_file and f"{place}.".startswith(f"{missing}."):
+            why = f"there is no module {missing!r}, in {Path.cwd()} or where Python looks"
+            raise refusal(f"{why}; give {FORMS}") from None
+        where = _failing_line(error) or (path if is_file else place)
+        raise refusal(f"importing it failed with {_said(error)} ({where})") from error
+    function = getattr(module, attribute, None)
     if not callable(function):
-        kind = type(function).__name__
-        raise _unusable(name, f"{attribute!r} is a value of type {kind}, not callable; {advice}")
-    _check_parameters(name, function)
+        kind = f"{attribute!r} is a value of type {type(function).__name__}, not callable"
+        why = kind if hasattr(module, attribute) else f"there is no {attribute!r} in {place}"
+        raise refusal(f"{why}; callable there: {_callables(module)}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins have none
+        return function
+    try:
+        signature.bind(*CALLED_WITH)
+    except TypeError as error:
+        called = ", ".join(CALLED_WITH)
+        raise refusal(f"takes {signature}, but is called with ({called}): {error}") from None
     return function
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in a file, under a name that no other module has."""
+    module_name = f"reward_function_{hashlib.sha1(os.fsencode(path)).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _failing_line(error: BaseException) -> str:
+    """`file:line` of the user's own code at which an import failed."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    machinery = ("<frozen importlib", importlib.__file__, __file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if not f.filename.startswith(machinery)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _callables(module: ModuleType) -> str:
@@ -72,78 +124,6 @@ def _callables(module: ModuleType) -> str:
     own = [n for n, v in public.items() if getattr(v, "__module__", None) == module.__name__]
     names = own or list(public)
     return ", ".join(names[:SHOWN_NAMES]) + (" …" if len(names) > SHOWN_NAMES else "") or "nothing"
-
-
-def _unusable(name: str, why: str) -> SystemExit:
-    return SystemExit(f"--reward_function {name!r}: {why}")
-
-
-def _file(name: str, path: Path) -> ModuleType:
-    """The module in a file, under a name that no other module has."""
-    path = path.expanduser().absolute()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise _unusable(name, f"the file {path} {what}; give {FORMS}")
-    if path.suffix != ".py":
-        raise _unusable(name, f"the file {path} does not end in .py; give {FORMS}")
-    module_name = f"reward_function_{hashlib.sha1(os.fsencode(path)).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    _search_also(path.parent)
-    sys.modules[module_name] = module  # dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script without a main guard may call exit()
-        del sys.modules[module_name]
-        raise _broken(name, error, str(path)) from error
-    return module
-
-
-def _module(name: str, place: str) -> ModuleType:
-    if not all(part.isidentifier() for part in place.split(".")):
-        raise _unusable(name, f"{place!r} is neither a module's name nor a file's; give {FORMS}")
-    _search_also(Path.cwd())
-    try:
-        return importlib.import_module(place)
-    except (Exception, SystemExit) as error:
-        # Only if this very module, or a package it is in, is what Python did not find.
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{place}.".startswith(f"{missing}."):
-            why = f"there is no module {missing!r}, in {Path.cwd()} or where Python looks"
-            raise _unusable(name, f"{why}; give {FORMS}") from None
-        raise _broken(name, error, place) from error
-
-
-def _search_also(folder: Path) -> None:
-    # At the end: a user's file must not take the place of an installed module of the same name.
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-
-def _broken(name: str, error: BaseException, place: str) -> SystemExit:
-    """Importing the user's own code failed: the error keeps its words, and its line is named."""
-    if isinstance(error, SyntaxError) and error.filename:
-        where = f"{error.filename}:{error.lineno}"
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        machinery = ("<frozen importlib", importlib.__file__, __file__)
-        frames = [f for f in frames if not f.filename.startswith(machinery)]
-        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else place
-    return _unusable(name, f"importing it failed with {_said(error)} ({where})")
-
-
-def _check_parameters(name: str, function: Callable) -> None:
-    """Refuse at once what cannot be called with three lists."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # builtins have none
-        return
-    try:
-        signature.bind(*CALLED_WITH)
-    except TypeError as error:
-        raise _unusable(
-            name, f"takes {signature}, but is called with ({', '.join(CALLED_WITH)}): {error}"
-        ) from None
 
 
 # Calling it.
@@ -239,30 +219,31 @@ def _within(seconds: float, function: Callable, batch: _Batch) -> _Call:
 # What went wrong.
 
 
-def _raised(
-    function: Callable, name: str, batch: _Batch, timeout: float, error: BaseException
-) -> str:
-    """The message for an exception: with the first row that raises the same alone, if one does."""
+def _raised(function: Callable, name: str, batch: _Batch, timeout: float, error) -> str:
+    """The message for an exception, with the first row that raises the same alone, if one does:
+    in kind and place, as a function may fail on any single row for a reason of its own (a standard
+    deviation over the batch)."""
+    kind = type(error), _place(function, error)
 
     def the_same(alone: _Call) -> bool:
-        # In kind and place: a function may fail on any single row for a reason of its own, such
-        # as a standard deviation over the batch.
-        return alone.error is not None and _kind(function, alone.error) == _kind(function, error)
+        return alone.error is not None and kind == (
+            type(alone.error),
+            _place(function, alone.error),
+        )
 
     i, alone = _first_row(function, batch, timeout, timeout or math.inf, the_same)
     head, shown = "", ""
     if alone is not None:
-        head, shown, error = f" on row {i + 1} of {len(batch)}", f"\n{batch.shown(i)}", alone.error
+        head, shown, error = f" on row {i + 1} of {len(batch)}", batch.shown(i), alone.error
     elif i == len(batch):
-        shown = f"\n  no row of the {i} fails like this alone, only the batch of them does"
+        shown = f"  no row of the {i} fails like this alone, only the batch of them does"
     else:
-        shown = f"\n  which row it is was not found: the search was given up at row {i + 1}"
+        shown = f"  which row it is was not found: the search was given up at row {i + 1}"
     place = _place(function, error)
-    return (
-        f"reward function {name!r} failed{head}: {_said(error)}"
-        + (f"\n  at {place}" if place else "")
-        + f"{shown}\nmend the function or its data, or set another --reward_function"
-    )
+    lines = [f"reward function {name!r} failed{head}: {_said(error)}"]
+    lines += [f"  at {place}"] if place else []
+    advice = "mend the function or its data, or set another --reward_function"
+    return "\n".join([*lines, shown, advice])
 
 
 def _too_slow(function: Callable, name: str, batch: _Batch, timeout: float) -> str:
@@ -301,10 +282,6 @@ def _first_row(
     return len(batch), None
 
 
-def _kind(function: Callable, error: BaseException) -> tuple:
-    return type(error), _place(function, error)
-
-
 def _place(function: Callable, error: BaseException) -> str:
     """`file:line in name: source` of the last line in the function's own file that was running."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is `work`
@@ -333,23 +310,17 @@ def _short(text: str) -> str:
 def _checked(result: object, name: str, batch: _Batch) -> list[float]:
     """What a function returned as floats; RewardFunctionError where it is no score a response."""
     advice = f"return a list of {len(batch)} finite numbers, one a response"
+    problem = ""
     if isinstance(result, (torch.Tensor, np.ndarray)):
         if result.ndim != 1:
-            shape = tuple(result.shape)
-            raise RewardFunctionError(
-                f"reward function {name!r} returned an array of shape {shape}; {advice}"
-            )
+            problem = f"an array of shape {tuple(result.shape)}"
         result = result.tolist()
-    if not isinstance(result, (list, tuple)):
-        raise RewardFunctionError(
-            f"reward function {name!r} returned {_short(str(result))} of type "
-            f"{type(result).__name__}; {advice}"
-        )
-    if len(result) != len(batch):
-        raise RewardFunctionError(
-            f"reward function {name!r} returned {len(result)} scores for {len(batch)} responses; "
-            + advice
-        )
+    elif not isinstance(result, (list, tuple)):
+        problem = f"{_short(str(result))} of type {type(result).__name__}"
+    if not problem and len(result) != len(batch):
+        problem = f"{len(result)} scores for {len(batch)} responses"
+    if problem:
+        raise RewardFunctionError(f"reward function {name!r} returned {problem}; {advice}")
     scores = []
     for i, value in enumerate(result):
         try:

@@ -3,7 +3,7 @@
 import io
 
 from evaluation import chat, checkpoints, prompt_eval
-from evaluation.prompt_eval import Question
+from evaluation.questions import Question
 from tests.helpers import evaluated_models
 from tests.helpers.evaluated_models import configured, problems_of, run_script
 from utils import terminal

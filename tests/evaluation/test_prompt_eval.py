@@ -1,8 +1,7 @@
-"""Side-by-side evaluation: prompts, answers, scores and refusals (what it writes: see
-test_prompt_eval_output.py)."""
+"""Side-by-side evaluation: answers, scores, refusals, and the whole program."""
 
 import json
-import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,99 +13,26 @@ from transformers import (
     AutoTokenizer,
 )
 
-from evaluation import checkpoints, prompt_eval, scores
+from evaluation import checkpoints, prompt_eval, questions, scores
 from tests.helpers import evaluated_models
 from tests.helpers.evaluated_models import (
     BIAS,
     PROMPTS,
+    ROOT,
     answers_of,
+    blocks_of,
     configured,
     problems_of,
+    run_script,
     texts_of,
 )
-from utils.data import chat_template, rows
+from utils import terminal
+from utils.data import chat_template
+from utils.data.rows import DataError
 
+MT_BENCH = ROOT.parent / "shared" / "data" / "mt_bench" / "question.jsonl"
 policy = evaluated_models.policy  # a fixture, for this file too
 reward_model, prompt_file = evaluated_models.reward_model, evaluated_models.prompt_file
-
-# Reading prompts.
-
-
-def test_text_file_gives_a_prompt_a_line(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_bytes("\ufefffirst\r\n\n 第二 \nthird".encode())
-    found = prompt_eval.load_questions(configured(checkpoints=["x"], prompts=[str(path)]))
-    assert [q.turns for q in found] == [("first",), ("第二",), ("third",)]
-    assert [q.where for q in found] == [f"{path}:1", f"{path}:3", f"{path}:4"]
-    assert all(q.context == () for q in found)
-
-
-def test_data_files_keep_what_was_said_before(tmp_path):
-    jsonl, mt_bench = tmp_path / "p.jsonl", tmp_path / "mt.jsonl"
-    said = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "1"},
-        {"role": "user", "content": "Two?"},
-        {"role": "assistant", "content": "2"},
-    ]
-    jsonl.write_text(json.dumps({"messages": said}) + "\n")
-    mt_bench.write_text(json.dumps({"question_id": 1, "turns": ["a", "b", "c"]}) + "\n")
-    config = configured(checkpoints=["x"], prompts=[str(jsonl), str(mt_bench)])
-    first, second = prompt_eval.load_questions(config)
-    assert first.context == tuple(said[:3]) and first.turns == ("Two?",)
-    assert second.context == () and second.turns == ("a", "b", "c")
-    config.max_prompts = 1
-    assert prompt_eval.load_questions(config) == [first]
-
-
-def test_folder_gives_its_test_split_or_else_its_train_split(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text('{"prompt": "from train"}\n')
-    config = configured(checkpoints=["x"], prompts=[str(folder)])
-    assert prompt_eval.load_questions(config)[0].turns == ("from train",)
-    (folder / "test.jsonl").write_text('{"prompt": "from test"}\n')
-    assert prompt_eval.load_questions(config)[0].turns == ("from test",)
-    config = configured(checkpoints=["x"], prompts=[f"{folder}:train"])
-    assert prompt_eval.load_questions(config)[0].turns == ("from train",)
-
-
-def test_a_tools_result_is_not_asked_as_if_the_user_had_said_it(tmp_path):
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    turns = [{"role": "user", "content": "q"}]
-    turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    turns += [{"role": "tool", "tool_call_id": "1", "content": "RESULT"}]
-    path = tmp_path / "tools.jsonl"
-    path.write_text(json.dumps({"prompt": turns}) + "\n")
-    with pytest.raises(rows.DataError, match="tools.jsonl:1: a tool's result stands last"):
-        prompt_eval.load_questions(configured(checkpoints=["x"], prompts=[str(path)]))
-
-
-def test_bad_prompts_are_all_named_once(tmp_path):
-    text, mt_bench, empty = tmp_path / "p.txt", tmp_path / "mt.jsonl", tmp_path / "empty.txt"
-    text.write_bytes(b"fine\n\xff\xfe\nnul \0 here\n")
-    mt_bench.write_text('{"turns": ["a", 7]}\n{"turns": []}\n')
-    empty.write_text("\n")
-    names = [str(text), str(mt_bench), str(empty)]
-    with pytest.raises(rows.DataError) as caught:
-        prompt_eval.load_questions(configured(checkpoints=["x"], prompts=names))
-    message = str(caught.value)
-    assert f"{text}:2: not UTF-8" in message and f"{text}:3: the line holds a NUL" in message
-    assert f"{mt_bench}:1: turn 2 of turns is int" in message
-    assert f"{empty}: holds no prompts" in message
-    assert message.count(f"{mt_bench}:2:") == 1 and message.count("\n") == 5
-
-
-def test_built_in_prompts_are_english_and_chinese():
-    found = prompt_eval.load_questions(configured(checkpoints=["x"]))
-    chinese = [q for q in found if re.search("[一-鿿]", q.turns[0])]
-    assert len(found) == 10 and 3 <= len(chinese) <= 7
-    assert len(prompt_eval.load_questions(configured(checkpoints=["x"], max_prompts=3))) == 3
-
 
 # Answering.
 
@@ -252,8 +178,8 @@ def test_scores_are_the_reward_models_own(policy, reward_model, tmp_path):
     config = configured(
         checkpoints=[policy], prompts=[str(path)], reward_model=reward_model, batch_size=4
     )
-    questions = prompt_eval.load_questions(config)
-    groups, _ = prompt_eval.answer_all(config, policy, questions)
+    asked = questions.load(config.prompts)
+    groups, _ = prompt_eval.answer_all(config, policy, asked)
     answers = [a for group in groups for a in group]
     for answer in answers[::2]:
         answer.finished = not answer.finished  # this policy never ends by itself
@@ -339,7 +265,7 @@ def test_bad_prompts_end_the_run_before_a_model_is_loaded(tmp_path, monkeypatch)
     (tmp_path / "p.txt").write_bytes(b"\xff")
     flags = ["--checkpoints", "owner/name", "--prompts", f"{tmp_path}/p.txt"]
     monkeypatch.setattr("sys.argv", ["prompt_eval.py", *flags])
-    with pytest.raises(SystemExit, match="p.txt:1: not UTF-8"):
+    with pytest.raises(DataError, match="p.txt:1: not UTF-8"):
         prompt_eval.main()
 
 
@@ -365,3 +291,146 @@ def test_a_lora_adapter_is_a_checkpoint_too(policy, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(policy).eval()(input_ids=ids).logits
     torch.testing.assert_close(got, expected)
     assert (got - plain).abs().max() > 0.01
+
+
+# The whole program.
+
+
+def test_whole_script_from_another_folder(policy, reward_model, tmp_path):
+    other = Path(policy).with_name("other policy")
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(other)
+    prompts = tmp_path / "mt.jsonl"
+    prompts.write_text('{"turns": ["Hi!", "And the dog?"]}\n{"turns": ["请写诗。"]}\n')
+    flags = f"--prompts mt.jsonl --reward_model {reward_model} --output_dir out --dtype fp32"
+    run = run_script(
+        "prompt_eval.py",
+        "--checkpoints",
+        policy,
+        str(other),
+        *flags.split(),
+        "--max_new_tokens=5",
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = (tmp_path / "out" / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+    records = [json.loads(line) for line in lines if line]
+    assert [(r["prompt"], r["checkpoint"], r["turn"]) for r in records] == [
+        ("Hi!", policy, 1),
+        ("And the dog?", policy, 2),
+        ("Hi!", str(other), 1),
+        ("And the dog?", str(other), 2),
+        ("请写诗。", policy, 1),
+        ("请写诗。", str(other), 1),
+    ]
+    keys = "prompt where checkpoint turn answer tokens finished score"
+    assert all(list(r) == keys.split() for r in records)
+    assert records[0]["answer"] != records[2]["answer"]
+    assert all(1 <= r["tokens"] <= 5 for r in records)
+    expected = texts_of(answers_of(policy, [str(prompts)], max_new_tokens=5))
+    assert [r["answer"] for r in records if r["checkpoint"] == policy] == sum(expected, [])
+
+    mean = sum(r["score"] for r in records if r["checkpoint"] == policy) / 3
+    closing = [line for line in run.stdout.split("\n") if line.startswith(f"{policy}  ")]
+    assert len(closing) == 1 and closing[0].endswith(f"  {mean:.3f}")
+    page = (tmp_path / "out" / "answers.md").read_text(encoding="utf-8")
+    inside, _ = blocks_of(page)
+    assert inside.count("请写诗。") == 1 and closing[0] in inside[1]
+    for record in records:
+        assert terminal.visible(record["answer"]) in inside
+
+
+@pytest.mark.skipif(not MT_BENCH.exists(), reason=f"MT-Bench is not at {MT_BENCH}")
+def test_mt_bench(policy):
+    answers = answers_of(policy, [str(MT_BENCH)], max_prompts=2, max_new_tokens=4)
+    assert [[a.turn for a in group] for group in answers] == [[1, 2], [1, 2]]
+    raw = [json.loads(line) for line in MT_BENCH.read_text().splitlines()[:2]]
+    for group, row in zip(answers, raw, strict=True):
+        users = [m["content"] for m in group[1].conversation if m["role"] == "user"]
+        assert users == row["turns"]
+
+
+# What a template refuses, and what fails.
+
+
+WITHOUT_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}"
+    "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_template(model, folder, template) -> str:
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_talks(tmp_path) -> str:
+    """A prompt with a system turn, and one without."""
+    path = tmp_path / "talks.jsonl"
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
+    plain = [{"role": "user", "content": "Why?"}]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (system, plain)))
+    return str(path)
+
+
+def run_main(monkeypatch, *flags) -> None:
+    monkeypatch.setattr("sys.argv", ["prompt_eval.py", "--max_new_tokens", "5", *flags])
+    prompt_eval.main()
+
+
+def test_one_answer_that_a_reward_models_template_refuses_costs_its_own_score_only(
+    policy, reward_model, tmp_path, monkeypatch, capsys
+):
+    scorer = with_template(reward_model, tmp_path / "scorer", WITHOUT_SYSTEM)
+    flags = ["--checkpoints", policy, "--prompts", write_talks(tmp_path), "--dtype", "fp32"]
+    out = tmp_path / "out"
+    run_main(monkeypatch, *flags, "--reward_model", scorer, "--output_dir", str(out))
+    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    refused, scored = map(json.loads, lines)
+    assert refused["answer"] and refused["score"] is None and isinstance(scored["score"], float)
+    said = capsys.readouterr().out
+    assert said.count("no system turns") == 1 and "turn 1" in said
+    table = [line.split() for line in said.splitlines()]
+    assert ["1", "1", "-"] in table and ["2", "1", f"{scored['score']:.3f}"] in table
+    assert f"  {scored['score']:.3f}" in said.splitlines()[-2]  # the mean is of what was scored
+
+
+def test_answers_are_told_and_written_before_they_are_scored(
+    policy, reward_model, tmp_path, monkeypatch, capsys
+):
+    scorer = shutil.copytree(reward_model, tmp_path / "scorer")
+    (scorer / "model.safetensors").write_bytes(b"damaged")
+    flags = ["--checkpoints", policy, "--prompts", write_talks(tmp_path), "--dtype", "fp32"]
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="cannot load a model"):
+        run_main(monkeypatch, *flags, "--reward_model", str(scorer), "--output_dir", str(out))
+    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    assert len(answers) == 2 and all(answers)
+    said = capsys.readouterr().out
+    assert all(terminal.visible(a).split("\n")[0] in said for a in answers)
+
+
+def test_a_prompt_that_a_checkpoints_template_refuses_ends_the_run_before_one_answers(
+    policy, tmp_path, monkeypatch, capsys
+):
+    other = with_template(policy, tmp_path / "other", WITHOUT_SYSTEM)
+    flags = ["--checkpoints", policy, other, "--prompts", write_talks(tmp_path)]
+    with pytest.raises(DataError, match=f"talks.jsonl:1: {other}: .*no system turns"):
+        run_main(monkeypatch, *flags)
+    assert "answered" not in capsys.readouterr().out
+
+
+def test_in_a_talk_the_turn_is_named(policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = WITHOUT_SYSTEM
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    with pytest.raises(SystemExit, match="talks.jsonl:1: the chat template of .* refuses"):
+        checkpoints.encode_prompt(tokenizer, turns, "talks.jsonl:1", 99)

@@ -1,14 +1,14 @@
 """The closing table says what each uncertainty is of, and pairs what was asked twice."""
 
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from evaluation import summary
+from step2_reward import main as step2  # noqa: F401  its metrics
 from step3_ppo import main as step3
+from tests.helpers.known_metrics import KnownMetrics
+from utils import metrics
 from utils.report import standard_error
 
 BEFORE, AFTER = [-6.0, 2.0, 9.0, 3.0], [-5.0, 4.0, 10.0, 5.0]
@@ -27,19 +27,14 @@ def test_standard_error_by_hand_and_of_what_has_none():
 
 
 @pytest.fixture
-def result(tmp_path):
+def result():
     """result.json of a step 3 whose held-out prompts scored BEFORE and AFTER."""
-    report = SimpleNamespace(say=lambda text: None)
     metrics = [
         {"eval/score": sum(s) / 4, "eval/kl": kl, "eval/kl_k3": kl, "eval/response_length": 9.0}
         | {"eval/eos_share": 1.0}
         for s, kl in ((BEFORE, 0.0), (AFTER, 0.9))
     ]
-    config = SimpleNamespace(output_dir=str(tmp_path))
-    models = SimpleNamespace(critic=None, ema=None)
-    kept = {"scores_before": BEFORE, "scores_after": AFTER}
-    step3.say_result(models, config, report, *metrics, kept, {"seconds": 3.0})
-    return json.loads(Path(tmp_path, "result.json").read_text())
+    return step3.result_of(*metrics, {"scores_before": BEFORE, "scores_after": AFTER})
 
 
 def test_the_change_of_the_score_is_paired_by_prompt(result):
@@ -60,7 +55,7 @@ def test_the_verifier_is_paired_with_the_sft_policys_answers(tmp_path, monkeypat
     assert found["sft_se"] == pytest.approx(by_hand(said["step1_sft"]))
 
 
-def test_closing_table_says_what_each_number_is(result, tmp_path):
+def test_closing_table_says_what_each_number_is(result):
     verifier = {"prompts": 512, "sft": 0.4, "sft_se": 0.02, "ppo": 0.7, "ppo_se": 0.01}
     reward = {"accuracy": 0.9, "accuracy_low": 0.85, "accuracy_high": 0.94, "accuracy_before": 0.5}
     lines = summary.closing_table(
@@ -81,3 +76,19 @@ def test_closing_table_says_what_each_number_is(result, tmp_path):
     assert cells[1:] == ["0.400 ± 0.020", "0.700 ± 0.010", "+0.300 ± 0.015"]
     assert "0.900 (0.850 to 0.940)" in "".join(lines) and "std" not in "".join(lines)
     assert "95 % interval, by prompt. ±: one standard error" in lines[-2]
+
+
+def test_curves_and_results_are_of_metrics_in_the_table(tmp_path, monkeypatch):
+    names = ("loss", "score", "eval/score", "eval/verifier", "kl_k1", "kl_k2", "kl_k3")
+    steps = [KnownMetrics({"step": n} | dict.fromkeys(names, 0.5)) for n in (1, 2)]
+    monkeypatch.setattr(metrics, "TABLE", metrics.TABLE | {"every line": {"step": None}})
+    monkeypatch.setattr(summary, "read_metrics", lambda folder: steps)
+    summary.plot(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    # result.json says what an evaluation measured before and after.
+    read = {*summary.TAKEN["ppo"], *summary.RENAMED["ppo"].values()}
+    read -= {"held_out_prompts", "score_se_before", "score_se_after", "score_se_change"}
+    metrics.check("eval/" + n.removesuffix("_before").removesuffix("_after") for n in read)
+    ends = ("_before", "_after")
+    metrics.check(f"eval/{n.removesuffix('_before')}" for n in summary.TAKEN["reward"])
+    assert all(n.endswith(ends) for n in read)

@@ -1,6 +1,7 @@
 """A policy and a reward model of a few thousand random weights, for evaluation and the chat."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from evaluation import prompt_eval
+from evaluation import prompt_eval, questions
 from evaluation.prompt_eval import Answer, PromptEvalConfig
 from utils.models import from_scratch
 from utils.settings import command_line
@@ -94,11 +95,26 @@ def configured(**settings) -> PromptEvalConfig:
 
 def answers_of(policy, prompts, **settings) -> list[list[Answer]]:
     config = configured(checkpoints=[policy], prompts=prompts, **settings)
-    return prompt_eval.answer_all(config, policy, prompt_eval.load_questions(config))[0]
+    return prompt_eval.answer_all(config, policy, questions.load(prompts, config.max_prompts))[0]
 
 
 def texts_of(groups) -> list[list[str]]:
     return [[a.answer for a in group] for group in groups]
+
+
+def blocks_of(markdown: str) -> tuple[list[str], list[str]]:
+    """(contents of the fenced blocks, lines outside), by CommonMark's rule for closing one."""
+    inside, outside, opened, current = [], [], "", []
+    for line in re.split("\r\n|\r|\n", markdown):
+        if not opened and (found := re.match(r" {0,3}(`{3,}|~{3,})[^`]*$", line)):
+            opened, current = found[1], []
+        elif opened and re.fullmatch(f" {{0,3}}{opened[0]}{{{len(opened)},}}[ \t]*", line):
+            inside.append("\n".join(current))
+            opened = ""
+        else:
+            (current if opened else outside).append(line)
+    assert not opened
+    return inside, outside
 
 
 def problems_of(*flags: str, of=PromptEvalConfig, world_size=1) -> str:

@@ -90,16 +90,11 @@ def test_measures_of_an_experience(rollout):
         expected.pop("explained_variance", None)  # REINFORCE has no critic
 
 
-def test_a_new_measure_is_one_function(rollout, monkeypatch):
-    monkeypatch.setattr(metrics, "TABLE", {})
-    monkeypatch.setattr(measures, "_OF_ROLLOUT", {})
-
-    @measures.of_rollout("longest", "tokens", "the longest response")
-    def longest(rollout, _):
-        return float(rollout.response_mask.sum(1).max())
-
+def test_a_new_metric_is_one_entry(rollout, monkeypatch):
+    longest = metrics.Metric("longest", "tokens", "the longest response")
+    measured = {longest: lambda rollout, _: float(rollout.response_mask.sum(1).max())}
+    monkeypatch.setattr(measures, "ROLLOUT", measured)
     assert measures.measure_rollout(rollout, "k1") == {"longest": 5.0}
-    metrics.check(["longest", "eval/longest"])
 
 
 def test_speeds_are_of_phases_that_were_timed(rollout):

@@ -73,7 +73,7 @@ def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monk
         torch.cat([found.prompt_mask, found.response_mask], 1),
         found.response_ids.shape[1],
         temperature=1.3,
-        micro_batch_size=8,
+        with_entropies=True,
     )[1]
     expected = entropies * found.response_mask
     torch.testing.assert_close(found.entropies, expected, rtol=0, atol=3e-5)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from step1_sft.config import SFTConfig
 from utils import metrics
 from utils.distributed import process_group
+from utils.errors import UserError
 from utils.metrics import Metric
+from utils.run import Run
 
 
 def test_a_name_without_a_row_is_refused(monkeypatch):
@@ -38,3 +41,9 @@ def test_means_are_over_what_is_finite():
     nan = float("nan")
     found = metrics.mean_over([{"a": 1.0, "b": nan}, {"a": nan, "b": nan}, {"a": 4.0, "b": nan}])
     assert found["a"] == 2.5 and found["b"] != found["b"]
+
+
+def test_a_misspelt_metric_of_keep_best_ends_the_run_before_it_begins(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), keep_best="eval/los:min")
+    with pytest.raises(UserError, match="no metric is called 'eval/los'; set --keep_best"):
+        Run(config)

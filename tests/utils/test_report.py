@@ -10,7 +10,9 @@ def test_every_step_is_written_at_once_and_is_strict_json(tmp_path, capsys):
     report.expect(30)
     for step in range(1, 31):
         report.log(
-            step, {"seconds": 1.0 / step, "grad_norm": float("nan")}, show=("seconds", "absent")
+            step,
+            {"seconds": 1.0 / step, "grad_norm": float("nan")},
+            show=("seconds", "learning_rate"),
         )
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == step, "a killed run keeps all it measured"

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from evaluation import prompt_eval, summary
-from evaluation.prompt_eval import Answer, PromptEvalConfig, Question
+from evaluation.prompt_eval import Answer, PromptEvalConfig
+from evaluation.questions import Question
 from step1_sft.config import SFTConfig
 from step2_reward import collect
 from step3_ppo.checks.watch import Watch
@@ -90,7 +91,8 @@ def comparisons(folder, amount):
     config = collect.CollectConfig(output_file=str(folder / "c.jsonl"), output_dir=str(folder))
     prompts = [prompt_data.Prompt(({"role": "user", "content": "q"},), "f:1", {})] * 10 * amount
     sampled = [collect.Sampled("a", True), collect.Sampled("b", False)]
-    collect.write(config, prompts, [sampled] * len(prompts), [[1.0, 0.0]] * len(prompts))
+    lines = collect.rows_of(config, prompts, [sampled] * len(prompts))
+    collect.write(config, lines, [[1.0, 0.0]] * len(prompts))
 
 
 def toy_data(folder, amount):

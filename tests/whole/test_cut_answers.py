@@ -66,9 +66,8 @@ def test_ppo_scores_them_so_by_ids_and_by_text(scorer, expected):
 def test_so_does_a_labeller(scorer, expected):
     config = collect.CollectConfig()
     prompts = [prompt_data.Prompt((USER,), "a", {})]
-    found = collect.label_with_reward_model(
-        config, scorer.reader, scorer.model, prompts, [ANSWERS], CPU
-    )
+    reward = Scorer(scorer.model, scorer.reader, True, CPU)
+    found = collect.by_reward_model(config, prompts, [ANSWERS], reward)
     assert found == [pytest.approx([score for _, score in expected], abs=1e-5)]
 
 
@@ -154,7 +153,7 @@ def test_sampled_answers_say_whether_they_were_cut(chain, monkeypatch):
 def test_comparisons_carry_the_mark_to_people_and_back(tmp_path):
     config = collect.CollectConfig(labeller="none", output_file=str(tmp_path / "c.jsonl"))
     prompts = [prompt_data.Prompt((USER,), "f:1", {})]
-    collect.write(config, prompts, [ANSWERS], [[0.0, 0.0]])
+    collect.write(config, collect.rows_of(config, prompts, [ANSWERS]), None)
     (line,) = (tmp_path / "c.jsonl").read_text().splitlines()
     row = json.loads(line)
     assert (row["responses"], row["finished"]) == (["7", "It is"], [True, False])
@@ -200,19 +199,18 @@ def test_what_was_sampled_outlives_a_labeller_that_fails(tiny, chain, tmp_path, 
     monkeypatch.setattr("sys.argv", ["collect.py", *map(str, sum(flags.items(), ()))])
     monkeypatch.setattr(collect.process_group, "init", lambda timeout: CPU)
     monkeypatch.setattr(collect.process_group, "shut_down", lambda: None)
-    real = collect.label_with_reward_model
 
     def fails(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(collect, "label_with_reward_model", fails)
+    monkeypatch.setitem(collect.LABELLERS, "reward_model", fails)
     with pytest.raises(MemoryError):
         collect.main()
     kept = tmp_path / "c.sampled.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert len(rows) == 3 and not output.exists()
     assert all(len(r["responses"]) == len(r["finished"]) == 4 for r in rows)
-    monkeypatch.setattr(collect, "label_with_reward_model", real)
+    monkeypatch.setitem(collect.LABELLERS, "reward_model", collect.by_reward_model)
     collect.main()
     labelled = [json.loads(line) for line in output.read_text().splitlines()]
     assert labelled and not kept.exists()

@@ -1,10 +1,10 @@
 """Rows laid end to end in one row without padding, and an attention that keeps them apart.
 
-transformers takes attention functions by name and hands them what the model's forward was given.
-Ours, `packed_rows`, looks for the rows' boundaries among that: with them no token sees another
-row; without them (generation, a padded batch) it is transformers' own sdpa. On CUDA the rows go
-through one varlen kernel, on a CPU one by one. Rows that begin alike (answers to one prompt) may
-share what they begin with: it goes through the model once, in the first of them.
+transformers takes attention functions by name and hands them the keyword arguments of the model's
+forward. Ours, `packed_rows`, looks for the rows' boundaries among them: with boundaries no token
+sees another row; without (generation, a padded batch) it is transformers' own sdpa. On CUDA the
+rows go through one varlen kernel, on a CPU one by one. Rows that begin alike (answers to one
+prompt) may share their beginning: it goes through the model once, in the first of them.
 """
 
 import functools
@@ -24,8 +24,7 @@ NAME = "packed_rows"
 # forward and backward. They keep the scores, so only rows with up to so many of them (heads ×
 # tokens²; 8 MB) go that way.
 SCORES = 2**22
-# What we set of varlen_attn, beside queries, keys, values and, for each side, the rows' boundaries
-# and the longest row.
+# The keyword arguments of varlen_attn that we pass.
 SETTINGS = ("scale", "window_size", "enable_gqa")
 
 
@@ -54,10 +53,12 @@ def attention(
     key_places: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """query (B,H,T,D), key and value (B,h,T,D) → (B,T,H,D). Where `row_lengths` say how long the
-    rows are that lie end to end in T, B is 1. A CPU takes rows that share their beginning as one
-    row, whose tree says who sees whom; a GPU takes each with the keys of what it shares, key_places
-    (K,) being those of all rows in turn."""
+    """query (B,H,T,D), key and value (B,h,T,D) → (B,T,H,D).
+
+    With `row_lengths`, the lengths of the rows that lie end to end in T, B is 1. A CPU takes rows
+    that share their beginning as one row, with a tree of what each token sees; a GPU takes each row
+    with the keys of its beginning, key_places (K,) being the places of all rows' keys in turn.
+    """
     if row_lengths is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -70,7 +71,7 @@ def attention(
         if key_places is not None:
             key, value = (x.index_select(2, key_places) for x in (key, value))
         # A row that has more keys than queries has the queries at their end.
-        found = varlen_attn(
+        output = varlen_attn(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
             cu_seq_lens_q,
             cu_seq_lens_k,
@@ -81,13 +82,13 @@ def attention(
             window_size=(sliding_window - 1 if sliding_window else -1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return found[None], None
+        return output[None], None
     rows = zip(*(x.split(row_lengths, 2) for x in (query, key, value)), strict=True)
-    found = [
+    outputs = [
         _one_row(*row, tree, scaling, sliding_window).transpose(1, 2)
         for row, tree in zip(rows, trees, strict=True)
     ]
-    return torch.cat(found, 1), None
+    return torch.cat(outputs, 1), None
 
 
 def _one_row(query, key, value, tree, scaling, window) -> torch.Tensor:
@@ -125,8 +126,8 @@ def _seen(length: int, tree: Tree | None, window: int | None, device) -> torch.T
 
 
 def choose(model: nn.Module, packing: str, dtype: str) -> None:
-    """Turn packing on or not, as `--packing` says; "on" refuses a model that cannot, "auto" tells
-    why its rows are padded."""
+    """Turn packing on or not, as `--packing` says: "on" refuses a model that cannot be packed,
+    "auto" prints why its rows are padded."""
     if packing == "off":
         return
     from deepspeed.accelerator import get_accelerator
@@ -137,11 +138,11 @@ def choose(model: nn.Module, packing: str, dtype: str) -> None:
     elif packing == "on":
         raise SystemExit(f"packing=on: {why_not}; set --packing auto or off")
     elif process_group.is_main():
-        _tell(f"packing=auto: rows are padded, as {why_not}")
+        _say_once(f"packing=auto: rows are padded, as {why_not}")
 
 
-@functools.cache  # once a reason, though a run loads several models
-def _tell(text: str) -> None:
+@functools.cache  # a run loads several models
+def _say_once(text: str) -> None:
     print(text, flush=True)
 
 
@@ -161,18 +162,17 @@ def is_on(model: nn.Module) -> bool:
 
 def obstacle(model: nn.Module, device: str, dtype: str) -> str:
     """Why rows of this model cannot go end to end here; empty where they can."""
-    config = model.config.get_text_config()
-    kind = type(model).__name__
+    config, kind = model.config.get_text_config(), type(model).__name__
+    known = {"full_attention", "sliding_attention"}
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if not getattr(model, "_supports_attention_backend", False):
         return f"{kind} takes no attention function of ours"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return f"{kind} takes no position ids"
     if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation}, and only sdpa has this twin"
-    known = {"full_attention", "sliding_attention"}
-    kinds = set(getattr(config, "layer_types", None) or ()) - known
-    if kinds or getattr(config, "attention_chunk_size", None):
-        return f"{kind} has layers of another kind: {', '.join(sorted(kinds)) or 'chunked'}"
+    if others or getattr(config, "attention_chunk_size", None):
+        return f"{kind} has layers of another kind: {', '.join(others) or 'chunked'}"
     return _kernel_obstacle(config, dtype) if device == "cuda" else ""
 
 
@@ -180,19 +180,17 @@ def _kernel_obstacle(config, dtype: str) -> str:
     """Why the varlen kernel does not take a text model's heads on this GPU; empty where it does."""
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        inspect.signature(varlen_attn).bind(*range(7), **dict.fromkeys(SETTINGS))
     except ImportError:
         return f"torch {torch.__version__} has no varlen attention"
-    try:
-        inspect.signature(varlen_attn).bind(*range(7), **dict.fromkeys(SETTINGS))
     except TypeError as error:
         return f"the varlen attention of torch {torch.__version__} is another one: {error}"
     if dtype == "fp32":
         return "the varlen kernel computes in bf16 and fp16 only"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return "the varlen kernel needs compute capability 8.0, this GPU has {}.{}".format(
-            *capability
-        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the varlen kernel needs compute capability 8.0, this GPU has {major}.{minor}"
     # Some families have heads of another size for values, or for keys than head_dim says.
     size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
     size = size or config.hidden_size // config.num_attention_heads
@@ -206,20 +204,20 @@ def _kernel_obstacle(config, dtype: str) -> str:
 
 
 def shared_beginnings(groups: Sequence[Sequence[list[int]]]) -> list[tuple[int, int]]:
-    """Rows of token ids in groups → for each row in turn (the group's first row, how many tokens
-    all rows of the group begin with). A row keeps at least its last token for itself; the first
-    shares nothing."""
-    found: list[tuple[int, int]] = []
+    """Groups of rows of token ids → for each row in turn (the number of its group's first row, how
+    many tokens it takes from there). A row keeps at least its last token; a first row takes none.
+    """
+    shared: list[tuple[int, int]] = []
     for group in groups:
-        shortest, first = min(map(len, group)), len(found)
+        shortest, first = min(map(len, group)), len(shared)
         same = (len(set(column)) == 1 for column in zip(*group, strict=False))
         alike = next((n for n, one in enumerate(same) if not one), shortest)
-        found += [(first, 0)] + [(first, min(alike, shortest - 1))] * (len(group) - 1)
-    return found
+        shared += [(first, 0)] + [(first, min(alike, shortest - 1))] * (len(group) - 1)
+    return shared
 
 
 def own(mask: torch.Tensor, shared: Sequence[tuple[int, int]] | None) -> torch.Tensor:
-    """The (B,T) mask of right-padded rows, on the CPU, without what they share with another."""
+    """The (B,T) mask of right-padded rows, on the CPU, without what is another row's."""
     if shared is None:
         return mask
     lengths = torch.tensor([tokens for _, tokens in shared])
@@ -240,7 +238,7 @@ def inputs(
     seen = [n + common for n, (_, common) in zip(rows, shared, strict=True)]
     positions = [torch.arange(k - n, k) for n, k in zip(rows, seen, strict=True)]
     ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
-    found = {
+    given = {
         "input_ids": input_ids.flatten().index_select(0, places(mask, device))[None],
         "position_ids": host_memory.send(torch.cat(positions)[None], device),
         # A mask of four dimensions is one that transformers leaves alone; nothing reads it.
@@ -251,20 +249,20 @@ def inputs(
         "row_lengths": rows,
         "trees": [None] * len(rows),
     }
-    found["cu_seq_lens_k"] = found["cu_seq_lens_q"]
+    given["cu_seq_lens_k"] = given["cu_seq_lens_q"]
     if seen == rows:
-        return found
+        return given
     if device.type != "cpu":
-        return found | keys_of_rows(ends.tolist(), seen, shared, device)
+        return given | keys_of_rows(ends.tolist(), seen, shared, device)
     groups = [list(g) for _, g in itertools.groupby(range(len(rows)), lambda i: shared[i][0])]
-    found["row_lengths"] = [sum(rows[i] for i in group) for group in groups]
-    found["trees"] = [_tree(group, positions, shared) for group in groups]
-    return found
+    given["row_lengths"] = [sum(rows[i] for i in group) for group in groups]
+    given["trees"] = [_tree(group, positions, shared) for group in groups]
+    return given
 
 
 def keys_of_rows(starts: list[int], seen: list[int], shared, device) -> dict:
-    """What the varlen kernel is told of keys: each row's own behind those that it shares. starts:
-    of the rows among all tokens, and their end. seen: how many keys each row has."""
+    """The varlen kernel's arguments for keys: each row's own follow those of its beginning.
+    starts: each row's first place among all tokens, and the end. seen: how many keys each has."""
     keys = []
     for row, (first, common) in enumerate(shared):
         keys.append(torch.arange(starts[first], starts[first] + common))

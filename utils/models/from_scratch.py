@@ -97,7 +97,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def build(
-    folder, texts, *, vocab_size, hidden_size, layers, heads, intermediate_size, max_positions, seed
+    folder,
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 8192,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    intermediate_size: int = 344,
+    max_positions: int = 2048,
+    seed: int = 42,
 ) -> None:
     """Write tokenizer and randomly initialised weights to `folder`."""
     import torch
@@ -133,26 +142,13 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--data", nargs="+", required=True, help="data sets whose text to learn")
     parser.add_argument("--columns", nargs="*", default=[], help="as in the steps' --columns")
-    parser.add_argument("--vocab_size", type=int, default=8192)
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--intermediate_size", type=int, default=344)
-    parser.add_argument("--max_positions", type=int, default=2048)
-    parser.add_argument("--seed", type=int, default=42)
-    a = parser.parse_args()
+    sizes = build.__kwdefaults__
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    flags = parser.parse_args()
     quiet_libraries()
-    build(
-        a.output_dir,
-        texts_of(a.data, columns_of(a.columns)),
-        vocab_size=a.vocab_size,
-        hidden_size=a.hidden_size,
-        layers=a.layers,
-        heads=a.heads,
-        intermediate_size=a.intermediate_size,
-        max_positions=a.max_positions,
-        seed=a.seed,
-    )
+    texts = texts_of(flags.data, columns_of(flags.columns))
+    build(flags.output_dir, texts, **{name: getattr(flags, name) for name in sizes})
 
 
 if __name__ == "__main__":

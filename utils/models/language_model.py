@@ -131,30 +131,20 @@ def follows_another(mask: torch.Tensor) -> torch.Tensor:
     return mask & F.pad(mask[:, :-1], (1, 0))
 
 
-def response_part(mask: torch.Tensor, response_length: int) -> torch.Tensor:
-    """(B,P+R) mask → what can be predicted in it, without the prompts' P columns."""
+def response_logprobs(
+    forward,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    response_length: int,
+    *,
+    temperature: float = 1.0,
+    with_entropies: bool = False,
+):
+    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and, where asked for, (B,R) fp32
+    entropies in nats (else None), both 0 off the mask; see wanted_logprobs."""
     wanted = follows_another(mask)
     wanted[:, :-response_length] = False
-    return wanted
-
-
-def new_logprobs(forward, input_ids, mask, response_length: int, temperature: float):
-    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities with gradient, 0 off the mask."""
-    wanted = response_part(mask, response_length)
-    found, _ = wanted_logprobs(forward, input_ids, mask, wanted, temperature=temperature)
-    return packing.spread(found, wanted[:, -response_length:])
-
-
-@torch.no_grad()
-def response_logprobs(forward, input_ids, mask, response_length, *, temperature, micro_batch_size):
-    """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and (B,R) fp32 entropies in nats, both
-    0 off the mask."""
-    logprobs, entropies = [], []
-    for ids, m in zip(input_ids.split(micro_batch_size), mask.split(micro_batch_size), strict=True):
-        wanted = response_part(m, response_length)
-        found = wanted_logprobs(
-            forward, ids, m, wanted, temperature=temperature, with_entropies=True
-        )
-        for parts, values in zip((logprobs, entropies), found, strict=True):
-            parts.append(packing.spread(values, wanted[:, -response_length:]))
-    return torch.cat(logprobs), torch.cat(entropies)
+    settings = dict(temperature=temperature, with_entropies=with_entropies)
+    parts = wanted_logprobs(forward, input_ids, mask, wanted, **settings)
+    answers = wanted[:, -response_length:]
+    return tuple(None if x is None else packing.spread(x, answers) for x in parts)

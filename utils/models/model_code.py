@@ -9,10 +9,9 @@ LISTS = ("config.json", "tokenizer_config.json")  # where auto_map stands
 
 
 def scalar_class(config):
-    """What loads and builds one number a token: transformers' class for this config, else our own.
+    """The class that loads one number a token: transformers' own for this config, else ours.
 
-    Never one that comes with the model: Baichuan and the first Qwen have none, and the others'
-    call their head as they like.
+    Never one that comes with the model: not all have one, and the heads' names differ.
     """
     from transformers import (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,

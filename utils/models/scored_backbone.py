@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-# What transformers asks of the outer model and only the family's own class knows.
+# What transformers reads from the outer model and only the family's own class says.
 ASKED = ("_supports_sdpa", "_supports_flash_attn", "supports_gradient_checkpointing")
 
 
@@ -38,11 +38,11 @@ class BackboneForSequenceClassification(PreTrainedModel):
         """(B,T) ids → logits (B,labels) at each row's last token that is not padding."""
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
-        found = self.base_model(input_ids, attention_mask=attention_mask.long(), **kwargs)
+        output = self.base_model(input_ids, attention_mask=attention_mask.long(), **kwargs)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (attention_mask.long() * places).argmax(-1)
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        return SequenceClassifierOutput(logits=self.score(found.last_hidden_state)[rows, last])
+        return SequenceClassifierOutput(logits=self.score(output.last_hidden_state)[rows, last])
 
 
 BackboneForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

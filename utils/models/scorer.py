@@ -170,11 +170,11 @@ def _score(forward, groups, micro_batches: list[list[int]], device) -> dict[int,
     scores = [group_scores(forward, some, device) for some in passes]
     module.train(was_training)
     scores = iter(torch.cat(scores).tolist())
-    found: dict[int, list[float]] = {}
+    by_group: dict[int, list[float]] = {}
     for chosen, some in zip(micro_batches, passes, strict=True):
         of_groups = [[next(scores) for _ in group] for group in some]
-        found |= dict(zip(chosen, of_groups, strict=False))  # a filling has no number
-    return found
+        by_group |= dict(zip(chosen, of_groups, strict=False))  # a filling has no number
+    return by_group
 
 
 @dataclass

@@ -10,6 +10,7 @@ from step3_ppo.checks.watch import WARNINGS, Watch
 from step3_ppo.config import PPOConfig
 from step3_ppo.rollout import Rollout
 from tests.helpers.jobs import ppo, reward, sft
+from tests.helpers.known_metrics import KnownMetrics
 from tests.helpers.running import metrics_of, run_ranks
 
 SOUND = {
@@ -27,11 +28,13 @@ SOUND = {
 def rollouts(count: int, **series) -> list[dict]:
     """`count` rollouts' metrics; a list is one value a rollout, a number the value of all."""
     return [
-        SOUND
-        | {
-            name.replace("__", "/"): v[i] if isinstance(v, list) else v
-            for name, v in series.items()
-        }
+        KnownMetrics(
+            SOUND
+            | {
+                name.replace("__", "/"): v[i] if isinstance(v, list) else v
+                for name, v in series.items()
+            }
+        )
         for i in range(count)
     ]
 

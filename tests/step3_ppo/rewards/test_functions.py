@@ -1,7 +1,9 @@
-"""Calling the function of --reward_function: scores, failures, time."""
+"""The function of --reward_function: finding it, and its scores, failures and time."""
 
 import functools
+import importlib
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step3_ppo.rewards import functions as scoring
+from step3_ppo.rewards import shipped
 from step3_ppo.rewards.functions import RewardFunctionError, call, load
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,17 +28,181 @@ RESPONSES = ["a", "bb", "ccc", "dddd"]
 ROWS = [{"answer": 1}, {"answer": 2}, {}, {"answer": 4}]
 
 
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a file that `load` finds by its name."""
+LISTS = ["one?", "two?"], ["a", "bb"], [{}, {}]
+FORMS = "give package.module:function or path/to/file.py:function"
+
+
+@pytest.fixture(autouse=True)
+def own_imports(monkeypatch, tmp_path):
+    """Each test has its own current folder, sys.path and modules."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    importlib.invalidate_caches()
+    yield
+    for name in set(sys.modules) - before:
+        module = sys.modules[name]
+        if str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
 
-    def write(name, text):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        return tmp_path / name
 
-    return write
+def write_at(path, text):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path.absolute()
+
+
+def refusal(name):
+    with pytest.raises(SystemExit) as caught:
+        load(name)
+    said = str(caught.value)
+    assert said.startswith(f"--reward_function {name!r}: ")
+    return said
+
+
+GOOD = "def f(prompts, responses, rows):\n    return [1.0] * len(responses)\n"
+
+
+def test_a_module_s_function():
+    name = "step3_ppo.rewards.shipped:rouge_l"
+    assert load(name) is shipped.rouge_l
+
+
+def test_the_old_name_of_the_shipped_functions_is_told_the_new_one():
+    said = refusal("step3_ppo.reward_functions:rouge_l")
+    assert said.endswith("give step3_ppo.rewards.shipped:rouge_l")
+
+
+@pytest.mark.parametrize("form", ["{}:f", "./{}:f", "{absolute}:f"])
+def test_a_file_s_function(form):
+    path = write_at("sub/my rewards.py", GOOD)
+    function = load(form.format("sub/my rewards.py", absolute=path))
+    assert function(*LISTS) == [1.0, 1.0]
+
+
+def test_files_of_the_same_name_are_two_modules():
+    for folder in "ab":
+        write_at(f"{folder}/json.py", f"NAME = {folder!r}\ndef f(prompts, responses, rows): ...")
+    first, second = load("a/json.py:f"), load("b/json.py:f")
+    assert (first.__globals__["NAME"], second.__globals__["NAME"]) == ("a", "b")
+    assert first.__module__ != second.__module__
+    assert sys.modules[first.__module__].NAME == "a"  # where pickle and dataclasses look
+    import json
+
+    assert json.loads("1") == 1
+
+
+def test_a_file_imports_what_stands_beside_it():
+    write_at("sub/its_neighbour.py", "SCORE = 7.0")
+    write_at("sub/mine.py", "from its_neighbour import SCORE\ndef f(a, b, c): return [SCORE]")
+    assert load("sub/mine.py:f")(1, 2, 3) == [7.0]
+
+
+def test_a_module_of_the_current_folder_unless_one_of_that_name_is_installed(tmp_path):
+    write_at("own_rewards/inner.py", GOOD)
+    assert load("own_rewards.inner:f")(*LISTS) == [1.0, 1.0]
+    sys.path.insert(0, str(tmp_path / "installed"))
+    write_at("installed/the_same_name.py", "def f(a, b, c): return 'installed'")
+    write_at("here/the_same_name.py", "def f(a, b, c): return 'here'")
+    os.chdir("here")
+    assert load("the_same_name:f")(*LISTS) == "installed"
+    assert load("the_same_name.py:f")(*LISTS) == "here"
+
+
+def test_any_callable_will_do():
+    write_at(
+        "kinds.py",
+        "import functools\n"
+        "class Scorer:\n"
+        "    def __call__(self, prompts, responses, rows, scale=1.0): return [scale]\n"
+        "scorer = Scorer()\n"
+        "half = functools.partial(scorer, scale=0.5)\n"
+        "def any_number(*lists): return [2.0]\n",
+    )
+    names = ("scorer", "half", "any_number")
+    assert [load(f"kinds.py:{n}")([], [], []) for n in names] == [[1.0], [0.5], [2.0]]
+
+
+@pytest.mark.parametrize("name", ["", "f", "my.py", "my.py:", ":f", "my.py:f()", "my.py:a.b"])
+def test_a_name_without_function(name):
+    assert refusal(name).endswith(f"names no function; {FORMS}")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert f"the file {tmp_path}/no.py is not there; {FORMS}" in refusal("no.py:f")
+    (tmp_path / "folder.py").mkdir()
+    assert f"the file {tmp_path}/folder.py is a folder; {FORMS}" in refusal("folder.py:f")
+    write_at("a/file", GOOD)
+    assert f"the file {tmp_path}/a/file does not end in .py; {FORMS}" in refusal("a/file:f")
+
+
+def test_a_module_that_is_not_there(tmp_path):
+    said = refusal("no_such_module:f")
+    assert f"there is no module 'no_such_module', in {tmp_path} or where Python looks" in said
+    assert said.endswith(FORMS)
+    assert "there is no module 'no_such_package'" in refusal("no_such_package.inner:f")
+    assert "there is no module 'step3_ppo.nothing'" in refusal("step3_ppo.nothing:f")
+    assert "'my rewards' is neither a module's name nor a file's" in refusal("my rewards:f")
+    assert "'..up' is neither a module's name nor a file's" in refusal("..up:f")
+
+
+@pytest.mark.parametrize("form", ["broken.py:f", "broken:f"])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("import nothing_such", "ModuleNotFoundError: No module named 'nothing_such'"),
+        ("__import__('importlib').import_module('nothing_such')", "ModuleNotFoundError: No module"),
+        ("from json import nothing", "ImportError: cannot import name 'nothing' from 'json'"),
+        ("x = 1 +", "SyntaxError: invalid syntax"),
+        ("x = undefined", "NameError: name 'undefined' is not defined"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+    ],
+)
+def test_a_module_that_fails_keeps_its_own_words(form, line, said):
+    path = write_at("broken.py", f"import os\n{line}\n{GOOD}")
+    loaded = set(sys.modules)
+    message = refusal(form)
+    assert f"importing it failed with {said}" in message
+    assert message.endswith(f"({path}:2)")
+    assert not [name for name in set(sys.modules) - loaded if name.startswith("reward_function_")]
+
+
+def test_a_function_that_is_not_there():
+    rest = "def _hidden(): ...\nclass Other: ...\nLIMIT = 3\n"
+    write_at("my.py", f"from pathlib import Path\n{GOOD}{rest}")
+    for form in ("my.py", "my"):
+        said = refusal(f"{form}:g")
+        assert said.endswith(f"there is no 'g' in {form}; callable there: f, Other")
+    write_at("imports.py", "from my import f, _hidden, LIMIT")
+    assert refusal("imports.py:g").endswith("callable there: f")
+    write_at("bare.py", "LIMIT = 3")
+    assert refusal("bare.py:g").endswith("callable there: nothing")
+    write_at("many.py", "\n".join(f"def f{i}(): ..." for i in range(25)))
+    assert refusal("many.py:g").endswith("f18, f19 …")
+
+
+def test_what_is_not_callable():
+    write_at("my.py", GOOD + "LIMIT = 3\n")
+    said = refusal("my.py:LIMIT")
+    assert said.endswith("'LIMIT' is a value of type int, not callable; callable there: f")
+
+
+@pytest.mark.parametrize(
+    "parameters, why",
+    [
+        ("response", "too many positional arguments"),
+        ("a, b, c, d", "missing a required argument: 'd'"),
+        ("a, b, c, *, scale", "missing a required"),
+    ],
+)
+def test_a_function_of_other_parameters(parameters, why):
+    write_at("my.py", f"def f({parameters}): ...")
+    said = refusal("my.py:f")
+    assert f"takes ({parameters}), but is called with (prompts, responses, rows): {why}" in said
+
+
+# Calling it.
 
 
 def failure(function, timeout=5.0, prompts=PROMPTS, responses=RESPONSES, rows=ROWS):
@@ -174,8 +341,8 @@ def f(prompts, responses, rows):
 """
 
 
-def test_an_exception_is_told_with_its_row_and_line(write):
-    path = write("my.py", FAILING)
+def test_an_exception_is_told_with_its_row_and_line():
+    path = write_at("my.py", FAILING)
     assert failure(load("my.py:f")) == (
         "reward function 'my.py:f' failed on row 3 of 4: KeyError: 'answer'\n"
         f'  at {path}:3 in answer_of: return row["answer"]\n'
@@ -197,8 +364,8 @@ def test_the_exception_is_the_cause():
     assert type(caught.value.__cause__) is ZeroDivisionError
 
 
-def test_the_line_is_the_user_s_not_the_library_s(write):
-    path = write("my.py", "import json\ndef f(a, b, c):\n    return json.loads(b[0])\n")
+def test_the_line_is_the_user_s_not_the_library_s():
+    path = write_at("my.py", "import json\ndef f(a, b, c):\n    return json.loads(b[0])\n")
     for function in (
         load("my.py:f"),
         functools.partial(load("my.py:f")),
@@ -207,7 +374,7 @@ def test_the_line_is_the_user_s_not_the_library_s(write):
         said = failure(function)
         assert "failed on row 1 of 4: JSONDecodeError: Expecting value" in said
         assert f"\n  at {path}:3 in f: return json.loads(b[0])\n" in said
-    write(
+    write_at(
         "my.py", "import json\nclass S:\n    def __call__(self, a, b, c): json.loads(b[0])\ns = S()"
     )
     assert f"\n  at {path}:3 in __call__: " in failure(load("my.py:s"))
@@ -355,8 +522,8 @@ scoring.call(f, "f", ["p"], ["a" * 60 + "b"], [{}], 1.0)
 """
 
 
-def test_a_function_that_blocks_python_ends_the_process(write):
-    path = write("blocks.py", HOLDS_THE_LOCK)
+def test_a_function_that_blocks_python_ends_the_process():
+    path = write_at("blocks.py", HOLDS_THE_LOCK)
     done = subprocess.run(
         [sys.executable, str(path)],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},

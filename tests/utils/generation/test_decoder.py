@@ -79,7 +79,7 @@ def test_logprobs_and_entropies_are_those_of_a_whole_forward_pass(family, mode):
         torch.cat([prompt_mask, mask], 1),
         NEW,
         temperature=1.3,
-        micro_batch_size=ROWS,
+        with_entropies=True,
     )
     for got, right in zip(seen, expected, strict=True):
         assert ((got - right) * mask).abs().max().item() < 3e-5

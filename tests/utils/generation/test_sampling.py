@@ -303,7 +303,7 @@ def test_response_logprobs_do_not_depend_on_padding(family):
             torch.cat([mask, response_mask], 1),
             width,
             temperature=temperature,
-            micro_batch_size=4,
+            with_entropies=True,
         )
         for got, expected in zip(actual, (logprobs, entropies), strict=True):
             assert got.shape == (6, width) and got.dtype == torch.float32
@@ -318,14 +318,12 @@ def test_logprobs_of_a_sampled_response_are_those_it_was_drawn_with():
     response = greedy("Qwen2", -1)
     full, everything = torch.cat([ids, response], 1), torch.ones_like(response, dtype=torch.bool)
     full_mask = torch.cat([mask, everything], 1)
-    logprobs, _ = language_model.response_logprobs(
-        model, full, full_mask, NEW, temperature=1.0, micro_batch_size=2
-    )
+    logprobs, _ = language_model.response_logprobs(model, full, full_mask, NEW)
     logits = language_model.response_logits(model, full, full_mask, NEW)
     again = language_model.token_logprobs(logits, response)
     assert logits.shape == (len(LENGTHS), NEW, VOCAB) and logits.requires_grad
     assert torch.equal(logits.argmax(-1), response)
-    torch.testing.assert_close(again.detach(), logprobs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(again.detach(), logprobs.detach(), rtol=0, atol=2e-5)
 
 
 def test_positions_follow_the_mask():

@@ -80,7 +80,7 @@ def test_a_rows_first_token_never_counts():
         expected, _ = language_model.wanted_logprobs(model, ids, mask, wanted)
         actual, _ = language_model.wanted_logprobs(model, ids, mask, mask)
         assert torch.equal(actual, expected)
-        whole = language_model.new_logprobs(model, ids, mask, WIDTH - 1, 1.0)
+        whole = language_model.response_logprobs(model, ids, mask, WIDTH - 1)[0]
         assert torch.equal(whole, torch.zeros(mask.shape).masked_scatter(wanted, expected)[:, 1:])
 
 
@@ -190,7 +190,7 @@ def test_a_packed_model_generates_and_takes_padded_rows_as_before():
 
 
 def test_what_cannot_be_packed_is_refused_or_left(capsys):
-    packing._tell.cache_clear()
+    packing._say_once.cache_clear()
     bloom = tiny("Bloom")
     packing.choose(bloom, "auto", "fp32")
     packing.choose(bloom, "auto", "fp32")

@@ -1,4 +1,5 @@
-"""Damaged and unfit model folders: refused with what was expected and found, nothing at random."""
+"""Damaged and unfit model folders are refused with what was expected and found, nothing stays at
+random; what loads is ready to train: embeddings, dropout, gradient checkpointing."""
 
 import json
 import os
@@ -7,13 +8,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from evaluation import checkpoints
-from step2_reward.config import RewardConfig
+from tests.helpers.families import FAMILIES, READ_THEIR_CONFIG, with_dropout
+from tests.helpers.jobs import ppo, sft
+from tests.helpers.running import run_ranks
 from utils.data import chat_template
-from utils.models import language_model, scalar_model
+from utils.models import language_model, loading, scalar_model
+from utils.models.loading import Loading
 
-CONFIG = RewardConfig()
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -33,12 +37,12 @@ def load_all(folder, kinds=("lm", "evaluation", "normal")):
             )
             continue
         language_model.check_positions(str(folder), 10, "--max_length", False)
-        how = {"dtype": "fp32", "zero_stage": 0}
+        how = {"dtype": "fp32"}
         how["tokenizer"] = chat_template.load_tokenizer(str(folder))
         if kind == "lm":
-            models.append(language_model.load(CONFIG, str(folder), **how))
+            models.append(language_model.load(Loading(), str(folder), **how))
         else:
-            models.append(scalar_model.load(CONFIG, str(folder), head=kind, **how))
+            models.append(scalar_model.load(Loading(), str(folder), head=kind, **how))
     return models
 
 
@@ -241,3 +245,88 @@ def test_what_is_no_folder_is_named(path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         chat_template.load_tokenizer(path)
     assert "cannot load a tokenizer from" in str(caught.value)
+
+
+# Ready to train.
+
+
+def test_a_folder_that_lacks_weights_is_refused(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "base_model", folder)
+    weights = load_file(folder / "model.safetensors")
+    gone = next(name for name in weights if "mlp" in name)
+    weights.pop(gone)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="lacks weights of LlamaForCausalLM.*mlp"):
+        language_model.load(Loading(), str(folder), dtype="fp32")
+    with pytest.raises(SystemExit, match="cannot load a model"):
+        language_model.load(Loading(), str(tmp_path / "nothing"), dtype="fp32")
+    with pytest.raises(SystemExit, match="cannot load a tokenizer from"):
+        chat_template.load_tokenizer(str(tmp_path / "nothing"))
+
+
+def test_embeddings_grow_to_a_multiple_of_64_and_ids_agree(tiny):
+    tokenizer = chat_template.load_tokenizer(str(tiny / "base_model"))
+    new = [f"<extra_{i}>" for i in range(530 - len(tokenizer))]
+    tokenizer.add_tokens(new, special_tokens=True)
+    model = language_model.load(
+        Loading(), str(tiny / "base_model"), dtype="fp32", tokenizer=tokenizer
+    )
+    assert model.get_input_embeddings().num_embeddings == 576 == model.config.vocab_size
+    assert model.get_output_embeddings().weight.shape[0] == 576
+    for holder in (model.config, model.generation_config):
+        assert holder.eos_token_id == tokenizer.eos_token_id
+        assert holder.pad_token_id == tokenizer.pad_token_id
+
+
+def test_dropout_is_off(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "base_model", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = language_model.load(Loading(), str(folder), dtype="fp32").train()
+    ids = torch.arange(20, 30)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_gradient_checkpointing_recomputes_in_every_step(tiny, chain, tmp_path):
+    """A model left in eval mode, as transformers loads it, would keep all activations."""
+    jobs = []
+    for name, flags in (("plain", []), ("checkpointed", ["--gradient_checkpointing", "true"])):
+        for step, (program, argv) in {
+            "sft": sft(tiny, tmp_path / name / "sft", "--max_steps", 1, *flags),
+            "ppo": ppo(
+                tiny,
+                chain / "sft",
+                chain / "reward",
+                tmp_path / name / "ppo",
+                "--check_only",
+                *flags,
+            ),
+        }.items():
+            jobs.append(
+                ("tests/helpers/count_forwards.py", [tmp_path / f"{name}_{step}", program, *argv])
+            )
+    run_ranks(jobs, 1)
+    for step in ("sft", "ppo"):
+        plain, more = (
+            int((tmp_path / f"{name}_{step}").read_text()) for name in ("plain", "checkpointed")
+        )
+        assert more > plain, f"{step}: {plain} layer passes, {more} with checkpointing"
+
+
+@pytest.mark.parametrize("family", FAMILIES | READ_THEIR_CONFIG)
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_no_family_keeps_dropout(family, auto):
+    """Rates stand in nn.Dropout, in attributes under many names (Bloom, OPT), or are read from the
+    config in each pass (Falcon)."""
+    torch.manual_seed(0)  # OPT may drop all its layers, twice in a row
+    ids = torch.arange(3, 30)[None]
+    settings = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = auto.from_config(with_dropout(family, **settings)).train()
+    first, second = (model(input_ids=ids).logits for _ in range(2))
+    assert not torch.equal(first, second), "nothing to turn off"
+    loading.prepare_training(model)
+    first, second, third = (model(input_ids=ids).logits for _ in range(3))
+    assert torch.equal(first, second) and torch.equal(second, third)
+    torch.testing.assert_close(model.eval()(input_ids=ids).logits, first, rtol=0, atol=1e-6)

@@ -25,6 +25,7 @@ from utils.data import prompts as prompt_data
 from utils.data.rows import BadRows, DataError
 from utils.data.tables import encode_all
 from utils.models import scalar_model, scorer
+from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 
 CPU = torch.device("cpu")
@@ -356,3 +357,36 @@ def test_ppo_runs_with_it_under_every_sharding(tiny, chain, other, tmp_path):
         assert config["architectures"] == ["LlamaForSequenceClassification"]
         critic = chat_template.load_tokenizer(str(tmp_path / str(stage) / "critic"))
         assert not differences(critic, chat_template.load_tokenizer(str(chain / "sft")))
+
+
+@pytest.mark.parametrize("packed", ["auto", "off"])
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_groups_are_dealt_to_the_ranks_and_score_as_each_row_alone(
+    tiny, monkeypatch, world, packed
+):
+    """Answers that share their prompt, and a rank without any group of its own."""
+    how = Loading(packing=packed)
+    model = scalar_model.load(how, str(tiny / "base_model"), dtype="fp32", head="normal").train()
+    prompts = [[20, 21, 22], [30], [40, 41, 42, 43]]
+    answers = [[[5], [6, 7], [8, 9, 10]], [[11, 12]], [[13], [14, 15, 16]]]
+    groups = [
+        [prompt + answer for answer in some] for prompt, some in zip(prompts, answers, strict=True)
+    ]
+    parts: list[dict] = []
+    monkeypatch.setattr(scorer.process_group, "world_size", lambda: world)
+
+    def gather_objects(part: dict) -> list[dict]:
+        parts.append(part)
+        return [dict.fromkeys(range(len(groups)), [])]  # the other ranks' parts do not matter here
+
+    monkeypatch.setattr(scorer.process_group, "gather_objects", gather_objects)
+    for rank in range(world):
+        monkeypatch.setattr(scorer.process_group, "rank", lambda rank=rank: rank)
+        scorer.score_groups(model, groups, CPU, 2)
+    assert model.training and sum(map(len, parts)) == len(groups)
+    scores = {i: group for part in parts for i, group in part.items()}
+    model.eval()
+    for i, group in enumerate(groups):
+        for ids, score in zip(group, scores[i], strict=True):
+            alone = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))[0, -1]
+            assert score == pytest.approx(alone.item(), abs=1e-5)
