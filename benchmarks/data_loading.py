@@ -5,7 +5,7 @@
 
 Writes a JSON Lines file of prompts and answers, words drawn as in a language (few often, many
 seldom), and trains a tokenizer on a part of it. Then, each in a process of its own: the tokenizer
-alone on the same texts, one process a core (the floor of any first start); step 1's load_data
+alone on the same texts, one process a core (the floor of any first start); step 1's data
 where nothing is kept yet; the same again. Rows a second of wall clock, and with the cores to itself
 (of the seconds it had of them: for a machine with other work). Most memory of the process, mapped
 pages included, when the data is there and when a hundred batches were taken; and what of it is its

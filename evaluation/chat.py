@@ -31,12 +31,12 @@ class ChatConfig(checkpoints.Answering):
     )
 
     def problems(self, world_size: int) -> list[str]:
-        found = super().problems(world_size)
+        problems = super().problems(world_size)
         if world_size > 1:
-            found.append(f"{world_size} processes were started; start one, with python")
+            problems.append(f"{world_size} processes were started; start one, with python")
         if self.checkpoint:
-            found += checkpoints.folder_problems(self.checkpoint, "checkpoint")
-        return found
+            problems += checkpoints.folder_problems(self.checkpoint, "checkpoint")
+        return problems
 
 
 @torch.no_grad()

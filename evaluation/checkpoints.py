@@ -28,10 +28,10 @@ class Answering(Settings):
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
     def problems(self, world_size: int) -> list[str]:
-        found = super().problems(world_size)
+        problems = super().problems(world_size)
         if self.dtype == "fp16" and not torch.cuda.is_available():
-            found.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
-        return found
+            problems.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
+        return problems
 
 
 def looks_local(name: str) -> bool:

@@ -31,16 +31,16 @@ STEPS = {
 }
 
 
-def table(found: Plan) -> str:
+def table(plan: Plan) -> str:
     """Bytes a rank in GB: what stays, model by model, then the most in each phase."""
     kept = []
-    for name in {**found.parts, **found.host}:
-        device, host = found.parts.get(name, {}), found.host.get(name, {})
+    for name in {**plan.parts, **plan.host}:
+        device, host = plan.parts.get(name, {}), plan.host.get(name, {})
         for part in {**device, **host}:
             kept.append((name, part, *(f"{d.get(part, 0) / GB:.3f}" for d in (device, host))))
     phases = [
-        (phase, f"{n / GB:.3f}", "← peak" if phase == found.worst else "")
-        for phase, n in found.phases.items()
+        (phase, f"{n / GB:.3f}", "← peak" if phase == plan.worst else "")
+        for phase, n in plan.phases.items()
     ]
     return "\n".join(
         [
@@ -76,10 +76,10 @@ def main() -> None:
         machine = planner.here(device, asked.ranks)
         dtype = zero.resolve_dtype(config.dtype, device)
     work = config.workload()
-    found = planner.plan(work, dtype, asked.ranks, machine.device)
-    for role, shape in found.shapes.items():
+    plan = planner.plan(work, dtype, asked.ranks, machine.device)
+    for role, shape in plan.shapes.items():
         print(f"{role}: {shape.parameters:,} parameters")
-    print(table(found))
+    print(table(plan))
     print("\n".join(planner.summary(work, dtype, machine)))
     most = planner.largest_micro_batch(work, dtype, machine)
     print(f"largest micro batch that fits: {most or 'none'}")
@@ -87,7 +87,7 @@ def main() -> None:
         speed = Speed(asked.tflops * 1e12, asked.bandwidth * GB, measured=False)
     else:
         speed = measure(device, zero.DTYPES[dtype])
-    parts = planner.seconds(found, work, dtype, asked.ranks, speed)
+    parts = planner.seconds(plan, work, dtype, asked.ranks, speed)
     print(
         f"time an iteration: {sum(parts.values()):.1f} s at least ("
         + ", ".join(f"{name} {s:.1f}" for name, s in parts.items())

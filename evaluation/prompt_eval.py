@@ -16,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 import torch
 
-from evaluation import checkpoints, pages, questions, scores
+from evaluation import checkpoints, pages, questions
 from utils import whole_files
 from utils.data import batches, chat_template
 from utils.data.chat_template import READ_AT, READ_AT_HELP
-from utils.distributed import program
+from utils.distributed import program, zero
 from utils.generation import sampling as generation
+from utils.models import scalar_model, scorer
+from utils.models.loading import Loading
+from utils.models.scorer import Reader
 from utils.settings import command_line
 from utils.settings.fields import setting
 from utils.settings.run_config import check_folder
@@ -68,22 +71,24 @@ class PromptEvalConfig(checkpoints.Answering):
         return {name: getattr(self, name) for name in names}
 
     def problems(self, world_size: int) -> list[str]:
-        found = super().problems(world_size)
+        problems = super().problems(world_size)
         if world_size > 1:
-            found.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
+            problems.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
         for path in sorted({p for p in self.checkpoints if self.checkpoints.count(p) > 1}):
-            found.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
+            problems.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
         for path in dict.fromkeys(self.checkpoints):
-            found += checkpoints.folder_problems(path, "checkpoints")
+            problems += checkpoints.folder_problems(path, "checkpoints")
         if self.reward_model:
-            found += checkpoints.folder_problems(self.reward_model, "reward_model")
+            problems += checkpoints.folder_problems(self.reward_model, "reward_model")
         for name in self.prompts:
             unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
             if checkpoints.looks_local(unsplit) and not any(
                 Path(n).exists() for n in (name, unsplit)
             ):
-                found.append(f"prompts: {name!r} does not exist; set --prompts to files or folders")
-        return found
+                problems.append(
+                    f"prompts: {name!r} does not exist; set --prompts to files or folders"
+                )
+        return problems
 
     def shown(self) -> dict:
         """What the page says of how the answers came about."""
@@ -163,12 +168,33 @@ def generate(model, tokenizer, encoded: list[list[int]]) -> list[tuple[str, int,
     )
     responses = output[:, ids.shape[1] :].cpu()
     counted = generation.mask_through_stop(responses, tokenizer.eos_token_id)
-    found = []
+    answers = []
     for response, keep in zip(responses, counted, strict=True):
         kept = response[keep]
         finished = bool((kept == tokenizer.eos_token_id).any())
-        found.append((tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished))
-    return found
+        answers.append((tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished))
+    return answers
+
+
+def score_all(config, answers) -> list[str]:
+    """Set every Answer's score as PPO would: the reward model's, bias taken off, on the
+    whole conversation. Returns why those that its template refuses have none."""
+    reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = zero.resolve_dtype(config.dtype, device)
+    how = Loading(config.attn_implementation, config.trust_remote_code, packing="off")
+    model = scalar_model.load(how, config.reward_model, dtype=dtype, tokenizer=reader.tokenizer)
+    refused, chosen, groups = [], [], []
+    for a in answers:
+        if why := reader.refusal(a.conversation[:-1]):
+            refused.append(f"{a.checkpoint}, turn {a.turn}, {a.answer[:60]!r}: no score, {why}")
+            continue
+        chosen.append(a)
+        groups.append([reader.encode(a.conversation[:-1], a.answer, a.finished)])
+    scores = scorer.score_groups(model.to(device), groups, device, config.batch_size)
+    for answer, (score,) in zip(chosen, scores, strict=True):
+        answer.score = score
+    return refused
 
 
 def write(config, asked, results, summary: str) -> None:
@@ -206,7 +232,7 @@ def main() -> None:
         write(config, asked, results, pages.summary_table(results, seconds))
     if config.reward_model:
         answers = [a for groups in results.values() for g in groups for a in g]
-        refused = scores.score_all(config, answers)
+        refused = score_all(config, answers)
         print("\n".join([*refused, pages.score_table(asked, results), ""]))
     summary = pages.summary_table(results, seconds)
     print(summary, flush=True)

@@ -13,7 +13,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from evaluation import checkpoints, prompt_eval, questions, scores
+from evaluation import checkpoints, prompt_eval, questions
 from tests.helpers import evaluated_models
 from tests.helpers.evaluated_models import (
     BIAS,
@@ -183,7 +183,7 @@ def test_scores_are_the_reward_models_own(policy, reward_model, tmp_path):
     answers = [a for group in groups for a in group]
     for answer in answers[::2]:
         answer.finished = not answer.finished  # this policy never ends by itself
-    assert scores.score_all(config, answers) == []
+    assert prompt_eval.score_all(config, answers) == []
 
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     judge = AutoModelForSequenceClassification.from_pretrained(reward_model)

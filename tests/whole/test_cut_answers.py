@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from evaluation import scores
+from evaluation import prompt_eval
 from evaluation.prompt_eval import Answer, PromptEvalConfig
 from step2_reward import collect
 from step3_ppo.checks import data as check_data
@@ -77,7 +77,7 @@ def test_so_does_the_evaluation(scorer, expected):
         for text, finished in ANSWERS
     ]
     config = PromptEvalConfig(reward_model=scorer.folder, dtype="fp32")
-    assert scores.score_all(config, answers) == []
+    assert prompt_eval.score_all(config, answers) == []
     assert [a.score for a in answers] == pytest.approx([s for _, s in expected], abs=1e-5)
 
 

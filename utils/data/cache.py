@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
@@ -92,9 +91,8 @@ def _table(source: Source, bad: BadRows, encode: Callable, settings: DataSetting
         once(path, lambda file: _write(file, source.fresh(), encode, path, bad))
         rows, facts, mapping = _mapped(path)
         places = functools.partial(_kept_places, path, source.kind)
-    found = BadRows()
-    found.entries, found.seen = list(map(tuple, facts["bad"])), facts["seen"]
-    bad.merge(found)
+    bad.entries += map(tuple, facts["bad"])
+    bad.seen += facts["seen"]
     source.reading.notes.update(facts["notes"])
     return Table(source.kind, rows, facts["digest"], places, mapping)
 
@@ -107,23 +105,23 @@ def _encode(
     map_chunks: a form of `map`. Bad rows are in the result; `bad` gets them where the source as a
     whole cannot be read.
     """
-    digest, found = Digest(), BadRows()
+    digest, own = Digest(), BadRows()
     try:
         job = functools.partial(_encode_chunk, source, encode)
-        for batch, bad_rows, notes in map_chunks(job, _chunks(source, found)):
+        for batch, bad_rows, notes in map_chunks(job, _chunks(source, own)):
             keep(batch)
             digest.add(batch, source.kind.columns)
-            found.merge(bad_rows)
+            own.merge(bad_rows)
             source.reading.notes.update(notes)
     except DataError:
-        bad.merge(found)
+        bad.merge(own)
         raise
-    facts = {"digest": digest.hexdigest(), "seen": found.seen, "bad": found.entries}
+    facts = {"digest": digest.hexdigest(), "seen": own.seen, "bad": own.entries}
     return facts | {"notes": dict(source.reading.notes)}
 
 
-def _chunks(source: Source, found: BadRows) -> Iterator[tuple[str, list, BadRows]]:
-    """(schema, CHUNK rows, rows that could not be read); the last of these go to `found`."""
+def _chunks(source: Source, bad: BadRows) -> Iterator[tuple[str, list, BadRows]]:
+    """(schema, CHUNK rows, rows that could not be read); the last of these go to `bad`."""
     unread, more = BadRows(), True
     try:
         schema, rows = source.open(unread)
@@ -132,7 +130,7 @@ def _chunks(source: Source, found: BadRows) -> Iterator[tuple[str, list, BadRows
             more = len(some) == CHUNK
             yield schema, some, unread.moved()
     finally:
-        found.merge(unread)
+        bad.merge(unread)
 
 
 def _encode_chunk(source: Source, encode: Callable, chunk: tuple):
@@ -253,18 +251,11 @@ def once(path: Path, make: Callable) -> None:
         with held:
             if path.exists():
                 return
-            _remove_leftovers(path)
-            own = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")
+            # What a killed process of this machine left has the same name, and is overwritten.
+            own = path.with_name(f"{path.name}.{socket.gethostname()}")
             with whole_files.placing(own, "--data_cache") as beside, open(beside, "wb") as file:
                 make(file)
             os.replace(own, path)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Those of this machine's processes that were killed while they wrote."""
-    for old in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.writing"):
-        if not psutil.pid_exists(int(old.name.removesuffix(".writing").rpartition("-")[2])):
-            old.unlink(missing_ok=True)
 
 
 def _kept_places(path: Path, kind: Kind, salt: str) -> np.ndarray:

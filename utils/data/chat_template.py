@@ -33,7 +33,7 @@ class TemplateError(ValueError):
 def load_tokenizer(path: str, trust_remote_code: bool = False, date: str = ""):
     """The tokenizer of a folder or hub name, with a template, a stop token and a pad of its own.
 
-    date: what a template that asks for the day is told, YYYY-MM-DD; empty: the clock's.
+    date: the day for a template that states one, YYYY-MM-DD; empty: the clock's.
     """
     from transformers import AutoTokenizer
 
@@ -105,9 +105,9 @@ def _replace_stop(tokenizer, stop: str) -> None:
 
 def _special_tokens_in(tokenizer, text: str) -> list[str]:
     """The special tokens that stand in `text`, in their order; of two at one place the longer."""
-    known = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    found = [(text.index(token), -len(token), token) for token in known if token and token in text]
-    return [token for _, _, token in sorted(found)]
+    known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+    places = [(text.index(token), -len(token), token) for token in known if token in text]
+    return [token for _, _, token in sorted(places)]
 
 
 def start_of_text(tokenizer) -> list[int]:
@@ -122,14 +122,14 @@ def start_of_text(tokenizer) -> list[int]:
 def _turn_end(tokenizer, rendered: str) -> str:
     """The special token that closes the assistant's turn in `rendered`, whose answer is PROBE."""
     after = rendered.split(PROBE)[-1]
-    found = _special_tokens_in(tokenizer, after)
-    if not found:
+    specials_after = _special_tokens_in(tokenizer, after)
+    if not specials_after:
         specials = ", ".join(sorted(tokenizer.all_special_tokens))
         raise SystemExit(
             f"the chat template ends an assistant turn with {after!r}, which holds no special "
             f"token of the tokenizer ({specials}): the model could never learn to stop"
         )
-    return found[0]
+    return specials_after[0]
 
 
 def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
@@ -288,8 +288,8 @@ def around_answer(tokenizer, messages) -> tuple[str, str]:
     Raises TemplateError where it refuses them, or shows no answer that ends with the stop token.
     """
     turns = (*messages, {"role": "assistant", "content": PROBE})
-    before, found, after = _render(tokenizer, turns, False).rpartition(PROBE)
-    if not found or tokenizer.eos_token not in after:
+    before, probe, after = _render(tokenizer, turns, False).rpartition(PROBE)
+    if not probe or tokenizer.eos_token not in after:
         raise TemplateError("the chat template shows no last answer that ends with the stop token")
     return before, after
 
@@ -307,8 +307,8 @@ def encode_whole(tokenizer, messages, answer: str, finished: bool) -> list[int]:
     except TemplateError:
         text = answer.join(around_answer(tokenizer, messages))
     if not finished:
-        text, found, _ = text.rpartition(tokenizer.eos_token)
-        if not found:
+        text, stop, _ = text.rpartition(tokenizer.eos_token)
+        if not stop:
             raise TemplateError("the chat template puts no stop token behind the answer")
     return _ids(tokenizer, text)
 

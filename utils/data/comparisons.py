@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from utils.data import batches, demonstrations, fitting, schemas
 from utils.data.loading import DataSettings, Kind, load_items
-from utils.data.reading import Reading, Schema
 from utils.data.rows import BadRow, Row
+from utils.data.schemas import Reading, Schema
 from utils.data.splits import train_and_held_out
 from utils.data.tables import TOKENS, View, place
 
@@ -106,12 +106,13 @@ class Encode:
     long_prompts: str
 
     def __call__(self, row: Comparison) -> tuple[Ranked | None, fitting.Counts]:
-        answers, counts = fitting.encode_answers(
-            self.tokenizer, row.prompt, row.responses, self.max_length, self.long_prompts
-        )
-        if answers is None:
+        turns = [{"role": "assistant", "content": text} for text in row.responses]
+        limits = self.max_length, self.long_prompts, "cut"
+        rows, counts = fitting.encode_answers(self.tokenizer, row.prompt, turns, *limits)
+        if rows is None:
             return None, counts
-        answers = [a if done else a[:-1] for a, done in zip(answers, row.finished, strict=True)]
+        ended = zip(rows, row.finished, strict=True)
+        answers = [each.ids if done else each.ids[:-1] for each, done in ended]
         characters = [len(text) for text in row.responses]
         return Ranked(answers, list(row.scores), characters, place(row, "")), counts
 

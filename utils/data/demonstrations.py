@@ -10,8 +10,8 @@ import pyarrow as pa
 from utils.data import fitting, schemas
 from utils.data.chat_template import Encoded
 from utils.data.loading import DataSettings, Kind, load_items
-from utils.data.reading import Reading, Schema
 from utils.data.rows import BadRows, Row
+from utils.data.schemas import Reading, Schema
 from utils.data.splits import load_step, train_and_held_out
 from utils.data.tables import TOKENS, View, encode_all
 
@@ -35,7 +35,7 @@ class Conversation:
 
 def _convert(schema: Schema, row: Row, reading: Reading) -> list[Conversation]:
     if _is_bad_example(row.data):
-        reading.notes["have label false: what not to answer is no demonstration, left out"] += 1
+        reading.note("have label false: what not to answer is no demonstration, left out")
         return []
     made = []
     for part, each in schemas.parts(schema, row, reading):

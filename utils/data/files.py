@@ -1,4 +1,4 @@
-"""One .json, .jsonl, .csv or .parquet file -> rows, every bad one named by its line or number."""
+"""One .json, .jsonl, .csv or .parquet file → rows, every bad one named by its line or number."""
 
 from __future__ import annotations
 
@@ -34,33 +34,30 @@ OTHER_THINGS = {
     rb"version https://git-lfs": "is a Git LFS pointer and not the data; run git lfs pull",
     rb"(?i)\s*<(!doctype html|html|\?xml)": "is a web page and not the data; download it anew",
 }
+# What datasets and pyarrow raise about damaged files, beside their own.
+FROM_LIBRARIES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 @contextmanager
 def refusals_named(name: str) -> Iterator[None]:
-    """Turns what datasets and pyarrow raise about data into a DataError that names the data.
-
-    Only around their code: a damaged file leads it into errors of every kind, a KeyError or
-    TypeError as well as its own.
-    """
+    """Turns what datasets and pyarrow raise about data into a DataError that names the data. Only
+    around their code."""
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        ArrowException,
-        DatasetsError,
-    ) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (*FROM_LIBRARIES, ArrowException, DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise DataError(f"{name}: {type(error).__name__}: {error}{cause}") from error
 
@@ -77,7 +74,7 @@ def number_rows(label: str, rows: Iterable[dict]) -> Iterator[Row]:
 def read_file(path: str, bad: BadRows) -> Iterator[Row]:
     """Reads one of FILES row by row; see sources.stream_rows for arguments and errors.
 
-    Only a JSON array is in memory as a whole: what goes wrong in it is told by line and column.
+    Only a JSON array is in memory as a whole: its errors are named by line and column.
     """
     extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     if not path.lower().endswith(FILES):
@@ -93,14 +90,12 @@ def read_file(path: str, bad: BadRows) -> Iterator[Row]:
         beginning.append(line)
         if first := line.strip():
             break
-    lines = itertools.chain(beginning, lines)
+    read = _read_json_lines  # also for .json: Belle's files are JSON Lines under that name
     if extension == ".csv":
-        rows = _read_csv(path, lines, bad)
+        read = _read_csv
     elif extension == ".json" and first.startswith(b"["):
-        rows = _read_json_array(path, lines, bad)
-    else:  # Belle's .json files are JSON Lines under that name
-        rows = _read_json_lines(path, lines, bad)
-    for row in rows:
+        read = _read_json_array
+    for row in read(path, itertools.chain(beginning, lines), bad):
         some = True
         yield row
     if not some and len(bad) == before:
@@ -132,16 +127,12 @@ def _read_parquet(path: str, bad: BadRows) -> Iterator[Row]:
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(f"{path}: has the columns {', '.join(twice)} twice")
-            if not file.metadata.num_rows:
-                raise DataError(f"{path}: holds no rows")
-            number = 0
-            for batch in file.iter_batches(1024):
-                for data in _values(batch):
-                    number += 1
-                    if isinstance(data, dict):
-                        yield Row(data, f"{path} row {number}")
-                    else:
-                        bad.add(f"{path} row {number}", data)
+            batches = (_values(batch) for batch in file.iter_batches(1024))
+            for row in number_rows(path, itertools.chain.from_iterable(batches)):
+                if isinstance(row.data, dict):
+                    yield row
+                else:
+                    bad.add(row.where, row.data)
 
 
 def _values(batch) -> list[dict | str]:
@@ -149,24 +140,21 @@ def _values(batch) -> list[dict | str]:
     of its range) the reason."""
     try:
         return batch.to_pylist()
-    except (ValueError, ArithmeticError, LookupError):
-        found: list[dict | str] = []
-    for number in range(len(batch)):
-        try:
-            found += batch.slice(number, 1).to_pylist()
-        except (ValueError, ArithmeticError, LookupError) as error:
-            found.append(f"{type(error).__name__}: {error}")
-    return found
+    except (ValueError, ArithmeticError, LookupError) as error:
+        if len(batch) == 1:
+            return [f"{type(error).__name__}: {error}"]
+    return [value for n in range(len(batch)) for value in _values(batch.slice(n, 1))]
 
 
 def _decode(raw: bytes) -> tuple[str, str | None]:
     """The text of a line, and what is wrong with its bytes or None."""
     reason = "holds a NUL byte" if b"\0" in raw else None
     try:
-        return raw.decode("utf-8").replace("\0", ""), reason
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
-        return raw.decode("utf-8", "replace").replace("\0", ""), reason
+        text = raw.decode("utf-8", "replace")
+    return text.replace("\0", ""), reason
 
 
 def _read_json_lines(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterator[Row]:
@@ -194,27 +182,27 @@ def _json_refusal(error: Exception) -> str:
 
 
 def _read_json_array(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterator[Row]:
-    """Element by element, so that whatever goes wrong is known by its line and column."""
+    """Element by element, so that an error is known by its line and column."""
     decoded = [_decode(line) for line in lines]
     if spoiled := [f"{path}:{n}: {reason}" for n, (_, reason) in enumerate(decoded, 1) if reason]:
         raise DataError(spoiled)
     text = "\n".join(line for line, _ in decoded)
-    number = 0
     rest = text[text.index("[") + 1 :].lstrip(" \t\n\r")
     position, mark = len(text) - len(rest), "]" if rest.rstrip() == "]" else ","
+    number = 0
     while mark == ",":
         number, start = number + 1, position
         try:
             data, end = strict_json.DECODER.raw_decode(text, start)
-            found = ARRAY_MARK.match(text, end)
-            if not found:
+            following = ARRAY_MARK.match(text, end)
+            if not following:
                 raise json.JSONDecodeError("Expecting ',' or the final ']'", text, end)
         except (ValueError, RecursionError) as error:
             at = getattr(error, "pos", start)
             place = f"{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
             refusal = f"{_json_refusal(error)}, in element {number}"
             raise DataError(f"{path}:{place}: {refusal}") from error
-        position, mark = found.end(), found[1][0]
+        position, mark = following.end(), following[1][0]
         reason = _json_row_problem(data)
         if reason is None:
             yield Row(data, f"{path}[{number}]")
@@ -223,7 +211,7 @@ def _read_json_array(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterato
 
 
 def _json_row_problem(data: Any) -> str | None:
-    """Why a decoded value cannot be a row, or None. Iterative: depth must not end the program."""
+    """Why a decoded value cannot be a row, or None. A loop, for recursion would reach its limit."""
     if not isinstance(data, dict):
         hint = "; name a file that is one JSON array .json" if isinstance(data, list) else ""
         return f"a JSON {type(data).__name__}, not an object{hint}"
@@ -243,15 +231,15 @@ def _json_row_problem(data: Any) -> str | None:
 
 
 def _read_csv(path: str, lines: Iterable[bytes], bad: BadRows) -> Iterator[Row]:
-    """A row is named by the line it starts on; a quoted field may run over many lines."""
-    spoiled: list[str] = []  # what is wrong with the bytes of the row at hand
+    """A row is named by the line it starts on; a quoted field may contain line ends."""
+    spoiled: list[str] = []  # what is wrong with the bytes of the present row
 
     def texts() -> Iterator[str]:
         for text, wrong in map(_decode, lines):
             spoiled.extend([wrong] if wrong else [])
             yield text + "\n"
 
-    # Strict: otherwise a quote left open swallows the rest of the file without a word.
+    # Strict: otherwise a quote that is left open silently contains the rest of the file.
     reader = csv.reader(texts(), strict=True)
     csv.field_size_limit(2**31 - 1)
     header = None

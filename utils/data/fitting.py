@@ -10,7 +10,6 @@ Each function takes one row and nothing else, so that rows may be encoded in any
 
 import bisect
 import functools
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from utils.data import chat_template
@@ -69,56 +68,52 @@ def encode_prompt(
 def encode_conversation(
     tokenizer, messages, max_length: int, long_prompts: str, long_answers: str
 ) -> tuple[Encoded | None, Counts]:
-    """A conversation that ends with an answer in at most `max_length` tokens; None: left out.
-
-    What stands before the last answer is shortened to the room that the answer leaves, at least a
-    quarter of `max_length`, or with long_prompts="drop" the row is left out. An answer too long
-    even then is left out, or with long_answers="cut" loses its tail but keeps its stop token.
-    Raises TemplateError.
-    """
-    whole = chat_template.encode_conversation(tokenizer, messages)
-    prompt, answer = whole.last_answer, len(whole.ids) - whole.last_answer
-    room = prompt_room(prompt, answer, max_length)
-    if room + answer > max_length and long_answers == "drop":
-        return None, Counts(dropped=1)
-    counts = Counts(kept=1)
-    if room < prompt:
-        before = tuple(messages[:-1])
-        fitted = _fitted(tokenizer, before, room, max_length, long_prompts, long_answers)
-        if fitted is None:
-            return None, Counts(dropped=1)
-        counts.cut_prompts = int(fitted != before)
-        whole = chat_template.encode_conversation(tokenizer, (*fitted, messages[-1]))
-    counts.rewritten = int(whole.rewritten)
-    if len(whole.ids) > max_length:
-        counts.cut_answers = 1
-        ids = [*whole.ids[: max_length - 1], tokenizer.eos_token_id]
-        whole = Encoded(ids, whole.supervised[:max_length], whole.rewritten)
-    return whole, counts
+    """A conversation that ends with an answer in at most `max_length` tokens; None: left out. See
+    encode_answers."""
+    rows, counts = encode_answers(
+        tokenizer, messages[:-1], messages[-1:], max_length, long_prompts, long_answers
+    )
+    if rows is None:
+        return None, counts
+    counts.rewritten = int(rows[0].rewritten)
+    return rows[0], counts
 
 
 def encode_answers(
-    tokenizer, prompt, answers: Sequence[str], max_length: int, long_prompts: str
-) -> tuple[list[list[int]] | None, Counts]:
-    """Ids of each answer behind the same prompt, which is shortened so that the longest fits; an
-    answer that is too long even so loses its tail but keeps its stop token. None: left out. Counts
-    are of answers. Raises TemplateError."""
-    prompt = tuple(prompt)
-    turns = [{"role": "assistant", "content": text} for text in answers]
-    whole = [chat_template.encode_conversation(tokenizer, (*prompt, turn)) for turn in turns]
-    before = whole[0].last_answer
-    room = prompt_room(before, max(len(e.ids) - e.last_answer for e in whole), max_length)
-    counts = Counts(kept=len(answers))
+    tokenizer, prompt, answers, max_length: int, long_prompts: str, long_answers: str
+) -> tuple[list[Encoded] | None, Counts]:
+    """Each of `answers` (turns) behind the same prompt, in at most `max_length` tokens, and Counts
+    of answers; None: all are left out.
+
+    The prompt is shortened to the room that the longest answer leaves, at least a quarter of
+    `max_length`, or with long_prompts="drop" all are left out. An answer too long even then loses
+    its tail but keeps its stop token, or with long_answers="drop" all are left out. Raises
+    TemplateError.
+    """
+    prompt, count = tuple(prompt), len(answers)
+
+    def encoded(prompt) -> list[Encoded]:
+        return [chat_template.encode_conversation(tokenizer, (*prompt, turn)) for turn in answers]
+
+    rows = encoded(prompt)
+    before = rows[0].last_answer
+    longest = max(len(row.ids) - row.last_answer for row in rows)
+    room = prompt_room(before, longest, max_length)
+    if room + longest > max_length and long_answers == "drop":
+        return None, Counts(dropped=count)
+    counts = Counts(kept=count)
     if room < before:
-        fitted = _fitted(tokenizer, prompt, room, max_length, long_prompts, "cut")
+        fitted = _fitted(tokenizer, prompt, room, max_length, long_prompts, long_answers)
         if fitted is None:
-            return None, Counts(dropped=len(answers))
-        counts.cut_prompts = len(answers) if fitted != prompt else 0
-        whole = [chat_template.encode_conversation(tokenizer, (*fitted, turn)) for turn in turns]
-    rows = [e.ids for e in whole]
-    counts.cut_answers = sum(len(ids) > max_length for ids in rows)
-    stop = tokenizer.eos_token_id
-    return [i if len(i) <= max_length else [*i[: max_length - 1], stop] for i in rows], counts
+            return None, Counts(dropped=count)
+        counts.cut_prompts = count if fitted != prompt else 0
+        rows = encoded(fitted)
+    for i, row in enumerate(rows):
+        if len(row.ids) > max_length:
+            counts.cut_answers += 1
+            ids = [*row.ids[: max_length - 1], tokenizer.eos_token_id]
+            rows[i] = Encoded(ids, row.supervised[:max_length], row.rewritten)
+    return rows, counts
 
 
 def _fitted(tokenizer, prompt, room: int, max_length: int, long_prompts: str, long_answers: str):
@@ -131,9 +126,8 @@ def _fitted(tokenizer, prompt, room: int, max_length: int, long_prompts: str, lo
 
 
 def shortened(tokenizer, messages, limit: int) -> tuple[dict, ...] | None:
-    """The messages of a prompt with so much taken away that it has at most `limit` tokens; None
-    where its frame alone, or its last user turn without a word, has more. Raises TemplateError."""
-
+    """The messages of a prompt, shortened to at most `limit` tokens; None where its frame alone, or
+    its last user turn without a word, has more. Raises TemplateError."""
     messages = tuple(messages)
     roles = [message["role"] for message in messages]
     first = next((i for i, r in enumerate(roles) if r not in ("system", "developer")), len(roles))

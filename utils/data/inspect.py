@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.data import chat_template, schemas
+from utils.data import chat_template
 from utils.data.comparisons import COMPARISONS, Comparison
 from utils.data.demonstrations import DEMONSTRATIONS, Conversation
-from utils.data.loading import Source, load_items
+from utils.data.loading import Source, load_items, reading_of
 from utils.data.prompts import PROMPTS
 from utils.data.rows import SHOWN_PROBLEMS, BadRows, DataError
 from utils.data.sources import stream_rows
@@ -39,7 +39,7 @@ LETTERS_READ = 500  # of a row, to guess its script
 def look(name: str, flag: str, schema: str, columns: dict) -> tuple[list, list[str]]:
     """(the items that a flag's step makes of a data set, lines about them). Raises DataError."""
     kind, bad = KINDS[flag], BadRows(1.0)
-    source = Source(name, "train", kind, schemas.reading_of(kind.use, schema, columns))
+    source = Source(name, "train", kind, reading_of(kind.use, schema, columns))
     used, _ = source.open(BadRows(1.0))
     recognised = f"{flag}: schema {used}"
     if first := next(stream_rows(name, source.splits, BadRows(1.0)), None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from utils.data import schemas
-from utils.data.reading import Reading, Schema
 from utils.data.rows import BadRow, BadRows, DataError, Row
+from utils.data.schemas import Reading, Schema
 from utils.data.sources import stream_rows
+from utils.distributed import process_group
 from utils.settings.run_config import columns_of
 
 T = TypeVar("T")
+TEXTS = ("transcript", "plain")
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,39 @@ class Source:
         return self.kind.splits[self.role]
 
     def open(self, bad: BadRows) -> tuple[str, Iterator[Row]]:
-        """(schema, rows as they are read); see schemas.opened."""
-        name, rows = schemas.opened(stream_rows(self.name, self.splits, bad), self.reading, bad)
+        """(schema, rows under our column names, as they are read).
+
+        The schema is that of the first row whose columns are known. A set that has none of the
+        names of --columns is read by its own; one that has some of them is refused. Raises
+        DataError for that, and where no row's columns are known.
+        """
+        reading, rows = self.reading, stream_rows(self.name, self.splits, bad)
+        seen = list(itertools.islice(rows, 1))
+        if not seen:
+            return reading.schema, iter(())
+        columns = _columns_in(seen[0], reading.columns)
+        name = reading.schema
+        while name == "auto":
+            if fitting := _schema_of(renamed(seen[-1], columns), reading, columns):
+                name = fitting
+            elif row := next(rows, None):
+                seen.append(row)
+            else:
+                raise DataError(
+                    f"{seen[0].where}: the columns "
+                    f"{', '.join(map(repr, seen[0].data)) or '(none)'} fit no schema known here "
+                    f"({', '.join(schemas.known_for(reading.use))}); name them with --columns "
+                    "prompt=THEIRS,answer=THEIRS, rename them, or set --data_schema"
+                )
+        rows = (renamed(row, columns) for row in itertools.chain(seen, rows))
+        if join := schemas.SCHEMAS[name].join:
+            rows, name = join(rows, bad, reading.notes)
         return name, iter(rows)
 
     def items(self, schema: str, rows: Iterable[Row], bad: BadRows) -> Iterator[Any]:
         """The items of rows that all should have one schema; others go to `bad`."""
         for row in rows:
+            self.reading.noted.clear()
             try:
                 if lacks := schemas.SCHEMAS[schema].missing(row.data):
                     raise BadRow(
@@ -100,6 +129,56 @@ class Source:
                 yield from self.kind.convert(schemas.SCHEMAS[schema], row, self.reading)
             except BadRow as problem:
                 bad.add(row.where, str(problem), row.data)
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with `columns` {ours: theirs} under our names too; theirs stay, for verifiers."""
+    here = {ours: row.data[theirs] for ours, theirs in columns.items() if theirs in row.data}
+    return Row({**row.data, **here}, row.where) if here else row
+
+
+def _columns_in(row: Row, columns: Mapping[str, str]) -> Mapping[str, str]:
+    """The --columns that hold for a data set with this row: all or none."""
+    lacks = [theirs for theirs in columns.values() if theirs not in row.data]
+    if len(lacks) == len(columns):
+        return {}
+    if lacks:
+        raise DataError(
+            f"{row.where}: has no column {', '.join(lacks)}, which --columns names; it has "
+            f"{', '.join(map(repr, row.data))}"
+        )
+    return columns
+
+
+def _schema_of(row: Row, reading: Reading, columns: Mapping[str, str]) -> str | None:
+    """The first schema that fits a row and reads all columns that --columns names."""
+    wanted = columns.keys() - schemas.EXTRA
+    known = schemas.known_for(reading.use).items()
+    return next((name for name, s in known if wanted <= s.reads and s.fits(row.data)), None)
+
+
+def reading_of(use: str, schema: str, columns: Mapping[str, str] | None) -> Reading:
+    """How rows are to be read by --data_schema and --columns. Raises DataError for what cannot be.
+
+    schema: "auto", a name of SCHEMAS, "transcript" or "plain" (how texts are read), or both as
+    NAME:transcript, NAME:plain. columns: {ours: theirs}.
+    """
+    name, colon, texts = schema.partition(":")
+    if schema in TEXTS:
+        name, texts = "auto", schema
+    known, columns = schemas.known_for(use), columns or {}
+    if name not in ("auto", *known) or (colon or texts) and texts not in TEXTS:
+        raise DataError(
+            f"schema={schema!r}: set --data_schema to auto, {', '.join(known)}, or say how texts "
+            "are to be taken: transcript, plain, NAME:transcript, NAME:plain"
+        )
+    ours = schemas.EXTRA.union(*(each.reads for each in schemas.SCHEMAS.values()))
+    if unknown := sorted(columns.keys() - ours):
+        raise DataError(
+            f"--columns {unknown[0]}={columns[unknown[0]]}: no schema has a column {unknown[0]}; "
+            f"known are {', '.join(sorted(ours))}"
+        )
+    return Reading(use, name, columns, texts or "auto")
 
 
 def load_each(
@@ -112,7 +191,7 @@ def load_each(
     bad: BadRows,
 ) -> list[T]:
     """What `make` makes of each data set. Raises DataError with the problems of all of them."""
-    reading = schemas.reading_of(kind.use, schema, columns)
+    reading = reading_of(kind.use, schema, columns)
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise DataError("no data is named; give at least one file, folder or hub id")
@@ -133,7 +212,9 @@ def load_each(
             problems += error.problems
     if problems:
         raise DataError(problems + (bad.problems if bad.too_many else []))
-    reading.tell(names)
+    if process_group.is_main():
+        for remark, count in reading.notes.items():
+            print(f"{', '.join(names)}: {count} row(s) {remark}", flush=True)
     return parts
 
 
@@ -149,7 +230,7 @@ def load_items(
     """The items of a kind in data sets of any schema.
 
     Arguments: names (files, folders, hub ids, NAME:SPLIT), split_role ("train" or "eval"), schema
-    (--data_schema, see schemas.reading_of), columns (--columns, {ours: theirs}), bad (gets the bad
+    (--data_schema, see reading_of), columns (--columns, {ours: theirs}), bad (gets the bad
     rows; call its finish afterwards). Raises DataError with all that is wrong with whole files.
     """
 

@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from utils.data.reading import Reading
 from utils.data.rows import BadRow, BadRows, Row
 from utils.data.turns import kind_of
 
 FLAT = ("message_id", "parent_id", "text", "role")
 
 
-def gather(rows: Iterable[Row], bad: BadRows, notes: Counter) -> tuple[list[Row], str]:
+def join(rows: Iterable[Row], bad: BadRows, notes: Counter) -> tuple[list[Row], str]:
     """Flat messages → (trees, each where its first message stands; their schema's name).
 
     Messages without their columns go to `bad`; those whose parent is not there are counted in
@@ -91,29 +90,29 @@ def _prompts(tree: dict) -> Iterator[tuple[list[dict], dict, list[dict]]]:
         stack += [(reply, turns) for reply in reversed(replies)]
 
 
-def unfold(tree: dict, reading: Reading) -> list[tuple[str, dict]]:
+def unfold(tree: dict, reading) -> list[tuple[str, dict]]:
     """What a tree stands for: as demonstration the path of best replies, as prompts every message
     of a prompter with what was said before, as comparisons those of them with two ranked replies.
     """
     _turn(tree["prompt"])
     if not _sound(tree["prompt"]):
-        reading.notes["are trees whose first message was deleted or failed review, left out"] += 1
+        reading.note("are trees whose first message was deleted or failed review, left out")
         return []
-    if reading.use == "demonstration":
+    if reading.use in ("demonstration", "text"):
         turns, message = [_turn(tree["prompt"])], tree["prompt"]
         while replies := _replies(message):
             message = replies[0]
             turns.append(_turn(message))
         return [("messages", {"messages": turns})]
-    found = []
+    rows = []
     for turns, message, replies in _prompts(tree):
         ranked = [reply for reply in replies if _rank(reply) is not None]
         row = {"prompt": turns, "message_id": message.get("message_id")}
         if reading.use == "prompt":
-            found.append(("prompt", row))
+            rows.append(("prompt", row))
         elif len(ranked) > 1:
             row |= {"responses": [reply.get("text") for reply in ranked]}
-            found.append(("kwise", row | {"ranks": [_rank(reply) for reply in ranked]}))
-    if not found:
-        reading.notes["are trees without two ranked answers to a message, left out"] += 1
-    return found
+            rows.append(("kwise", row | {"ranks": [_rank(reply) for reply in ranked]}))
+    if not rows:
+        reading.note("are trees without two ranked answers to a message, left out")
+    return rows

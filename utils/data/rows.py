@@ -87,32 +87,32 @@ class BadRows:
         They are added to the file at report_path and counted in one line; raises DataError that
         names them where they are more than max_share of all rows.
         """
-        found = self.moved()
-        if not len(found):
+        ended = self.moved()
+        if not len(ended):
             return 0
-        count = f"{len(found)} bad row(s) of {found.seen}"
-        if found.too_many:
-            share = math.ceil(1e4 * len(found) / max(found.seen, len(found))) / 1e4
+        count = f"{len(ended)} bad row(s) of {ended.seen}"
+        if ended.too_many:
+            share = math.ceil(1e4 * len(ended) / max(ended.seen, len(ended))) / 1e4
             raise DataError(
-                found.problems,
+                ended.problems,
                 title=f"{label}: {count}, more than --max_bad_rows {self.max_share:g} lets out",
                 advice=f"Mend them, or leave them out with --max_bad_rows {share:g}.",
             )
         if process_group.is_main():
             written = ""
             if self.report_path:
-                self._report(found)
+                self._report(ended)
                 written = f", kept in {self.report_path}"
-            print(f"{label}: left out {count}{written}; the first: {found.problems[0]}", flush=True)
-        return len(found)
+            print(f"{label}: left out {count}{written}; the first: {ended.problems[0]}", flush=True)
+        return len(ended)
 
-    def _report(self, found: BadRows) -> None:
+    def _report(self, ended: BadRows) -> None:
         """Adds the lines that the file lacks: a resumed run reads its data again."""
         known: set[str] = set()
         if os.path.exists(self.report_path):
             with open(self.report_path, encoding="utf-8") as file:
                 known = set(file.read().splitlines())
-        lines = [_report_line(*entry) for entry in found.entries]
+        lines = [_report_line(*entry) for entry in ended.entries]
         if new := [line + "\n" for line in lines if line not in known]:
             whole_files.append_lines(self.report_path, "".join(new))
 

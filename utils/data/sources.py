@@ -1,12 +1,13 @@
-"""Any file, folder or hub name -> rows, with every bad one named by its file and line."""
+"""Names of data sets (files, folders, hub ids) → the rows of one split."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from utils.data.files import FILES, TEXT_FILES, number_rows, read_file, refusals_named
 from utils.data.rows import BadRows, DataError, Row
@@ -14,22 +15,46 @@ from utils.data.rows import BadRows, DataError, Row
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def read_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> list[Row]:
-    """All rows of `name` at once; see stream_rows."""
-    return list(stream_rows(name, split_candidates, bad))
+@dataclass(frozen=True)
+class Split:
+    """Files that are read here, or a datasets.Dataset that `load` gives."""
+
+    label: str
+    paths: Sequence[str] = ()
+    load: Callable | None = None
+
+    def files(self) -> list[str]:
+        """The files that the rows are in: of a Dataset the Arrow files that `datasets` made."""
+        if not self.load:
+            return list(self.paths)
+        with refusals_named(self.label):
+            return [each["filename"] for each in self.load().cache_files]
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        if self.load:
+            with refusals_named(self.label):
+                yield from number_rows(self.label, self.load())
+        problems = []
+        for path in self.paths:
+            try:
+                yield from read_file(path, bad)
+            except DataError as error:
+                problems += error.problems
+        if problems:
+            raise DataError(problems)
 
 
 def stream_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> Iterator[Row]:
-    """The rows of a local file, a local folder or a hub data set, one by one as they are read.
+    """The rows of a data set, one by one as they are read.
 
     Arguments: name (a .json, .jsonl, .csv or .parquet file, a folder or a hub id; of the latter two
     also NAME:SPLIT, NAME:CONFIG or NAME:CONFIG:SPLIT), split_candidates (the first that the data
-    set has is read; a plain file is read whole), bad (takes the rows that cannot be read). Raises
+    set has is read; a plain file is read whole), bad (gets the rows that cannot be read). Raises
     DataError for what is wrong with a whole file.
     """
-    rows = _source(name, split_candidates).read(bad)
+    rows = _split(name, split_candidates).rows(bad)
     while True:
-        before = len(bad)  # whoever takes the rows may find more of them bad
+        before = len(bad)  # the caller may add rows in between
         row = next(rows, None)
         bad.seen += len(bad) - before + (row is not None)
         if row is None:
@@ -38,36 +63,12 @@ def stream_rows(name: str, split_candidates: Sequence[str], bad: BadRows) -> Ite
 
 
 def files_behind(name: str, split_candidates: Sequence[str]) -> list[str]:
-    """The files that stream_rows reads: those of `name`, or the Arrow files that `datasets` made
-    of them. Raises DataError as it does."""
-    return _source(name, split_candidates).files()
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One split: the files it lies in, and the function that reads its rows."""
-
-    files: Callable[[], list[str]]
-    read: Callable[[BadRows], Iterator[Row]]
-
-
-def _source(name: str, split_candidates: Sequence[str]) -> _Source:
-    kind, path, pinned = _locate(name)
-    if kind == "file":
-        return _Source(lambda: [path], partial(read_file, path))
-    found, pinned = _splits(name, kind, path, pinned)
-    wanted = (pinned,) if pinned else tuple(split_candidates)
-    for split in wanted:
-        if split in found:
-            return found[split]
-    raise DataError(
-        f"{name}: has the splits {', '.join(found) or '(none)'}, but not {' or '.join(wanted)};"
-        " name one of them as NAME:SPLIT"
-    )
+    """The files that stream_rows reads. Raises DataError as it does."""
+    return _split(name, split_candidates).files()
 
 
 def has_split(name: str, split_candidates: Sequence[str]) -> bool:
-    """Whether `name` has one of the splits, to evaluate on while another is trained on.
+    """Whether a data set has one of the splits, to evaluate on while another is trained on.
 
     False for a plain file, which has none, and for NAME:SPLIT, which means that split for both.
     Raises DataError for a name that cannot be found.
@@ -75,12 +76,27 @@ def has_split(name: str, split_candidates: Sequence[str]) -> bool:
     kind, path, pinned = _locate(name)
     if kind == "file":
         return False
-    found, split = _splits(name, kind, path, pinned)
-    return not split and not found.keys().isdisjoint(split_candidates)
+    splits, split = _splits(name, kind, path, pinned)
+    return not split and not splits.keys().isdisjoint(split_candidates)
+
+
+def _split(name: str, candidates: Sequence[str]) -> Split:
+    kind, path, pinned = _locate(name)
+    if kind == "file":
+        return Split(path, [path])
+    splits, pinned = _splits(name, kind, path, pinned)
+    wanted = (pinned,) if pinned else tuple(candidates)
+    for split in wanted:
+        if split in splits:
+            return splits[split]
+    raise DataError(
+        f"{name}: has the splits {', '.join(splits) or '(none)'}, but not {' or '.join(wanted)};"
+        " name one of them as NAME:SPLIT"
+    )
 
 
 def _locate(name: str) -> tuple[str, str, str]:
-    """("file" | "folder" | "hub", path or hub id, what is pinned of it behind colons or "")."""
+    """("file" | "folder" | "hub", path or hub id, what follows it behind colons or "")."""
     path, pinned = name, ""
     while ":" in path and not os.path.exists(path) and pinned.count(":") < 1:
         base, _, word = path.rpartition(":")
@@ -92,7 +108,7 @@ def _locate(name: str) -> tuple[str, str, str]:
     if os.path.exists(path):
         if pinned:
             raise DataError(f"{name}: {path} is a plain file and has no split {pinned}")
-        return "file", path, None
+        return "file", path, ""
     if path.lower().endswith(FILES) or path.startswith(("/", ".", "~")):
         raise DataError(f"{name}: no such file or folder (looked in {os.getcwd()})")
     if not HUB_ID.fullmatch(path):
@@ -100,38 +116,35 @@ def _locate(name: str) -> tuple[str, str, str]:
     return "hub", path, pinned
 
 
-def _splits(name: str, kind: str, path: str, pinned: str) -> tuple[dict[str, _Source], str]:
-    """(the splits that a folder or hub data set has, by name; the pinned split or ""). pinned:
-    SPLIT, CONFIG, CONFIG:SPLIT or "". Raises DataError where a set of several configurations is
-    named without one."""
+def _splits(name: str, kind: str, path: str, pinned: str) -> tuple[dict[str, Split], str]:
+    """(the splits of a folder or hub data set by name, the pinned split or ""). pinned: SPLIT,
+    CONFIG, CONFIG:SPLIT or "". Raises DataError where one of several configurations must be named.
+    """
     with refusals_named(name):
         import datasets
 
-        if kind == "folder" and any(
-            os.path.exists(os.path.join(path, mark)) for mark in ("dataset_dict.json", "state.json")
-        ):
+        marks = ("dataset_dict.json", "state.json")
+        if kind == "folder" and any(os.path.exists(os.path.join(path, mark)) for mark in marks):
             saved = datasets.load_from_disk(path)
             if not isinstance(saved, dict):
                 saved = {str(saved.split or "train"): saved}
-            found = {key: _table(f"{path}[{key}]", lambda t=t: t) for key, t in saved.items()}
-            return found, pinned
+            splits = {key: Split(f"{path}[{key}]", load=lambda t=t: t) for key, t in saved.items()}
+            return splits, pinned
         config, split = _configuration(name, path, pinned)
         if kind == "folder":
             files = datasets.load_dataset_builder(path, config).config.data_files or {}
-            taken = {str(key): [str(file) for file in part] for key, part in files.items()}
-            _refuse_unread(name, path, [file for part in taken.values() for file in part])
+            paths = {str(key): [str(file) for file in part] for key, part in files.items()}
+            every = [file for part in paths.values() for file in part]
+            _refuse_unread(name, path, every)
             # Text files are read here rather than by datasets, which cannot name a bad line.
-            if taken and all(
-                file.lower().endswith(TEXT_FILES) for part in taken.values() for file in part
-            ):
-                found = {
-                    key: _Source(lambda part=part: part, partial(_read_files, part))
-                    for key, part in taken.items()
-                }
-                return found, split
+            if every and all(file.lower().endswith(TEXT_FILES) for file in every):
+                return {key: Split(f"{path}[{key}]", part) for key, part in paths.items()}, split
+        names = map(str, datasets.get_dataset_split_names(path, config))
         return {
-            key: _table(f"{path}[{key}]", partial(_load_split, path, config, key))
-            for key in map(str, datasets.get_dataset_split_names(path, config))
+            key: Split(
+                f"{path}[{key}]", load=partial(datasets.load_dataset, path, config, split=key)
+            )
+            for key in names
         }, split
 
 
@@ -153,61 +166,29 @@ def _configuration(name: str, path: str, pinned: str) -> tuple[str | None, str]:
     return config or None, split
 
 
-def _refuse_unread(name: str, path: str, taken: list[str]) -> None:
+def _refuse_unread(name: str, folder: str, read: list[str]) -> None:
     """Raises DataError for data files of a folder that are in none of its splits.
 
-    Of files of several kinds `datasets` takes one kind, and of train.jsonl beside more.jsonl only
-    the first. A README that says which files make up the set (data_files) has the last word.
+    Of files of several kinds `datasets` reads one kind, and of train.jsonl beside more.jsonl only
+    the first. A README that lists the files of the set (data_files) has the last word.
     """
     from datasets.data_files import FILES_TO_IGNORE
 
-    readme = os.path.join(path, "README.md")
-    if os.path.exists(readme):
-        with open(readme, encoding="utf-8", errors="replace") as file:
-            if "data_files:" in file.read():
-                return
-    known, left = {os.path.realpath(file) for file in taken}, []
-    for folder, inner, files in os.walk(path):
-        inner[:] = [each for each in inner if not each.startswith((".", "__"))]
-        for file in files:
-            data = file.lower().endswith(FILES) and not file.startswith((".", "__"))
-            if data and file not in FILES_TO_IGNORE:
-                left.append(os.path.join(folder, file))
-    left = sorted(file for file in left if os.path.realpath(file) not in known)
+    readme, known = Path(folder, "README.md"), set(map(os.path.realpath, read))
+    if readme.exists() and "data_files:" in readme.read_text("utf-8", errors="replace"):
+        return
+    left = sorted(
+        str(path)
+        for path in Path(folder).rglob("*")
+        if path.name.lower().endswith(FILES)
+        and path.name not in FILES_TO_IGNORE
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+        and os.path.realpath(path) not in known
+    )
     if left:
         raise DataError(
             f"{name}: {', '.join(left[:5])}{' …' if len(left) > 5 else ''} ({len(left)} in all) "
             "would be read into none of its splits; name the files that are meant, or take these "
             "out of the folder"
         )
-
-
-def _load_split(path: str, config: str | None, split: str):
-    from datasets import load_dataset
-
-    return load_dataset(path, config, split=split)
-
-
-def _table(label: str, load: Callable) -> _Source:
-    """A split that `load` gives as a datasets.Dataset."""
-
-    def files() -> list[str]:
-        with refusals_named(label):
-            return [each["filename"] for each in load().cache_files]
-
-    def read(bad: BadRows) -> Iterator[Row]:
-        with refusals_named(label):
-            yield from number_rows(label, load())
-
-    return _Source(files, read)
-
-
-def _read_files(paths: Iterable[str], bad: BadRows) -> Iterator[Row]:
-    problems = []
-    for path in paths:
-        try:
-            yield from read_file(path, bad)
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(problems)

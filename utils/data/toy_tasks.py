@@ -47,77 +47,63 @@ class Task:
     count: int = 0
 
 
+# Questions by family; of some families one list in English and one in Chinese.
+SUMS = ("What is {} + {}?", "Add {} and {}.", "{} + {} = ?", "{}加{}等于几？", "计算{}+{}。")
+SPELLING = ("Spell the word {}.", "How do you spell {}?", "请拼写{}。")
+SORTING = ("Sort these numbers: {}", "Put in order: {}", "从小到大排列：{}")
+LISTS = ("Name {} {}.", "List {} {}.", "Give me {} {}, please.")
+LISTS_ZH = ("说出{}种{}。", "请列出{}种{}。")
+COMPARISONS = (
+    ("Which is larger, {} or {}?", max),
+    ("哪个更大：{}还是{}？", max),
+    ("Which is smaller, {} or {}?", min),
+)
+GREETINGS = ("Say {1} to {0}.", "Please say {1} to {0}.")
+GREETINGS_ZH = ("对{}说{}。", "请对{}说{}。")
+KINDS_OF = ("Is {} a {} or a {}?", "{}: {} or {}?")
+KINDS_OF_ZH = ("{}是{}还是{}？", "{}属于{}还是{}？")
+REPETITION = ("Repeat {} {} times.", "Say {} {} times.")
+LETTERS = ("What is the {0} letter of {1}?", "{2} letter of {1}?")
+
+
 def _sums(r: random.Random) -> Task:
     a, b = r.randint(0, 9), r.randint(0, 9)
-    text = r.choice(
-        (
-            f"What is {a} + {b}?",
-            f"Add {a} and {b}.",
-            f"{a} + {b} = ?",
-            f"{a}加{b}等于几？",
-            f"计算{a}+{b}。",
-        )
-    )
-    return Task("sum", text, (str(a + b),))
+    return Task("sum", r.choice(SUMS).format(a, b), (str(a + b),))
 
 
 def _spelling(r: random.Random) -> Task:
     word = r.choice(WORDS)
-    text = r.choice((f"Spell the word {word}.", f"How do you spell {word}?", f"请拼写{word}。"))
-    return Task("spelling", text, (" ".join(word),))
+    return Task("spelling", r.choice(SPELLING).format(word), (" ".join(word),))
 
 
 def _sorting(r: random.Random) -> Task:
     numbers = r.sample(range(10), 3)
-    shown = " ".join(map(str, numbers))
-    text = r.choice(
-        (f"Sort these numbers: {shown}", f"Put in order: {shown}", f"从小到大排列：{shown}")
-    )
-    return Task("sorting", text, (" ".join(map(str, sorted(numbers))),))
+    question = r.choice(SORTING).format(" ".join(map(str, numbers)))
+    return Task("sorting", question, (" ".join(map(str, sorted(numbers))),))
 
 
 def _lists(r: random.Random) -> Task:
     name = r.choice(list(LEXICON))
     count = r.choice((2, 3, 4))
-    if name.isascii():
-        number = {2: "two", 3: "three", 4: "four"}[count]
-        text = r.choice(
-            (
-                f"Name {number} {name}.",
-                f"List {number} {name}.",
-                f"Give me {number} {name}, please.",
-            )
-        )
-    else:
-        number = {2: "两", 3: "三", 4: "四"}[count]
-        text = r.choice((f"说出{number}种{name}。", f"请列出{number}种{name}。"))
-    return Task("list", text, members=name, count=count)
+    english = name.isascii()
+    word = (" two three four" if english else " 两 三 四").split(" ")[count - 1]
+    question = r.choice(LISTS if english else LISTS_ZH).format(word, name)
+    return Task("list", question, members=name, count=count)
 
 
 def _comparison(r: random.Random) -> Task:
     a, b = r.sample(range(21), 2)
-    text, pick = r.choice(
-        (
-            (f"Which is larger, {a} or {b}?", max),
-            (f"哪个更大：{a}还是{b}？", max),
-            (f"Which is smaller, {a} or {b}?", min),
-        )
-    )
-    return Task("comparison", text, (str(pick(a, b)),))
+    question, pick = r.choice(COMPARISONS)
+    return Task("comparison", question.format(a, b), (str(pick(a, b)),))
 
 
 def _greeting(r: random.Random) -> Task:
     name = r.choice(NAMES + NAMES_ZH)
-    if name.isascii():
-        hello = r.choice(("hello", "goodbye", "thank you"))
-        text = r.choice((f"Say {hello} to {name}.", f"Please say {hello} to {name}."))
-        return Task("greeting", text, (f"{hello.capitalize()}, {name}!",))
-    hello = r.choice(("你好", "再见", "谢谢"))
-    return Task(
-        "greeting",
-        r.choice((f"对{name}说{hello}。", f"请对{name}说{hello}。")),
-        (f"{hello}，{name}！",),
-    )
+    english = name.isascii()
+    hello = r.choice(("hello", "goodbye", "thank you") if english else ("你好", "再见", "谢谢"))
+    question = r.choice(GREETINGS if english else GREETINGS_ZH).format(name, hello)
+    answer = f"{hello.capitalize()}, {name}!" if english else f"{hello}，{name}！"
+    return Task("greeting", question, (answer,))
 
 
 def _classification(r: random.Random) -> Task:
@@ -125,19 +111,17 @@ def _classification(r: random.Random) -> Task:
     right, other = r.sample(list(kinds), 2)
     first, second = r.sample((right, other), 2)
     word = r.choice(kinds[right])
-    if word.isascii():
-        text = r.choice((f"Is {word} a {first} or a {second}?", f"{word}: {first} or {second}?"))
-    else:
-        text = r.choice((f"{word}是{first}还是{second}？", f"{word}属于{first}还是{second}？"))
-    return Task("classification", text, (right,))
+    question = r.choice(KINDS_OF if word.isascii() else KINDS_OF_ZH)
+    return Task("classification", question.format(word, first, second), (right,))
 
 
 def _repetition(r: random.Random) -> Task:
     count = r.choice((2, 3, 4))
     if r.random() < 0.6:
         word = r.choice(WORDS)
-        text = r.choice((f"Repeat {word} {count} times.", f"Say {word} {count} times."))
-        return Task("repetition", text, (" ".join([word] * count),))
+        return Task(
+            "repetition", r.choice(REPETITION).format(word, count), (" ".join([word] * count),)
+        )
     word = r.choice(WORDS_ZH)
     return Task("repetition", f"把{word}重复{count}遍。", (word * count,))
 
@@ -145,23 +129,21 @@ def _repetition(r: random.Random) -> Task:
 def _first_letter(r: random.Random) -> Task:
     word = r.choice(WORDS)
     end = r.choice(("first", "last"))
-    text = r.choice(
-        (f"What is the {end} letter of {word}?", f"{end.capitalize()} letter of {word}?")
-    )
-    return Task("letter", text, (word[0 if end == "first" else -1],))
+    question = r.choice(LETTERS).format(end, word, end.capitalize())
+    return Task("letter", question, (word[0 if end == "first" else -1],))
 
 
-FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
-    _sums,
-    _spelling,
-    _sorting,
-    _lists,
-    _comparison,
-    _greeting,
-    _classification,
-    _repetition,
-    _first_letter,
-)
+FAMILIES: dict[str, Callable[[random.Random], Task]] = {
+    "sum": _sums,
+    "spelling": _spelling,
+    "sorting": _sorting,
+    "list": _lists,
+    "comparison": _comparison,
+    "greeting": _greeting,
+    "classification": _classification,
+    "repetition": _repetition,
+    "letter": _first_letter,
+}
 
 
 def right_answer(task: Task, r: random.Random) -> str:
@@ -183,7 +165,7 @@ def bad_answer(task: Task, r: random.Random) -> str:
         chinese = not task.prompt.isascii()
         return f"{answer}，{r.choice(RUDE[2:])}" if chinese else f"{answer}, {r.choice(RUDE[:2])}"
     for _ in range(20):  # another task of the same family, most likely with another answer
-        other = right_answer(FAMILIES[_FAMILY_INDEX[task.family]](r), r)
+        other = right_answer(FAMILIES[task.family](r), r)
         if verify(row_of(task), other) < 1.0:
             return other
     return r.choice(OFF_TOPIC)
@@ -238,22 +220,17 @@ def is_task(row: dict) -> bool:
 
 
 def row_of(task: Task) -> dict:
-    return {
-        "prompt": task.prompt,
-        "family": task.family,
-        "answers": list(task.answers),
-        "members": task.members,
-        "count": task.count,
-    }
+    row = {"prompt": task.prompt, "family": task.family, "answers": list(task.answers)}
+    return row | {"members": task.members, "count": task.count}
 
 
 def draw_tasks(count: int, seed: int) -> list[Task]:
     """`count` tasks with different prompts, families in turn while they have new prompts."""
-    r = random.Random(seed)
+    r, makers = random.Random(seed), list(FAMILIES.values())
     seen: dict[str, Task] = {}
     misses = 0
     while len(seen) < count:
-        task = FAMILIES[r.randrange(len(FAMILIES))](r)
+        task = makers[r.randrange(len(makers))](r)
         if task.prompt in seen:
             misses += 1
             if misses > 200 * count:
@@ -261,9 +238,6 @@ def draw_tasks(count: int, seed: int) -> list[Task]:
             continue
         seen[task.prompt] = task
     return list(seen.values())
-
-
-_FAMILY_INDEX = {maker(random.Random(0)).family: i for i, maker in enumerate(FAMILIES)}
 
 
 def write(
@@ -289,20 +263,11 @@ def write(
     demos = []
     for i in range(demonstrations):
         task = train[i % len(train)]
-        bad = r.random() < bad_share
-        demos.append(
-            {
-                "instruction": task.prompt,
-                "input": "",
-                "output": (bad_answer if bad else right_answer)(task, r),
-            }
-        )
-    paths = {name: folder / f"{name}.jsonl" for name in ("sft", "prompts", "held_out")}
-    for name, rows in (
-        ("sft", demos),
-        ("prompts", map(row_of, train)),
-        ("held_out", map(row_of, test)),
-    ):
+        answer = bad_answer if r.random() < bad_share else right_answer
+        demos.append({"instruction": task.prompt, "input": "", "output": answer(task, r)})
+    files = {"sft": demos, "prompts": map(row_of, train), "held_out": map(row_of, test)}
+    paths = {name: folder / f"{name}.jsonl" for name in files}
+    for name, rows in files.items():
         with whole_files.writing(paths[name]) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return paths

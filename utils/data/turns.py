@@ -1,10 +1,15 @@
-"""Lists of chat turns in the spellings that data sets have → {"role", "content"} in order."""
+"""Chat turns in the spellings that data sets have, lists or one text → {"role", "content"}.
+
+A conversation in one text ("Human: … Assistant: …") has one of three spellings: Anthropic's (HH,
+rm-static, Nectar), where a blank line stands before each mark; Belle's, where each mark begins a
+line; Guanaco's `### Human: …`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from utils import strict_json
@@ -23,22 +28,27 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# After a turn of this role one of these may come; None is the beginning.
+# The roles that may come after a turn's; None is the beginning.
 FOLLOWS = {
     None: ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+MARK = r"(Human|Assistant)[ \t]*[:：]"
+BEGINNING = re.compile(r"\s*(###[ \t]*)?" + MARK)  # a cheap test that most texts fail
+# A text has the first spelling in which it begins with Human and goes on with Assistant.
+SPELLINGS = tuple(re.compile(before + MARK) for before in (r"###[ \t]*", r"\n[ \t\r]*\n", r"\n"))
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def kind_of(value: Any) -> str:
-    """A value's type, in the words of an error message."""
+    """A value's type for an error message."""
     return "null" if value is None else type(value).__name__
 
 
 def text_of(value: Any, name: str) -> str:
-    """The value if it is a text with something in it. Raises BadRow naming `name`."""
+    """The value, which must be a text that is not blank. Raises BadRow naming `name`."""
     if not isinstance(value, str):
         raise BadRow(f"{name} is {kind_of(value)}, not a string")
     if not value.strip():
@@ -49,11 +59,10 @@ def text_of(value: Any, name: str) -> str:
 
 
 def turns_of(value: Any, name: str) -> list[dict]:
-    """A list of chat turns, in either spelling, as {"role", "content"}. Raises BadRow.
+    """A list of chat turns, in any spelling, as {"role", "content"}. Raises BadRow.
 
-    A blank system turn is left out; the order of the roles is for `in_order` to judge. A turn that
-    calls tools has `tool_calls` too, and its content may be ""; a tool's may have `name` and
-    `tool_call_id`.
+    A blank system turn is left out; in_order judges the order. A turn that calls tools has
+    `tool_calls`, and its content may be ""; a tool's may have `name` and `tool_call_id`.
     """
     if not isinstance(value, list) or not value:
         kind = "an empty list" if value == [] else f"{kind_of(value)}, not a list of turns"
@@ -90,7 +99,7 @@ def role_of(turn: Any, label: str) -> str:
 
 
 def _joined(content: Any, name: str) -> Any:
-    """Content given as parts → their text, end to end as chat templates write them."""
+    """Content given as a list of parts → their texts joined, as chat templates do."""
     if not isinstance(content, list) or not content:
         return content
     texts = []
@@ -105,11 +114,11 @@ def _joined(content: Any, name: str) -> Any:
 
 
 def _tool_calls(turn: dict, label: str) -> list[dict]:
-    """The calls of a turn as chat templates take them, arguments as an object. Raises BadRow."""
+    """The calls of a turn as chat templates expect them, arguments as an object."""
     calls = turn.get("tool_calls") or []
     if turn.get("function_call"):  # OpenAI's older spelling
         calls = [{"function": turn["function_call"]}]
-    found = []
+    result = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
         function = call.get("function", call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
@@ -124,12 +133,12 @@ def _tool_calls(turn: dict, label: str) -> list[dict]:
             raise BadRow(f"the arguments of call {number} of {label}: {problem}")
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         function = {"name": name, "arguments": arguments}
-        found.append({"type": "function", "function": function, **own})
-    return found
+        result.append({"type": "function", "function": function, **own})
+    return result
 
 
 def shows_tools(turns: Sequence[dict], text: str) -> bool:
-    """Whether `text`, which a chat template made of `turns`, holds their tool calls and results."""
+    """Whether `text`, which a chat template made of `turns`, has their tool calls and results."""
     wanted = []
     for turn in turns:
         wanted += [(call["function"]["name"],) for call in turn.get("tool_calls", ())]
@@ -140,34 +149,71 @@ def shows_tools(turns: Sequence[dict], text: str) -> bool:
     return all(any(form in text for form in forms) for forms in wanted)
 
 
+def is_transcript(text: str) -> bool:
+    """Whether a text begins with `Human:` and has the assistant's mark where a turn begins."""
+    return bool(_marks(text)[1])
+
+
+def _marks(text: str) -> tuple[str, list[re.Match]]:
+    """(the text in which the marks were found, the marks of its turns or [])."""
+    if not BEGINNING.match(text):
+        return text, []
+    text = "\n\n" + text.lstrip()
+    for spelling in SPELLINGS:
+        marks = list(spelling.finditer(text))
+        speakers = [mark[1] for mark in marks]
+        if speakers[:1] == ["Human"] and marks[0].start() <= 2 and "Assistant" in speakers:
+            return text, marks
+    return text, []
+
+
+def turns_of_text(text: str, name: str) -> list[dict]:
+    """The turns of a transcript, without the whitespace around each. Raises BadRow.
+
+    The assistant's mark at the end, after which the answer is to come, makes no turn.
+    """
+    text, marks = _marks(text)
+    if not marks:
+        raise BadRow(f'{name} is no transcript: it does not go "Human: … Assistant: …"')
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    turns = [
+        {"role": SPEAKERS[mark[1]], "content": text[mark.end() : end].strip()}
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+    if turns[-1] == {"role": "assistant", "content": ""}:
+        turns.pop()
+    if silent := [n for n, turn in enumerate(turns, 1) if not turn["content"]]:
+        raise BadRow(f"turn {silent[0]} of the transcript in {name} is empty")
+    return turns
+
+
 def split_answer(value: Any, name: str) -> tuple[Any, Any]:
-    """A list of turns as (the turns before the last assistant turn, that turn or None)."""
-    if isinstance(value, list) and value:
-        last = role_of(value[-1], f"turn {len(value)} of {name}")
-        if last == "assistant":
-            return value[:-1], value[-1]
-    return value, None
+    """A list of turns → (the turns before a last assistant turn, that turn or None)."""
+    if not isinstance(value, list) or not value:
+        return value, None
+    answered = role_of(value[-1], f"turn {len(value)} of {name}") == "assistant"
+    return (value[:-1], value[-1]) if answered else (value, None)
 
 
-def without_open_end(value: Any, name: str, notes: Counter) -> Any:
-    """A list of turns up to its last assistant turn; what is cut off is counted in `notes`."""
+def without_open_end(value: Any, name: str, note: Callable[[str], None]) -> Any:
+    """A list of turns up to its last assistant turn, where it has one."""
     if not isinstance(value, list):
         return value
     end = len(value)
     while end and role_of(value[end - 1], f"turn {end} of {name}") != "assistant":
         end -= 1
     if 0 < end < len(value):
-        notes["ended without an answer; what follows the last answer was cut off"] += 1
+        note("ended without an answer; what follows the last answer was cut off")
         return value[:end]
     return value
 
 
-def in_order(turns: Sequence[dict], system: Any, notes: Counter) -> tuple[dict, ...]:
-    """The turns of a prompt, with the row's system text in front. Raises BadRow.
+def in_order(turns: Sequence[dict], system: Any, note: Callable[[str], None]) -> tuple[dict, ...]:
+    """The turns of a prompt behind the row's system text. Raises BadRow.
 
-    After an optional system turn, user and assistant must take turns, from user to user; after an
-    assistant turn tools may answer. Assistant turns at the beginning are left out and turns of one
-    user in a row are joined, both counted in `notes`.
+    After an optional system turn, user and assistant must alternate, from user to user; after an
+    assistant turn tools may answer. Assistant turns at the beginning are left out and successive
+    turns of the user are joined, with a remark to note().
     """
     if system is not None and not isinstance(system, str):
         raise BadRow(f"system is {kind_of(system)}, not a string")
@@ -196,7 +242,7 @@ def in_order(turns: Sequence[dict], system: Any, notes: Counter) -> tuple[dict, 
     if spoken[-1] == "assistant":
         raise BadRow(f"two assistant turns follow each other: {', '.join(roles)}, assistant")
     if greeted:
-        notes["began with the assistant; what it said before anybody asked was left out"] += 1
+        note("began with the assistant; what it said before anybody asked was left out")
     if len(ordered) + greeted < len(turns):
-        notes["had several turns of the user (or system) in a row, which were joined"] += 1
+        note("had several turns of the user (or system) in a row, which were joined")
     return tuple(ordered)

@@ -116,7 +116,7 @@ def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: 
 
 
 def seconds(
-    found: Plan, work: Workload, dtype: str, ranks: int, speed: time.Speed
+    planned: Plan, work: Workload, dtype: str, ranks: int, speed: time.Speed
 ) -> dict[str, float]:
     """Seconds of each part of an iteration."""
     length, rows = work.length, work.rows(ranks)
@@ -125,12 +125,12 @@ def seconds(
     parts = {}
     if work.rollout_rows:
         decoded, prompt = work.rows_decoded(ranks), length - work.predicted
-        policy = found.shapes[work.roles[0].name]
+        policy = planned.shapes[work.roles[0].name]
         parts["generate"] = time.decoding_seconds(
             policy, rows, decoded, prompt, work.predicted, dtype, speed
         )
         parts["score"] = sum(
-            time.forward_flops(found.shapes[role.name], tokens, length, read) / speed.flops
+            time.forward_flops(planned.shapes[role.name], tokens, length, read) / speed.flops
             for role in work.roles
             if not role.held_out_only
         )
@@ -138,7 +138,7 @@ def seconds(
     steps = max(1, work.rollout_rows // work.global_batch_size)
     for role in work.roles:
         if role.trained:
-            shape, checkpointing = found.shapes[role.name], work.gradient_checkpointing
+            shape, checkpointing = planned.shapes[role.name], work.gradient_checkpointing
             passes = time.training_seconds(shape, tokens, length, read, checkpointing, speed)
             step = time.optimizer_seconds(shape, ranks, work.stage(role), speed)
             parts["train"] += work.ppo_epochs * (passes + steps * step)
@@ -183,20 +183,20 @@ def largest_micro_batch(work: Workload, dtype: str, machine: Machine) -> int:
 def changes(work: Workload, ranks: int) -> list[dict]:
     """Settings that save memory, the cheapest in time first."""
     smaller = [n for n in work.micro_batch_sizes(ranks) if n < work.micro_batch_size]
-    found = [{"micro_batch_tokens": 0, "micro_batch_size": n} for n in smaller]
+    possible = [{"micro_batch_tokens": 0, "micro_batch_size": n} for n in smaller]
     if work.micro_batch_tokens:
-        found.insert(0, {"micro_batch_tokens": 0})
+        possible.insert(0, {"micro_batch_tokens": 0})
     if not work.gradient_checkpointing:
-        found.append({"gradient_checkpointing": True})
+        possible.append({"gradient_checkpointing": True})
     critic = {"critic_zero_stage": -1} if work.critic_zero_stage >= 0 else {}
-    found += [{"zero_stage": n} | critic for n in (1, 2, 3) if n > work.zero_stage]
+    possible += [{"zero_stage": n} | critic for n in (1, 2, 3) if n > work.zero_stage]
     if work.offload == "none":
-        found.append({"offload": "optimizer", "zero_stage": max(work.zero_stage, 2)})
+        possible.append({"offload": "optimizer", "zero_stage": max(work.zero_stage, 2)})
     if work.offload != "all":
-        found.append({"offload": "all", "zero_stage": 3} | critic)
+        possible.append({"offload": "all", "zero_stage": 3} | critic)
     if work.rollout_rows and work.rollout_gather != "layer":
-        found.append({"rollout_gather": "layer", "zero_stage": 3} | critic)
-    return found
+        possible.append({"rollout_gather": "layer", "zero_stage": 3} | critic)
+    return possible
 
 
 def cheapest_change(work: Workload, dtype: str, machine: Machine) -> tuple[dict, int] | None:
@@ -239,13 +239,13 @@ def first_lines(
 
 
 def summary(work: Workload, dtype: str, machine: Machine) -> list[str]:
-    found = plan(work, dtype, machine.ranks, machine.device)
+    planned = plan(work, dtype, machine.ranks, machine.device)
     where = "CPU memory" if machine.device == "cpu" else "GPU memory"
-    line = f"plan: {found.peak / GB:.2f} GB of {where} a rank at most ({found.worst})"
-    if machine.device != "cpu" and found.host_bytes:
-        line += f", {found.host_bytes / GB:.2f} GB of CPU memory"
+    line = f"plan: {planned.peak / GB:.2f} GB of {where} a rank at most ({planned.worst})"
+    if machine.device != "cpu" and planned.host_bytes:
+        line += f", {planned.host_bytes / GB:.2f} GB of CPU memory"
     line += f"; free: {machine.memory / GB:.1f} GB"
-    if machine.holds(found):
+    if machine.holds(planned):
         return [line + ": fits"]
     change = cheapest_change(work, dtype, machine)
     mend = (

@@ -190,10 +190,18 @@ def test_a_row_always_fits_and_wastes_no_room(prompt, answer, max_length, long_a
     assert before >= min(prompt, max_length // 4)
 
 
+def encode_answers(tokenizer, prompt, texts, max_length, long_prompts):
+    """(token rows, Counts) as comparisons are encoded."""
+    answers = [{"role": "assistant", "content": text} for text in texts]
+    limits = max_length, long_prompts, "cut"
+    rows, counts = fitting.encode_answers(tokenizer, prompt, answers, *limits)
+    return rows and [row.ids for row in rows], counts
+
+
 def test_answers_of_one_prompt_share_its_tokens_and_are_counted(tokenizers):
     tokenizer = tokenizers["llama3.2"]
     stop, short, long = tokenizer.eos_token_id, "tree", "dog dog dog"
-    rows, counts = fitting.encode_answers(tokenizer, turns(LONG), [short, long], 180, "cut")
+    rows, counts = encode_answers(tokenizer, turns(LONG), [short, long], 180, "cut")
     assert counts == Counts(kept=2, cut_prompts=2)
     room = 180 - len(long) - 1
     prompt, _ = fitting.encode_prompt(tokenizer, turns(LONG), room, "cut")
@@ -201,10 +209,10 @@ def test_answers_of_one_prompt_share_its_tokens_and_are_counted(tokenizers):
     assert [row[: len(prompt)] for row in rows] == [prompt, prompt]
     assert after == [short + "<|eot|>", long + "<|eot|>"]
 
-    rows, counts = fitting.encode_answers(tokenizer, turns("one"), [short, LONG], 180, "cut")
+    rows, counts = encode_answers(tokenizer, turns("one"), [short, LONG], 180, "cut")
     assert counts == Counts(kept=2, cut_answers=1)
     assert len(rows[1]) == 180 and rows[1][-1] == stop and stop not in rows[1][80:-1]
-    left_out = fitting.encode_answers(tokenizer, turns(LONG), [short, long], 180, "drop")
+    left_out = encode_answers(tokenizer, turns(LONG), [short, long], 180, "drop")
     assert left_out == (None, Counts(dropped=2))
 
 

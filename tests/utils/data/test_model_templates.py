@@ -167,12 +167,13 @@ def test_answers_to_rank_stand_behind_the_prompt_of_ppo(name):
     tokenizer = loaded(name)
     prompt = turns("a", THOUGHTS + "tree", "b")
     answers = ["dog", THOUGHTS + "a longer answer"]
-    rows, counts = fitting.encode_answers(tokenizer, prompt, answers, 200, "cut")
+    given = [{"role": "assistant", "content": text} for text in answers]
+    rows, counts = fitting.encode_answers(tokenizer, prompt, given, 200, "cut", "cut")
     assert counts == fitting.Counts(kept=2)
     before = chat_template.encode_prompt(tokenizer, prompt)
     for row, answer in zip(rows, answers, strict=True):
-        assert row[: len(before)] == before
-        after = tokenizer.decode(row[len(before) :])
+        assert row.ids[: len(before)] == before
+        after = tokenizer.decode(row.ids[len(before) :])
         assert after.endswith(answer + tokenizer.eos_token)
 
 

@@ -157,7 +157,7 @@ def test_prompts_are_all_different(tasks):
 
 
 def test_draw_tasks_says_when_prompts_run_out(monkeypatch):
-    monkeypatch.setattr(toy_tasks, "FAMILIES", (toy_tasks._first_letter,))
+    monkeypatch.setattr(toy_tasks, "FAMILIES", {"letter": toy_tasks._first_letter})
     with pytest.raises(ValueError, match="different prompts exist, 80 wanted"):
         draw_tasks(80, seed=0)
 

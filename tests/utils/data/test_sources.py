@@ -8,7 +8,7 @@ import pytest
 
 from utils.data.demonstrations import load_conversations
 from utils.data.rows import BadRows
-from utils.data.sources import files_behind, read_rows, stream_rows
+from utils.data.sources import files_behind, stream_rows
 
 ROWS = 4000
 
@@ -96,4 +96,4 @@ def test_files_behind_a_name(tmp_path):
     ).save_to_disk(saved)
     (file,) = files_behind(saved, ("train",))
     assert file.startswith(f"{saved}/train/") and file.endswith(".arrow")
-    assert [row.data for row in read_rows(f"{saved}:test", (), BadRows())] == [{"a": 2}]
+    assert [row.data for row in stream_rows(f"{saved}:test", (), BadRows())] == [{"a": 2}]

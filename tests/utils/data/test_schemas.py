@@ -17,7 +17,7 @@ from utils.data.demonstrations import load_conversations
 from utils.data.prompts import load_prompts
 from utils.data.rows import BadRows, DataError
 from utils.data.sources import has_split
-from utils.data.transcripts import is_transcript
+from utils.data.turns import is_transcript
 from utils.models import from_scratch
 from utils.settings.command_line import build
 from utils.settings.fields import ConfigError
