@@ -41,13 +41,11 @@ class Pipeline(Settings):
     seed: int = setting(42, "seed of everything random", below=2**63)
     overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
 
-    def problems(self, world_size: int) -> list[str]:
-        problems = super().problems(world_size)
+    def contradictions(self, world_size: int) -> Iterator[str]:
         if not self.embedded and not (self.sft_data and self.preference_data):
-            problems.append("this recipe needs --sft_data and --preference_data")
+            yield "this recipe needs --sft_data and --preference_data"
         if not self.embedded and self.rounds > 1:
-            problems.append("--rounds needs the embedded task, whose verifier ranks new answers")
-        return problems
+            yield "--rounds needs the embedded task, whose verifier ranks new answers"
 
 
 def end(text: str, code: int = 2):

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from utils.models.scorer import Reader, Scorer
 from utils.run import join, output_of
 from utils.settings import command_line
 from utils.settings.fields import free, setting
-from utils.settings.run_config import RunConfig, columns_of
+from utils.settings.run_config import RunConfig, check_folder, columns_of
 
 
 @dataclass
@@ -38,7 +39,10 @@ class CollectConfig(RunConfig):
 
     sections = ("all", "collect")
     weighted = "prompt_data"
-    output_dir: str = free("", "folder of bad_rows.jsonl; empty: that of --output_file")
+    trains = False
+    output_dir: str = free(
+        "", "folder of bad_rows.jsonl; empty: that of --output_file", check=check_folder
+    )
     model_name_or_path: str = setting("", "not read: see --policy")
     policy: str = setting("", "folder or hub name of the model to sample from")
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
@@ -81,18 +85,14 @@ class CollectConfig(RunConfig):
         folder = str(Path(values.get("output_file", "")).parent)
         return values | {"output_dir": values.get("output_dir") or folder}
 
-    def problems(self, world_size: int) -> list[str]:
-        problems = super().problems(world_size)
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        yield from super().contradictions(world_size)
         needed = {"file": ["rankings"], "reward_model": ["policy", "prompt_data", "reward_model"]}
         for name in needed.get(self.labeller, ["policy", "prompt_data"]):
             if not getattr(self, name):
-                problems.append(f"labeller={self.labeller} needs --{name}, which is empty")
+                yield f"labeller={self.labeller} needs --{name}, which is empty"
         if self.output_file and os.path.isdir(self.output_file):
-            problems.append(f"output_file={self.output_file!r} is a folder; name a file in it")
-        return problems
-
-    def batch_problems(self, world_size: int) -> list[str]:
-        return []  # nothing is trained, and micro-batches of prompts may differ in size
+            yield f"output_file={self.output_file!r} is a folder; name a file in it"
 
 
 def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampled]]:

@@ -1,6 +1,7 @@
 """Settings of step 3."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from utils.data.chat_template import READ_AT, READ_AT_HELP
@@ -171,84 +172,61 @@ class PPOConfig(RunConfig):
     kl_limit: float = free(20.0, "nats a response above which a warning is given", above=0)
     stop_at_kl: float = free(0.0, "nats a response above which the run saves and ends; 0: never")
 
-    def problems(self, world_size: int) -> list[str]:
-        rollout, updates = self.rollout_size(), self.ppo_epochs * self.minibatches()
-        checks = [
-            # The rollout.
-            (
-                not self.reward_model and not self.reward_function,
-                "reward_model is empty; set --reward_model to step 2's output folder, or name a "
-                "--reward_function",
-            ),
-            (
-                rollout % max(self.global_batch_size, 1),
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        yield from super().contradictions(world_size)
+        rollout, size = self.rollout_size(), self.global_batch_size
+        # The rollout.
+        if not self.reward_model and not self.reward_function:
+            yield "reward_model is empty; set --reward_model (step 2's output) or --reward_function"
+        if rollout % max(size, 1):
+            yield (
                 f"prompts_per_rollout × samples_per_prompt = {self.prompts_per_rollout} × "
                 f"{self.samples_per_prompt} = {rollout} is not divisible by global_batch_size="
-                f"{self.global_batch_size}; set --prompts_per_rollout to a multiple, or lower "
-                "--global_batch_size",
-            ),
-            (
-                self.zero_stage == 3
-                and self.rollout_gather == "layer"
-                and self.decode in ("static", "graph"),
+                f"{size}; set --prompts_per_rollout to a multiple, or lower --global_batch_size"
+            )
+        by_layer = self.zero_stage == 3 and self.rollout_gather == "layer"
+        if by_layer and self.decode in ("static", "graph"):
+            yield (
                 f"decode={self.decode} and rollout_gather=layer: ranks that gather each layer "
-                "together cannot replay a step apart; set --decode eager",
-            ),
-            (
-                self.offload_frozen and self.stage_of_reference() == 3,
+                "together cannot replay a step apart; set --decode eager"
+            )
+        if self.offload_frozen and self.stage_of_reference() == 3:
+            yield (
                 "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
-                "--reference_zero_stage 0, or --offload all for shards in CPU memory",
-            ),
-            (
-                self.hybrid_engine == "deepspeed" and self.rollout_gather == "rollout",
+                "--reference_zero_stage 0, or --offload all for shards in CPU memory"
+            )
+        if self.hybrid_engine == "deepspeed" and self.rollout_gather == "rollout":
+            yield (
                 "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
-                "--rollout_gather auto, or --hybrid_engine native",
-            ),
-            # The algorithm.
-            (
-                self.algorithm != "ppo" and updates != 1,
+                "--rollout_gather auto, or --hybrid_engine native"
+            )
+        # The algorithm.
+        if self.algorithm != "ppo" and (self.ppo_epochs, rollout) != (1, size):
+            yield (
                 f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
                 f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
-                f"{rollout} (now {self.global_batch_size}), one step a rollout",
-            ),
-            (
-                self.algorithm == "reinforce" and self.critic_model,
-                f"algorithm=reinforce has no critic that critic_model={self.critic_model!r} could "
-                "start; leave out --critic_model",
-            ),
-            (
-                0 < self.dual_clip <= 1,
-                f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off",
-            ),
-            (
-                bool(self.ptx_coef) != bool(self.ptx_data),
-                f"ptx_coef={self.ptx_coef} and ptx_data={self.ptx_data} need each other; set both",
-            ),
-            (
-                self.kl_target > 0 and self.kl_coef == 0,
-                "kl_target multiplies kl_coef=0, which stays 0; set --kl_coef above 0",
-            ),
-            (
-                self.kl_target > 0 and self.kl_horizon <= rollout * 0.2,
+                f"{rollout} (now {size}), one step a rollout"
+            )
+        if self.algorithm == "reinforce" and self.critic_model:
+            yield f"algorithm=reinforce has no critic; leave out --critic_model {self.critic_model}"
+        if 0 < self.dual_clip <= 1:
+            yield f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off"
+        if bool(self.ptx_coef) != bool(self.ptx_data):
+            yield f"ptx_coef={self.ptx_coef} and ptx_data={self.ptx_data} need each other; set both"
+        if self.kl_target > 0 and self.kl_coef == 0:
+            yield "kl_target multiplies kl_coef=0, which stays 0; set --kl_coef above 0"
+        if self.kl_target > 0 and self.kl_horizon <= rollout * 0.2:
+            yield (
                 f"kl_horizon={self.kl_horizon} is too short for rollouts of {rollout} sequences: "
-                "kl_coef would jump; set --kl_horizon well above the rollout",
-            ),
-            (
-                self.check_only and self.self_check == "off",
-                "check_only asks for the self-check and self_check=off refuses it",
-            ),
-        ]
-        return super().problems(world_size) + [problem for wrong, problem in checks if wrong]
+                "kl_coef would jump; set --kl_horizon well above the rollout"
+            )
+        if self.check_only and self.self_check == "off":
+            yield "check_only asks for the self-check and self_check=off refuses it; drop one"
 
     def shortened(self) -> "PPOConfig":
         """The same run with a first rollout of one optimizer step, for --check_only."""
-        return dataclasses.replace(
-            self,
-            prompts_per_rollout=self.global_batch_size,
-            samples_per_prompt=1,
-            ppo_epochs=1,
-            sample_answers=0,
-        )
+        one = dict(samples_per_prompt=1, ppo_epochs=1, sample_answers=0)
+        return dataclasses.replace(self, prompts_per_rollout=self.global_batch_size, **one)
 
     def rollout_size(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt
@@ -256,10 +234,10 @@ class PPOConfig(RunConfig):
     def decoded_at_once(self, world_size: int) -> int:
         """Sequences that one rank decodes together, at most."""
         rows = -(-max(self.rollout_size(), self.max_eval_rows) // world_size)
+        if not self.generation_tokens:
+            return rows
         longest = self.max_prompt_length + self.max_response_length
-        return (
-            min(max(self.generation_tokens // longest, 1), rows) if self.generation_tokens else rows
-        )
+        return min(max(self.generation_tokens // longest, 1), rows)
 
     def minibatches(self) -> int:
         return self.rollout_size() // max(self.global_batch_size, 1)

@@ -118,7 +118,7 @@ def states_are_saved(a2c, reinforce, sequence, added):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"reward_model": ""}, "reward_model is empty; set --reward_model to step 2's output"),
+        ({"reward_model": ""}, "reward_model is empty; set --reward_model (step 2's output)"),
         (
             {"top_p": 0.9},
             "top_p=0.9 must be at least 1; set --top_p (1 only, as PPO",

@@ -8,7 +8,7 @@ import functools
 import operator
 import reprlib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal, InvalidOperation
 
 from utils.settings.secrets import hidden
@@ -77,7 +77,12 @@ class Settings:
 
     def problems(self, world_size: int) -> list[str]:
         """What cannot work, one sentence each, with the flag that mends it."""
-        return [p for f in dataclasses.fields(self) for p in self._problems_of(f)]
+        of_fields = [p for f in dataclasses.fields(self) for p in self._problems_of(f)]
+        return of_fields + list(self.contradictions(world_size))
+
+    def contradictions(self, world_size: int) -> Iterable[str]:
+        """What several settings together, or the number of ranks, make impossible."""
+        return ()
 
     @classmethod
     def completed(cls, values: dict) -> dict:

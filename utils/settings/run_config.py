@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,48 +195,32 @@ class RunConfig(Settings):
 
     # The setting whose data sets data_weights counts.
     weighted: typing.ClassVar[str] = ""
+    trains: typing.ClassVar[bool] = True  # is there a batch that the ranks share?
 
-    def problems(self, world_size: int) -> list[str]:
-        """What cannot work, one sentence each, with the flag that mends it."""
-        return super().problems(world_size) + [
-            *self.batch_problems(world_size),
-            *self._device_problems(),
-            *self._other_problems(),
-        ]
-
-    def batch_problems(self, world_size: int) -> list[str]:
+    def contradictions(self, world_size: int) -> Iterator[str]:
         # With a budget of tokens a rank's rows need not divide into micro-batches.
-        micro = 1 if self.micro_batch_tokens > 0 else self.micro_batch_size
-        if micro < 1 or self.global_batch_size % (micro * world_size) == 0:
-            return []
-        nearest = -(-self.global_batch_size // (micro * world_size)) * micro * world_size
-        return [
-            f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size × "
-            f"ranks = {micro} × {world_size} = {micro * world_size}; set --global_batch_size to a "
-            f"multiple, e.g. {nearest}, or lower --micro_batch_size"
-        ]
-
-    def _device_problems(self) -> list[str]:
-        problems = []
+        micro = 1 if self.micro_batch_tokens else self.micro_batch_size
+        size, together = self.global_batch_size, max(micro, 1) * world_size
+        if self.trains and size % together:
+            yield (
+                f"global_batch_size={size} is not divisible by micro_batch_size × ranks = "
+                f"{micro} × {world_size} = {together}; set --global_batch_size to a multiple, e.g. "
+                f"{-(-size // together) * together}, or lower --micro_batch_size"
+            )
         if self.offload == "all" and self.zero_stage != 3:
-            problems.append(f"offload=all needs ZeRO-3, not {self.zero_stage}; --zero_stage 3")
+            yield f"offload=all needs ZeRO-3, not {self.zero_stage}; set --zero_stage 3"
         if self.offload == "optimizer" and self.zero_stage == 0:
-            problems.append("offload=optimizer needs ZeRO; set --zero_stage 1, 2 or 3")
+            yield "offload=optimizer needs ZeRO; set --zero_stage 1, 2 or 3"
         if self.dtype == "fp16" and os.environ.get("DS_ACCELERATOR") == "cpu":
-            problems.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
-        return problems
-
-    def _other_problems(self) -> list[str]:
-        problems = []
+            yield "dtype=fp16 has no CPU kernels worth using; set --dtype bf16 or fp32"
         weights, names = self.data_weights, getattr(self, self.weighted, [])
         if weights and names and len(weights) != len(names):
-            problems.append(
+            yield (
                 f"data_weights={weights} has {len(weights)} numbers for {len(names)} data sets of "
                 f"--{self.weighted}; give --data_weights one a set"
             )
         if self.overwrite and self.resume == "auto":
-            problems.append("overwrite begins anew and resume=auto goes on; give one of them")
-        return problems
+            yield "overwrite begins anew and resume=auto goes on; give one of them"
 
     def accumulation(self, world_size: int) -> int:
         return self.global_batch_size // (self.micro_batch_size * world_size)
