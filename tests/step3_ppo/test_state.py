@@ -205,6 +205,7 @@ def test_the_state_is_saved_as_json(tmp_path):
         "score_variance": pytest.approx(14 / 3),
         "score_count": 3,
         "finished_score": None,
+        "logprobs_from": "",
     }
     state.adapt(12.0, 500, config_of(kl_target=0.0))
     assert state.kl_coef == 0.05 * (1 + 0.2 * 500 / 10_000), "without a target it stays"
