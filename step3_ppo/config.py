@@ -1,6 +1,7 @@
 """Settings of step 3."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +33,10 @@ class PPOConfig(RunConfig):
         "place of the reward model or added to it",
     )
     reward_function_coef: float = setting(
-        1.0, "what its scores are multiplied by", only_with="reward_function"
+        1.0,
+        "what its scores are multiplied by; below 0: what it measures costs",
+        at_least=-math.inf,
+        only_with="reward_function",
     )
     reward_function_timeout: float = free(60.0, "seconds it may take a rollout; 0: any")
     judge_model: str = setting("", "another reward model that only judges held-out answers")

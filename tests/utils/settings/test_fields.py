@@ -1,6 +1,7 @@
 """Flags, files and defaults; every problem in one message; nothing loaded before that."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -282,13 +283,18 @@ def test_values_that_cannot_work(config_class, argv, said):
     assert said in problem
 
 
+def test_what_a_reward_function_measures_may_cost():
+    argv = ["--reward_function", "a:b", "--reward_function_coef", "-0.5"]
+    assert build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1).reward_function_coef == -0.5
+
+
 def beyond_bounds(f):
     """Words for setting `f`, each just beyond one of its bounds."""
     whole = f.type is int
     step = 1 if whole else 2**-20
     limits = f.metadata
     for name, away in (("at_least", -step), ("above", 0), ("at_most", step), ("below", 0)):
-        if limits[name] is not None:
+        if limits[name] is not None and math.isfinite(limits[name]):
             yield repr((int if whole else float)(limits[name] + away)), name.replace("_", " ")
 
 
