@@ -9,12 +9,14 @@ back. Each is a module of utils/generation/engines/.
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from utils.distributed import process_group
 from utils.generation import sampling as generation
 
 
@@ -108,3 +110,30 @@ def samples_of(responses, sampling: Sampling, logprobs=None, entropies=None) -> 
     stopped = ((responses == sampling.stop_id) & mask).any(1).tolist()
     reasons = ["stop" if done else "length" for done in stopped]
     return Samples(responses.where(mask, sampling.pad_id), mask, logprobs, entropies, reasons)
+
+
+def decoded_together(request: Request, new_tokens: int, most: int) -> Iterator[tuple]:
+    """(slice of rows, the request of these without padding that none of them needs), for rows to
+    decode at once; see batches_of. The slices are the same on every rank, for the longest of all
+    ranks' i-th rows: ranks that decode in step take as many. A collective."""
+    widths = request.prompt_mask.sum(1).tolist()
+    if most:
+        every_rank = process_group.gather_objects(widths)
+        widths = [max(row) for row in zip(*every_rank, strict=True)]
+    for rows in batches_of(widths, new_tokens, most):
+        mask = request.prompt_mask[rows]
+        left = int(mask.long().argmax(1).min())
+        noise = None if request.noise is None else request.noise[rows]
+        yield rows, Request(request.prompt_ids[rows, left:], mask[:, left:], noise)
+
+
+def batches_of(widths: list[int], new_tokens: int, most: int) -> list[slice]:
+    """Rows with prompts of `widths` tokens → neighbours to decode together, at most `most` tokens
+    of prompts and room for answers; 0: all. A row longer than that goes alone."""
+    batches, start, longest = [], 0, 0
+    for row, width in enumerate(widths):
+        longest = max(longest, width)
+        if most and row > start and (row + 1 - start) * (longest + new_tokens) > most:
+            batches.append(slice(start, row))
+            start, longest = row, width
+    return [*batches, slice(start, len(widths))]
