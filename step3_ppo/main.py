@@ -135,7 +135,7 @@ def main() -> None:
     after = run.facts.setdefault("after", before)
     if config.score_normalisation == "fixed":
         state.fix(before["eval/score"], before["eval/score_std"])
-    if run.found is None:
+    if run.resumed_from is None:
         run.report.log(0, before, SHOWN)
 
     with run:
