@@ -132,7 +132,7 @@ def main() -> None:
     done = run.restore({".": folder}, {"model": engine}, examples.fingerprint())
     before = run.once("before", measure)
     run.say(f"held-out loss before: {before['eval/loss']:.4f}")
-    if run.found is None:
+    if run.resumed_from is None:
         answers.show("before")
 
     with run:

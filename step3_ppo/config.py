@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from step3_ppo.algorithm import ALGORITHMS
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
@@ -90,8 +91,8 @@ class PPOConfig(RunConfig):
 
     algorithm: str = setting(
         "ppo",
-        "a2c: no ratio, one optimizer step a rollout; reinforce: a2c, no critic",
-        ("ppo", "a2c", "reinforce"),
+        "; ".join(f"{name}: {entry.meaning}" for name, entry in ALGORITHMS.items()),
+        choices=tuple(ALGORITHMS),
     )
     action_level: str = setting(
         "token",
@@ -189,14 +190,14 @@ class PPOConfig(RunConfig):
                 "--rollout_gather auto, or --hybrid_engine native"
             )
         # The algorithm.
-        if self.algorithm != "ppo" and (self.ppo_epochs, rollout) != (1, size):
+        if ALGORITHMS[self.algorithm].one_step and (self.ppo_epochs, rollout) != (1, size):
             yield (
                 f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
                 f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
                 f"{rollout} (now {size}), one step a rollout"
             )
-        if self.algorithm == "reinforce" and self.critic_model:
-            yield f"algorithm=reinforce has no critic; leave out --critic_model {self.critic_model}"
+        if self.critic_model and not self.has_critic():
+            yield f"algorithm={self.algorithm} has no critic; leave out --critic_model"
         if 0 < self.dual_clip <= 1:
             yield f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off"
         if bool(self.ptx_coef) != bool(self.ptx_data):
@@ -233,6 +234,9 @@ class PPOConfig(RunConfig):
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()
 
+    def has_critic(self) -> bool:
+        return ALGORITHMS[self.algorithm].critic
+
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate
 
@@ -248,7 +252,7 @@ class PPOConfig(RunConfig):
         """What the planner computes memory and time from."""
         policy = self.model_name_or_path
         roles = [Role("actor", policy, trained=True)]
-        if self.algorithm != "reinforce":
+        if self.has_critic():
             start = self.critic_model or self.reward_model or policy
             critic = Role("critic", start, True, trained=True, stage_setting="critic_zero_stage")
             roles.append(critic)

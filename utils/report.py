@@ -133,17 +133,3 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def batch_arithmetic(config, world_size: int) -> str:
-    """The sum every batch setting takes part in, as it works out in this run."""
-    if config.micro_batch_tokens:
-        return (
-            f"global batch {config.global_batch_size} over {world_size} ranks, micro-batches of up "
-            f"to {config.micro_batch_tokens} tokens"
-        )
-    accumulation = config.accumulation(world_size)
-    return (
-        f"global batch {config.global_batch_size} = micro batch {config.micro_batch_size} × "
-        f"accumulation {accumulation} × ranks {world_size}"
-    )

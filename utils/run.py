@@ -39,8 +39,8 @@ def output_of(config) -> resuming.Output:
 class Run:
     """One run of one step. Every rank calls every method at the same place.
 
-    facts: what `main` wants to find again when the run is resumed, JSON only. bad_steps: see
-    BadSteps. settings: the run's config.yaml.
+    resumed_from: the checkpoint that it goes on from, None for a new run. facts: what `main` needs
+    again once the run is resumed, JSON only. settings: the run's config.yaml.
     """
 
     def __init__(self, config):
@@ -56,13 +56,13 @@ class Run:
         output_of(config).check()
         self.device = join(config)
         self.dtype = zero.resolve_dtype(config.dtype, self.device)
-        self.found = output_of(config).find()
-        config.date = resuming.date_of(config.date, self.found)
+        self.resumed_from = output_of(config).find()
+        config.date = resuming.date_of(config.date, self.resumed_from)
         self.report = reporting.Report(
             config.output_dir,
             config.log_every,
             config.tensorboard,
-            resumed_at=self.found and self.found.step,
+            resumed_at=self.resumed_from and self.resumed_from.step,
         )
         self.say = self.report.say
         self.settings = command_line.text_of(config, process_group.world_size())
@@ -70,7 +70,7 @@ class Run:
             command_line.save(config, config.output_dir, process_group.world_size())
         self.bad_steps = BadSteps(config.max_bad_steps, self.say, self.save)
         self.checkpoints = Checkpoints(
-            config.pick(Saving), dataclasses.asdict(config), self.found, self.report
+            config.pick(Saving), dataclasses.asdict(config), self.resumed_from, self.report
         )
         self.facts = self.checkpoints.facts
 
@@ -83,8 +83,16 @@ class Run:
 
     def announce(self, what: str, steps: int) -> None:
         """Say what this run is going to do, of how many steps, and the memory it will take."""
-        arithmetic = reporting.batch_arithmetic(self.config, process_group.world_size())
-        self.say(f"{what}, {self.dtype}, ZeRO-{self.config.zero_stage}, {arithmetic}")
+        batch, ranks = self.config.global_batch_size, process_group.world_size()
+        micro, tokens = self.config.micro_batch_size, self.config.micro_batch_tokens
+        arithmetic = (
+            f"{batch} over {ranks} ranks, micro-batches of up to {tokens} tokens"
+            if tokens
+            else f"{batch} = micro batch {micro} × accumulation {batch // (micro * ranks)} × ranks "
+            f"{ranks}"
+        )
+        zero_stage = f"ZeRO-{self.config.zero_stage}"
+        self.say(f"{what}, {self.dtype}, {zero_stage}, global batch {arithmetic}")
         plan.first_lines(self.config.workload(), self.dtype, self.device, self.say)
         self.report.expect(steps)
 

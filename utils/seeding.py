@@ -17,8 +17,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     if deterministic:
         # cuBLAS reads it when its first handle is made, which is later than here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Warned of and not refused: torch has no deterministic cumsum on CUDA, by its own word,
-        # and sampling needs one.
+        # Warn and go on: sampling needs a cumsum, and torch has no deterministic one on CUDA.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds atomically
 

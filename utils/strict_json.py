@@ -1,4 +1,4 @@
-"""JSON in which no name stands twice in an object: `json` takes the last one without a word."""
+"""JSON in which no name stands twice in an object: `json` silently takes the last one."""
 
 import json
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 
 def once(pairs: list[tuple[str, Any]]) -> dict:
     """An object's names and values as a dict; ValueError that tells the doubled names."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"{', '.join(map(repr, twice))} stands there twice")
-    return found
+    return values
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=once)

@@ -43,8 +43,8 @@ def naming(path: str | Path, flag: str = "--output_dir") -> Iterator[None]:
     except CannotWrite:
         raise
     except (OSError, SafetensorError) as error:
-        told = re.search(r"os error (\d+)", str(error))
-        number = int(told[1]) if told else getattr(error, "errno", None)
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else getattr(error, "errno", None)
         cause = os.strerror(number) if number else str(error)
         remedy = REMEDIES.get(number, "write elsewhere")
         raise CannotWrite(

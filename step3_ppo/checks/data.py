@@ -74,19 +74,12 @@ def stop_token(probe: Probe) -> str:
         )
     other = next(i for i in range(len(tokenizer)) if i not in (stop, pad))
     made = torch.tensor([[other, stop, pad, pad], [stop, pad, pad, pad], [other] * 4])
-    mask = generation.mask_through_stop(made, stop)
-    if mask.sum(1).tolist() != [2, 1, 4]:
-        raise Fault(
-            f"answers of 2, 1 and 4 tokens, stop token included, are masked as "
-            f"{mask.sum(1).tolist()}: a stop token outside the mask is never learned; see "
-            "generation.mask_through_stop"
-        )
-    zeros = torch.zeros(3, 4)
+    mask, zeros = generation.mask_through_stop(made, stop), torch.zeros(made.shape)
     rewards, _ = algorithm.token_rewards(torch.ones(3), zeros, zeros, mask, 0.1)
     if rewards.argmax(1).tolist() != [1, 0, 3] or float(rewards.sum()) != 3.0:
         raise Fault(
-            f"the score falls on positions {rewards.argmax(1).tolist()} and not on the last "
-            "tokens 1, 0, 3; see algorithm.token_rewards"
+            f"of answers that end at positions 1, 0 and 3 the score falls on {rewards.tolist()}; "
+            "see generation.mask_through_stop and algorithm.token_rewards"
         )
     last = rollout.response_mask.long().sum(1, keepdim=True) - 1
     ends = rollout.response_ids.gather(1, last).squeeze(1) == stop
@@ -127,9 +120,9 @@ def same_language(probe: Probe) -> str:
         return f"template and stop token agree; scores come from {probe.config.reward_function}"
     if not reward.by_text:
         return "policy and reward model share vocabulary, template, stop and pad token"
-    if reward.reader.read_at == "end":
-        return "the reward model is read behind the answer's stop token: answers go to it as text"
-    return "the reward model has another tokenizer or template: answers go to it as text"
+    end = reward.reader.read_at == "end"
+    why = "is read behind the answer's stop token" if end else "has another tokenizer or template"
+    return f"the reward model {why}: answers go to it as text"
 
 
 @check(BEFORE, "reward model")

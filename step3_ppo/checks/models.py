@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from torch.nn.functional import pad
 
 from step3_ppo.checks.probe import (
     AFTER,
@@ -13,7 +14,6 @@ from step3_ppo.checks.probe import (
     NOISE,
     Fault,
     Probe,
-    apart,
     check,
     distributions,
     train_forward,
@@ -22,7 +22,8 @@ from step3_ppo.checks.probe import (
 from utils.distributed import process_group, zero
 from utils.generation import sampling as generation
 from utils.generation.engine import Request, Sampling, synced
-from utils.models import language_model, scorer
+
+PADS = 7  # on either side, beside those that rows of different lengths need
 
 
 @check(BEFORE, "generator equals model")
@@ -71,6 +72,7 @@ def generator_equals_model(probe: Probe) -> str:
 def _answered(rollout, samples):
     """`rollout` with other answers to its prompts."""
     answers = {"response_ids": samples.response_ids, "response_mask": samples.response_mask}
+    answers["action_mask"] = samples.response_mask
     return dataclasses.replace(rollout, **answers)
 
 
@@ -93,68 +95,45 @@ def _stale_weights(module, generator) -> list[str]:
     return stale
 
 
-def _logprobs(model, ids, mask):
-    """(N,T) → (N,T−1), position t that of token t + 1."""
-    return language_model.response_logprobs(model, ids, mask, ids.shape[1] - 1)[0]
-
-
-def _values(model, ids, mask):
-    return model(ids, mask)
-
-
-def _scores(model, ids, mask):
-    return scorer.sequence_scores(model, ids, mask)[:, None].expand(ids.shape)
-
-
 @check(BEFORE, "padding changes nothing")
-@torch.no_grad()
 def padding_invariance(probe: Probe) -> str:
-    """Log-probabilities, values and scores of a row alone and with pads on either side."""
-    models, pads, most = probe.models, 14, 0.0
-    readings = [
-        ("actor's logprobs", models.actor, _logprobs),
-        ("reference's logprobs", models.reference, _logprobs),
-    ]
-    if models.critic is not None:
-        readings.append(("critic's values", models.critic, _values))
+    """Log-probabilities, values and scores of rows alone and together with pads on either side."""
+    models, some, said = probe.models, probe.own_rows(), []
+    rows = range(0, len(some.scores), COPIES)  # one answer to each prompt
+    some = some.select(list(rows))
+    left, right, pad_id = (PADS, 0), (0, PADS), models.tokenizer.pad_token_id
+    padded = dataclasses.replace(
+        some,
+        prompt_ids=pad(some.prompt_ids, left, value=pad_id),
+        prompt_mask=pad(some.prompt_mask, left),
+        response_ids=pad(some.response_ids, right, value=pad_id),
+        response_mask=pad(some.response_mask, right),
+    )
+    names = [*models.trained(), "reference"]
     if models.reward is not None and not models.reward.by_text:
-        readings.append(("reward model's scores", models.reward.model, _scores))
-    for row in range(0, len(probe.rollout.scores), COPIES * process_group.world_size()):
-        one = probe.rollout.select([row])
-        alone = torch.cat([one.prompt_ids, one.response_ids], 1).to(probe.device)
-        start, end = one.prompt_ids.shape[1] - 1, alone.shape[1] - 1
-        lefts = (0, 1, 7, pads)
-        ids = alone.new_full((len(lefts), alone.shape[1] + pads), models.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, left in enumerate(lefts):
-            ids[i, left : left + alone.shape[1]] = alone
-            mask[i, left : left + alone.shape[1]] = True
-        for what, model, read in readings:
-            plain = read(model, alone, torch.ones_like(alone, dtype=torch.bool))[:, start:end]
-            padded = read(model, ids, mask)
-            padded = torch.stack([padded[i, n + start : n + end] for i, n in enumerate(lefts)])
-            plain = plain.expand_as(padded)
+        names.append("reward model")
+    for name in names:
+        alone = [train_forward(probe, some.select([i]), name)[0] for i in range(len(rows))]
+        among = train_forward(probe, padded, name)[padded.response_mask.to(probe.device)]
+        said.append(
             probe.must_agree(
-                plain,
-                padded,
-                f"the {what} of one row with 0, 1, 7 and {pads} left pads",
+                torch.cat(alone),
+                among,
+                f"the {name} on rows alone and among pads",
                 "attention mask or position ids do not follow the padding; see "
                 "language_model.forward_inputs, or another --attn_implementation",
             )
-            most = max(most, apart(plain, padded)[1])
-    return f"every model within {most:.1e} for 0 to {pads} pads on either side"
+        )
+    return "; ".join(said)
 
 
 @check(BEFORE, "dropout is off")
 def dropout_is_off(probe: Probe) -> str:
     """Two passes of the same rows, in the mode that updates use, must be one."""
-    trained = probe.models.trained()
+    own, trained = probe.own_rows(), probe.models.trained()
     for name in trained:
-        rows = probe.own_rows()
-        first, second = (train_forward(probe, rows, name == "critic") for _ in range(2))
         probe.must_agree(
-            first,
-            second,
+            *(train_forward(probe, own, name) for _ in range(2)),
             f"two passes of the {name}",
             "dropout is on, so old and new log-probabilities differ by noise; see "
             "loading.prepare_training and the model's config (…dropout)",
@@ -175,7 +154,7 @@ def rollouts_are_on_policy(probe: Probe) -> str:
     )
     if probe.models.critic is None:
         return said
-    values = train_forward(probe, own, critic=True).cpu()
+    values = train_forward(probe, own, "critic").cpu()
     what, cause = "stored and recomputed values", "the value clip would not start at 0"
     return f"{said}; " + probe.must_agree(own.values[kept], values[kept], what, cause)
 

@@ -7,13 +7,14 @@ part in every collective.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from step3_ppo.models import Models
 from step3_ppo.rollout import Experience, Prompt, Rollout
 from utils.distributed import process_group
-from utils.models import language_model
+from utils.models import language_model, scorer
 
 COPIES, MOST_TOKENS, NOISE = 4, 32, 2**31 + 7  # answers a prompt and rank; a noise of its own
 LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB in fp32
@@ -104,32 +105,40 @@ def worst(*gaps: float) -> list[float]:
 
 
 def batch(rollout: Rollout, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,P+R) ids and mask on the device, wherever the parts of the rollout lie."""
-    ids = (rollout.prompt_ids, rollout.response_ids)
-    masks = (rollout.prompt_mask, rollout.response_mask)
-    return tuple(torch.cat([x.to(device) for x in pair], 1) for pair in (ids, masks))
+    """(B,P+R) ids and mask on the device."""
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1)
+    return ids.to(device), mask.to(device)
 
 
 @torch.no_grad()
-def train_forward(probe: Probe, rollout: Rollout, critic: bool = False) -> torch.Tensor:
-    """(B,R) log-probabilities (or values) by the forward pass that updates take, in train mode."""
-    models, micro = probe.models, probe.config.micro_batch_size
+def _read(probe: Probe, rollout: Rollout, read: Callable, rows: int) -> list[torch.Tensor]:
+    """read(ids (b,P+R), mask, R) → tensors of b rows; for a few rows at a time → of all rows."""
     ids, mask = batch(rollout, probe.device)
-    length, pieces = rollout.response_ids.shape[1], []
-    for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
-        if critic:
-            pieces.append(models.critic(i, m)[:, -length - 1 : -1])
-        else:
-            temperature = probe.config.temperature
-            logprobs, _ = language_model.response_logprobs(
-                models.actor, i, m, length, temperature=temperature
-            )
-            pieces.append(logprobs)
-    return torch.cat(pieces)
+    length = rollout.response_ids.shape[1]
+    parts = zip(ids.split(rows), mask.split(rows), strict=True)
+    pieces = [read(i, m, length) for i, m in parts]
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
-@dataclass
-class Distributions:
+def train_forward(probe: Probe, rollout: Rollout, name: str = "actor") -> torch.Tensor:
+    """(B,R) by the forward pass that training takes, in the mode that the model is in: the actor's
+    or reference's log-probabilities, the critic's values, or the reward model's score of a row."""
+    models = probe.models
+
+    def read(ids, mask, length: int) -> tuple[torch.Tensor]:
+        if name == "critic":
+            return (models.critic(ids, mask)[:, -length - 1 : -1],)
+        if name == "reward model":
+            scores = scorer.sequence_scores(models.reward.model, ids, mask)
+            return (scores[:, None].expand(-1, length),)
+        asked = (getattr(models, name), ids, mask, length)
+        return language_model.response_logprobs(*asked, temperature=probe.config.temperature)[:1]
+
+    return _read(probe, rollout, read, probe.config.micro_batch_size)[0]
+
+
+class Distributions(NamedTuple):
     """What a model says of each response position: (B,R) fp32 each, in nats."""
 
     logprobs: torch.Tensor  # of the token that stands there
@@ -138,24 +147,22 @@ class Distributions:
     variances: torch.Tensor  # of −log p under p
 
 
-@torch.no_grad()
 def distributions(probe: Probe, rollout: Rollout, model=None) -> Distributions:
-    """Of the actor in train mode, or of `model`, at --temperature. Logits exist for a few rows at a
-    time: all of them would be gigabytes."""
+    """Of the actor in train mode, or of `model`, at --temperature."""
     model = model or probe.models.actor
-    ids, mask = batch(rollout, probe.device)
-    length = rollout.response_ids.shape[1]
-    # By the limit and not by this rank's length, so that all ranks take as many forward passes.
-    row = MOST_TOKENS * probe.models.actor.module.config.vocab_size
-    micro = max(1, min(probe.config.micro_batch_size, LOGITS_AT_ONCE // row))
-    pieces = []
-    for i, m in zip(ids.split(micro), mask.split(micro), strict=True):
-        logits = language_model.response_logits(model, i, m, length)
+
+    def read(ids, mask, length: int) -> tuple[torch.Tensor, ...]:
+        logits = language_model.response_logits(model, ids, mask, length).float()
         # Impossible tokens (−∞) add 0 to the sums, where 0 × −∞ would be no number.
-        logs = (logits.float() / probe.config.temperature).log_softmax(-1).clamp(min=-1e4)
-        own = logs.gather(-1, i[:, -length:, None]).squeeze(-1)
+        logs = (logits / probe.config.temperature).log_softmax(-1).clamp(min=-1e4)
+        own = logs.gather(-1, ids[:, -length:, None]).squeeze(-1)
         p = logs.exp()
         entropy = -torch.linalg.vecdot(p, logs)
         variance = torch.linalg.vecdot(p, logs.square()) - entropy.square()
-        pieces.append((own, logs.amax(-1), entropy, variance.clamp(min=0)))
-    return Distributions(*map(torch.cat, zip(*pieces, strict=True)))
+        return own, logs.amax(-1), entropy, variance.clamp(min=0)
+
+    # All logits together would be gigabytes. By the limit and not by this rank's length, so that
+    # all ranks take as many forward passes.
+    row = MOST_TOKENS * probe.models.actor.module.config.vocab_size
+    rows = max(1, min(probe.config.micro_batch_size, LOGITS_AT_ONCE // row))
+    return Distributions(*_read(probe, rollout, read, rows))

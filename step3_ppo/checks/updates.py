@@ -71,20 +71,22 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 def on_policy_at_the_first_update(steps: FirstSteps) -> str:
     """The first minibatch of the first epoch: ratio 1, KL 0, values as stored."""
     metrics, tolerance = steps.metrics, steps.probe.tolerance
-    names = ("ratio", "approx_kl", "value_gap")
-    first = {n: metrics[f"first_{n}"] for n in names if f"first_{n}" in metrics}
-    if "ratio" not in first:
-        raise Doubt("the first optimizer step was skipped; see the lines above")
     # An answer's log-probability is a sum over its tokens, whose roundings add up as a random walk.
     sequence = steps.probe.config.action_level == "sequence"
     tokens = metrics["response_length"] if sequence else 1.0
-    # KL is of second order in what log-probabilities differ by.
-    limits = {"ratio": tokens**0.5, "approx_kl": tokens * tolerance, "value_gap": 10.0}
+    # name: (expected, tolerances that it may be off). KL is of second order in the differences.
+    allowed = {
+        "ratio": (1, 10 * tokens**0.5),
+        "approx_kl": (0, 10 * tokens * tolerance),
+        "value_gap": (0, 100),
+    }
+    first = {n: metrics[f"first_{n}"] for n in allowed if f"first_{n}" in metrics}
+    if "ratio" not in first:
+        raise Doubt("the first optimizer step was skipped; see the lines above")
     text = ", ".join(f"{name} {value:.3g}" for name, value in first.items())
     for name, value in first.items():
-        expected = int(name == "ratio")
-        gap = abs(value - 1.0) if name == "ratio" else value
-        if not gap <= limits[name] * 10 * tolerance:
+        expected, limit = allowed[name]
+        if not abs(value - expected) <= limit * tolerance:
             raise Fault(
                 f"first minibatch, first epoch: {text}; {name} should be {expected}: the update "
                 "does not see the policy that sampled (dropout, temperature, stale or shuffled "
@@ -123,8 +125,7 @@ def gradients_reach(steps: FirstSteps) -> str:
 @check(AFTER, "weights move")
 def weights_move(steps: FirstSteps) -> str:
     """Where there was a gradient and a rate, and no step was skipped, weights are not as before."""
-    said, config, metrics = [], steps.probe.config, steps.metrics
-    peaks = {"actor": config.learning_rate, "critic": config.rate_of_critic()}
+    said, metrics = [], steps.metrics
     for name, engine in steps.probe.models.trained().items():
         changed = masters(engine) != steps.weights.masters[name]
         norm, rate = (metrics[f"{name}_{x}"] for x in ("grad_norm", "learning_rate"))
@@ -137,9 +138,8 @@ def weights_move(steps: FirstSteps) -> str:
         else:
             flag = "learning_rate" if name == "actor" else "critic_learning_rate"
             raise Fault(
-                f"no weight of the {name} has moved, with gradients of norm {norm:.2g}: its "
-                f"learning rate was {rate:.2g}, of at most {peaks[name]:.2g} (--{flag}); a rate "
-                "that rounding swallows, or an optimizer that does not step these weights"
+                f"no weight of the {name} has moved, with gradients of norm {norm:.2g} at --{flag} "
+                f"{rate:.2g}: rounding swallows such a rate, or the optimizer steps other weights"
             )
     return f"weights moved: {', '.join(said)}"
 

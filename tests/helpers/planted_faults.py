@@ -30,6 +30,7 @@ from utils.distributed import process_group, zero  # noqa: E402
 from utils.generation import engine, weights
 from utils.generation import sampling as generation  # noqa: E402
 from utils.models import ema, language_model
+from utils.models.loading import Loading  # noqa: E402
 from utils.report import Report  # noqa: E402
 
 # The generator under ZeRO-3.
@@ -191,8 +192,8 @@ def average_thrown_away(patch):
     def start(real, self, module, decay):
         real(self, module, decay)
         config = step3.command_line.parse(step3.PPOConfig, step3.__doc__)
-        path = config.model_name_or_path
-        model = language_model.load(config, path, dtype="fp32", zero_stage=3)
+        how, path = config.pick(Loading), config.model_name_or_path
+        model = language_model.load(how, path, dtype="fp32", zero_stage=3)
         self.twin = zero.frozen(
             model, dtype="fp32", zero_stage=3, device=torch.device("cpu")
         ).module
@@ -282,8 +283,8 @@ def reference_differs(patch):
 
 
 def values_read_one_token_late(patch):
-    def values(real, ids, mask, length, critic):
-        return (critic(ids, mask)[:, -length:],)
+    def values(real, ids, mask, actions, critic):
+        return (critic(ids, mask)[:, -actions.shape[1] :],)
 
     around(patch, rollout, "response_values", values)
 

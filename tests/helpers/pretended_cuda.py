@@ -16,7 +16,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from tests.helpers import pretended_device
 from tests.helpers.pretended_device import DEVICE, HOST, Functions, Pretended, tensors_of
-from utils.checkpoints import background_writer
+from utils.checkpoints import background
 
 GIB = 2**30
 counts = collections.Counter()  # of what was walked
@@ -216,7 +216,7 @@ def answering():
 
     set_accelerator(Accelerator())
     with contextlib.ExitStack() as stack:
-        for kind in (threading.Thread, background_writer.Writing):
+        for kind in (threading.Thread, background.Writing):
             stack.enter_context(mock.patch.object(kind, "run", _in_a_thread(kind.run)))
         for name, answer in _TORCH_CUDA.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))

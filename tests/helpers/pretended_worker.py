@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import deepspeed  # noqa: E402
-import torch  # noqa: E402
 
 from step3_ppo import rollout  # noqa: E402
 from step3_ppo.checks import probe
@@ -43,15 +42,9 @@ def typed_lines(patch):
 # Misplaced tensors.
 
 
-def probe_joined_before_it_moves(patch):
-    """The self-check joined prompts, on the CPU, to answers as they come from the decode loop."""
-
-    def batch(real, part, device):
-        ids = torch.cat([part.prompt_ids, part.response_ids], 1)
-        mask = torch.cat([part.prompt_mask, part.response_mask], 1)
-        return ids.to(device), mask.to(device)
-
-    around(patch, probe, "batch", batch)
+def probe_left_on_the_host(patch):
+    """The self-check gives the models what lies on the CPU."""
+    around(patch, probe, "batch", lambda real, part, device: real(part, pretended_device.HOST))
 
 
 def positions_on_the_host(patch):
@@ -66,7 +59,7 @@ def reference_left_on_the_host(patch):
 
 
 def answers_left_on_the_device(patch):
-    around(patch, rollout, "_gather", lambda real, *args: _on_device(real(*args)))
+    around(patch, rollout, "gather", lambda real, *args: _on_device(real(*args)))
 
 
 def _on_device(found):

@@ -286,7 +286,7 @@ def test_ppo_with_every_option_that_moves_tensors(tiny, chain, other, tmp_path):
 
 def test_a_misplaced_tensor_breaks_the_walk(tiny, chain, tmp_path):
     faults = [
-        "probe_joined_before_it_moves",
+        "probe_left_on_the_host",
         "positions_on_the_host",
         "reference_left_on_the_host",
         "answers_left_on_the_device",
@@ -296,5 +296,5 @@ def test_a_misplaced_tensor_breaks_the_walk(tiny, chain, tmp_path):
     for name in faults:
         line = next(x for x in said.splitlines() if x.startswith(f"walked {name}:"))
         assert "broken by Expected all tensors to be on the same device" in line
-    broke_off = "self-check, before the first step: 'generator equals model' broke off on rank 0"
-    assert broke_off in part(said, "probe_joined_before_it_moves")
+    broke_off = "self-check, before the first step: 'samples follow the policy' broke off on rank 0"
+    assert broke_off in part(said, "probe_left_on_the_host")

@@ -19,8 +19,8 @@ SHARE_OF_FREE = 0.5
 class Copies:
     """Copies of tensors, in memory that the next checkpoint's copies take again.
 
-    New memory is handed out page by page as it is first written, and that takes several times as
-    long as the copying. Call `begin`, then this for each tensor in the same order as ever.
+    The system hands out new memory page by page as it is first written, which takes several times
+    as long as the copying. Call `begin`, then this for each tensor, always in the same order.
     """
 
     def __init__(self):
@@ -46,12 +46,12 @@ class Writing(threading.Thread):
 
     def __init__(self, work: Callable[[], dict]):
         super().__init__(name="checkpoint", daemon=True)
-        self._work, self._found, self._error = work, {}, None
+        self._work, self._result, self._error = work, {}, None
         self.start()
 
     def run(self) -> None:
         try:
-            self._found = self._work()
+            self._result = self._work()
         except BaseException as error:  # raised again by `result`, in the thread that asks
             self._error = error
 
@@ -60,16 +60,17 @@ class Writing(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
-        return self._found
+        return self._result
 
 
 def does_not_fit(needed: int) -> str:
-    """Why there is no memory for copies of `needed` bytes on this rank; empty where there is, on
-    every rank's machine. Every rank must call it."""
-    found = process_group.gather_objects((socket.gethostname(), needed, host_memory.free_bytes()))
-    for machine in sorted({machine for machine, _, _ in found}):
-        here = [(size, free) for name, size, free in found if name == machine]
-        wanted, free = sum(size for size, _ in here), min(free for _, free in here)
+    """Why some machine has no memory for copies of the `needed` bytes of each of its ranks; empty
+    where all have. Every rank must call it."""
+    mine = (socket.gethostname(), needed, host_memory.free_bytes())
+    ranks = process_group.gather_objects(mine)
+    for machine in sorted({name for name, _, _ in ranks}):
+        wanted = sum(size for name, size, _ in ranks if name == machine)
+        free = min(free for name, _, free in ranks if name == machine)
         if wanted > SHARE_OF_FREE * free:
             return (
                 f"a copy of the state takes {wanted / 1e9:.3g} GB of CPU memory on {machine}, "

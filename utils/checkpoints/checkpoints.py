@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.checkpoints import engine_state, manifest, model_folder, resuming
+from utils.checkpoints import engine_state, manifest, model_folder
 from utils.checkpoints.background import Copies, Writing, does_not_fit
+from utils.checkpoints.resuming import Checkpoint
 from utils.distributed import preemption, process_group
 
 
@@ -41,36 +42,39 @@ class Saving:
 
 @dataclass
 class Pending:
-    """A checkpoint that has no name yet. before: when the one before it was made."""
+    """A checkpoint that is being written. before: when the one before it was made."""
 
     step: int
     folder: Path
-    temporary: Path
     before: float
     record: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)  # of this rank, once they are written
     writing: Writing | None = None
     stood: float = 0.0  # seconds that training has waited for it
 
+    @property
+    def temporary(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.writing")
+
 
 class Checkpoints:
     """The checkpoints of one run. Every rank calls every method at the same place.
 
-    settings: all of the run, for the manifest. found: the checkpoint that the run goes on from.
+    settings: all of the run, for the manifest. start: the checkpoint that the run goes on from.
     facts: what the main loop wants to find again, JSON only; saved with each checkpoint.
     """
 
-    def __init__(self, saving: Saving, settings: dict, found: resuming.Found | None, report):
-        self.saving, self.settings, self.found, self.report = saving, settings, found, report
-        self.facts: dict = found.record["facts"] if found else {}
-        self.step = found.step if found else 0
+    def __init__(self, saving: Saving, settings: dict, start: Checkpoint | None, report):
+        self.saving, self.settings, self.start, self.report = saving, settings, start, report
+        self.facts: dict = start.record["facts"] if start else {"best": None}
+        self.step = start.step if start else 0
         self._began = time.time() - self.facts.get("seconds", 0.0)
         self._saved_at = time.time()
-        self._saved_step = self.step if found else -1
+        self._saved_step = self.step if start else -1
         self._pending: Pending | None = None
         self._copies: Copies | None = None  # where checkpoints are written in the background
         self._chosen = False
-        self._best = self.facts.get("best")  # of the checkpoints that are whole
+        self._best = self.facts["best"]  # of the checkpoints that are whole
 
     def __enter__(self) -> "Checkpoints":
         """The loop begins: from here on a signal to end waits for the next step boundary."""
@@ -89,37 +93,37 @@ class Checkpoints:
         return time.time() - self._began
 
     def follow(self, engines: dict, state: dict, outputs: dict, data: str) -> int:
-        """Save these from now on, go on where the checkpoint found ends, and return how many steps
-        are done.
+        """Save these from now on, go on where the checkpoint ends that the run starts from, and
+        return how many steps are done.
 
         engines: {name: zero.TrainEngine or EMA}, fresh. state: {name: object with state_dict() →
         JSON and load_state_dict(JSON)}. outputs: {folder: what model_folder.save writes there at
         the end of the run}. data: a fingerprint of the training rows.
         """
         self.engines, self.state, self.outputs, self.data = engines, state, outputs, data
-        if self.found is not None:
-            self._restore(self.found)
+        if self.start is not None:
+            self._restore(self.start)
         return self.step
 
-    def _restore(self, found: resuming.Found) -> None:
-        record = found.record
+    def _restore(self, start: Checkpoint) -> None:
+        record = start.record
         if record["data"] != self.data and not self.saving.resume_anyway:
             raise SystemExit(
-                f"checkpoint {found.folder} was trained on {record['data']}; the data now is "
-                f"{self.data}: step {found.step} is no place in it. Give the same data, or "
+                f"checkpoint {start.folder} was trained on {record['data']}; the data now is "
+                f"{self.data}: step {start.step} is no place in it. Give the same data, or "
                 "--resume_anyway"
             )
         names = [n for n in record["files"] if n.startswith("rank-")]
-        reader = manifest.Reader(found.folder, names)
+        reader = manifest.Reader(start.folder, names)
         try:
             for name, engine in self.engines.items():
                 engine_state.restore(engine, name, reader, record["engines"].get(name))
         except manifest.Damaged as problem:
-            raise SystemExit(f"checkpoint {found.folder} does not fit: {problem}") from None
+            raise SystemExit(f"checkpoint {start.folder} does not fit: {problem}") from None
         for name, thing in self.state.items():
             thing.load_state_dict(record["state"][name])
         engine_state.restore_random(reader, record["world_size"])
-        self.report.say(f"resumed from {found.folder}, after {found.step} steps")
+        self.report.say(f"resumed from {start.folder}, after {start.step} steps")
 
     def after_step(self, step: int, metrics: dict[str, float]) -> None:
         """After `step` passes of the loop: save where it is due; end the run where asked to."""
@@ -144,9 +148,8 @@ class Checkpoints:
         value = metrics.get(name)
         if value is None or not math.isfinite(value):
             return False
-        best = self.facts.get("best")
-        sign = 1 if direction == "max" else -1
-        if best is not None and sign * value <= sign * best["value"]:
+        best, sign = self.facts["best"], 1 if direction == "max" else -1
+        if best and sign * value <= sign * best["value"]:
             return False
         self.facts["best"] = {"metric": name, "value": value, "step": step}
         return True
@@ -165,14 +168,14 @@ class Checkpoints:
 
     def save(self, step: int, wait: bool = False) -> bool:
         """Write checkpoint `step`, in the background where that is chosen and none must `wait` for
-        it. False where a rank could not, which is told; the run goes on."""
+        it. False where a rank could not, which is said; the run goes on."""
         self.seal()
         if step == self._saved_step:
             return True
         began, copies = time.time(), None if wait else self._choose_copies()
         folder = manifest.folder_of(self.saving.output_dir, step)
-        temporary = folder.with_name(f".{folder.name}.writing")
-        pending = Pending(step, folder, temporary, self._saved_at)
+        pending = Pending(step, folder, self._saved_at)
+        temporary = pending.temporary
         try:
             with manifest.failing_together():
                 if process_group.is_main():
@@ -262,7 +265,7 @@ class Checkpoints:
 
     def seal(self) -> bool:
         """Give the checkpoint that is being written its name, once every rank has written its
-        part. Every rank must call it. False where one could not, which is told."""
+        part. Every rank must call it. False where one could not, which is said."""
         pending, self._pending = self._pending, None
         if pending is None:
             return True
@@ -282,7 +285,7 @@ class Checkpoints:
                     self._remove_old(record)
         except OSError as problem:
             return self._give_up(pending, problem)
-        self._best = pending.record["facts"].get("best")
+        self._best = pending.record["facts"]["best"]
         how = ", written in the background" if pending.writing is not None else ""
         stood = pending.stood + time.time() - began
         self.report.say(f"checkpoint {pending.folder}: training stood still {stood:.2f} s{how}")
@@ -292,11 +295,8 @@ class Checkpoints:
         if process_group.is_main():
             shutil.rmtree(pending.temporary, ignore_errors=True)
         self._saved_at, self._saved_step = pending.before, -1
-        # The best one is then the older one again, which must stay.
-        if self.facts.get("best", {}).get("step") == pending.step:
-            self.facts["best"] = self._best
-            if self._best is None:
-                del self.facts["best"]
+        if self.facts["best"] and self.facts["best"]["step"] == pending.step:
+            self.facts["best"] = self._best  # the best one that is whole, which must stay
         older = [str(s) for s in manifest.steps_in(self.saving.output_dir)]
         self.report.say(
             f"checkpoint at step {pending.step} could not be written: {problem}. Training "
@@ -308,7 +308,7 @@ class Checkpoints:
     def _remove_old(self, record: dict) -> None:
         """Keep --keep_last of them and the best. (Later ones than the record's are damaged.)"""
         steps = [s for s in manifest.steps_in(self.saving.output_dir) if s <= record["step"]]
-        best = record["facts"].get("best", {}).get("step")
+        best = record["facts"]["best"]
         for old in steps[self.saving.keep_last :] if self.saving.keep_last else []:
-            if old != best:
+            if not best or old != best["step"]:
                 manifest.remove(manifest.folder_of(self.saving.output_dir, old))

@@ -1,8 +1,8 @@
-"""What an engine remembers, as flat runs of named weights: fp32 master weights, AdamW's moments.
+"""The state of an engine as flat runs of named weights: fp32 master weights, AdamW's moments.
 
 DeepSpeed keeps these in flat partitions whose layout depends on the ZeRO stage and the number of
-ranks. Here every rank says which elements of which weight it holds, so nothing is gathered to save
-it, and any stage on any number of ranks can take it up again. Loaded bit by bit as it was.
+ranks. Here every rank says which elements of which weight it holds, so saving needs no all-gather,
+and any stage on any number of ranks can load it, to the last bit.
 """
 
 import json
@@ -40,13 +40,13 @@ def runs_of(engine, create=lambda name: False) -> list[Run]:
     if isinstance(engine, EMA):
         return _runs_of_average(engine)
     optimizer, masters, rank = engine.engine.optimizer, engine.masters(), process_group.rank()
-    found = []
+    runs = []
     for name, p in engine.module.named_parameters():
         sharded = hasattr(p, "ds_id")
         if not p.requires_grad:  # not in the optimizer: the weight as the model has it
             own = p.ds_tensor if sharded else p
             start = own.numel() * rank if sharded else 0
-            found.append(_run(name, start, {"weight": own.detach()}, p, sharded))
+            runs.append(_run(name, start, {"weight": own.detach()}, p, sharded))
             continue
         if sharded:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
@@ -73,8 +73,8 @@ def runs_of(engine, create=lambda name: False) -> list[Run]:
         run = _run(name, start, tensors, p, sharded or hasattr(p, "_hp_mapping"))
         if "step" in state:
             run.tensors["step"] = state["step"].view(1)
-        found.append(run)
-    return [run for run in found if run.tensors["weight"].numel()]
+        runs.append(run)
+    return [run for run in runs if run.tensors["weight"].numel()]
 
 
 def _run(name: str, start: int, tensors: dict, p, partitioned: bool) -> Run:
@@ -85,12 +85,12 @@ def _run(name: str, start: int, tensors: dict, p, partitioned: bool) -> Run:
 
 
 def _runs_of_average(ema: EMA) -> list[Run]:
-    found, rank = [], process_group.rank()
+    runs, rank = [], process_group.rank()
     for name, p in ema.module.named_parameters():
         shadow, sharded = ema.shadow[name], hasattr(p, "ds_id")
         start = shadow.numel() * rank if sharded else 0
-        found.append(_run(name, start, {"average": shadow}, p, sharded))
-    return [run for run in found if run.tensors["average"].numel()]
+        runs.append(_run(name, start, {"average": shadow}, p, sharded))
+    return [run for run in runs if run.tensors["average"].numel()]
 
 
 def to_write(part: str, runs: list[Run]) -> dict[str, torch.Tensor]:

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from utils import whole_files
 from utils.distributed import process_group
@@ -39,8 +41,8 @@ def folder_of(output_dir, step: int) -> Path:
 
 def steps_in(output_dir) -> list[int]:
     """The steps that have a checkpoint under this output folder, newest first."""
-    found = Path(output_dir, "checkpoints").glob("step-*")
-    return sorted((int(f.name[5:]) for f in found if f.name[5:].isdigit()), reverse=True)
+    numbers = (f.name[5:] for f in Path(output_dir, "checkpoints").glob("step-*"))
+    return sorted((int(n) for n in numbers if n.isdigit()), reverse=True)
 
 
 def remove_unfinished(output_dir) -> None:
@@ -61,8 +63,6 @@ def remove(folder: Path) -> None:
 def failing_together():
     """An OSError of one rank inside (a full disk) is an OSError of every rank, which would else
     wait for it. Every rank must pass through it."""
-    from safetensors import SafetensorError
-
     problem = None
     try:
         yield
@@ -114,22 +114,19 @@ def listed(folder: Path, known: dict[str, dict]) -> dict[str, dict]:
                 f"{folder / name} was written by another rank and is not here: --output_dir must "
                 "be a folder that all nodes share"
             )
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and name not in known:
             whole_files.sync(path)
-            found[name] = _measured(path)
-    return found
+            files[name] = _measured(path)
+    return files
 
 
 def seal(temporary: Path, folder: Path, record: dict) -> None:
     """Write the manifest, `record` with its own checksum, and give the folder its final name."""
     text = json.dumps({"sha256": _digest_of(record)} | record, indent=1)
-    with open(temporary / "manifest.json", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    whole_files.write_text(temporary / "manifest.json", text)
     for inner in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         whole_files.sync(inner)
     if folder.exists():
@@ -182,14 +179,14 @@ def verify(folder: Path, record: dict) -> None:
 
 def _problem_of(path: Path, expected: dict) -> str | None:
     try:
-        found = _measured(path)
+        now = _measured(path)
     except FileNotFoundError:
         return f"{path} is lost"
     except OSError as error:
         return f"{path} cannot be read: {error}"
-    if found["bytes"] != expected["bytes"]:
-        return f"{path} has {found['bytes']} bytes and was written with {expected['bytes']}"
-    if found["sha256"] != expected["sha256"]:
+    if now["bytes"] != expected["bytes"]:
+        return f"{path} has {now['bytes']} bytes and was written with {expected['bytes']}"
+    if now["sha256"] != expected["sha256"]:
         return f"{path} was changed since it was written (its SHA-256 differs)"
     return None
 
@@ -198,13 +195,11 @@ class Reader:
     """Flat runs of named tensors from the files of all ranks of a checkpoint.
 
     A key is `part|name|kind|start`: elements from `start` of the flattened tensor `name`. Which
-    rank wrote which run does not matter to who reads, so any ZeRO stage and any number of ranks
-    can take up what another one wrote.
+    rank wrote which run does not matter, so any ZeRO stage and any number of ranks
+    can read what another one wrote.
     """
 
     def __init__(self, folder: Path, names: list[str]):
-        from safetensors import safe_open
-
         self._runs: dict[tuple[str, str, str], list] = {}
         for name in names:
             file = safe_open(folder / name, framework="pt")
@@ -213,6 +208,8 @@ class Reader:
                 length = file.get_slice(key).get_shape()[0]
                 runs = self._runs.setdefault((part, tensor, kind), [])
                 runs.append((int(start), length, file, key))
+        for runs in self._runs.values():
+            runs.sort(key=itemgetter(0))
 
     def has(self, part: str, name: str, kind: str) -> bool:
         return (part, name, kind) in self._runs
@@ -224,19 +221,15 @@ class Reader:
 
     def read(self, part: str, name: str, kind: str, start: int, length: int) -> torch.Tensor:
         """Elements [start, start + length) of a flattened tensor, as it was written."""
-        found, have = [], start
-        for begin, count, file, key in sorted(self._runs.get((part, name, kind), []), key=_first):
+        pieces, have = [], start
+        for begin, count, file, key in self._runs.get((part, name, kind), []):
             if begin <= have < min(begin + count, start + length):
                 upto = min(begin + count, start + length)
-                found.append(file.get_slice(key)[have - begin : upto - begin])
+                pieces.append(file.get_slice(key)[have - begin : upto - begin])
                 have = upto
         if have < start + length:
             raise Damaged(
                 f"the checkpoint holds {kind} of {part} {name!r} up to element {have}, and "
                 f"{start + length} are wanted: it is of another model"
             )
-        return torch.cat(found) if len(found) != 1 else found[0]
-
-
-def _first(run) -> int:
-    return run[0]
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]

@@ -15,8 +15,8 @@ WRITTEN = ("metrics.jsonl", "result.json", "state.json", "bad_rows.jsonl")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A whole checkpoint, checked byte by byte. record: its manifest."""
+class Checkpoint:
+    """A whole one, checked byte by byte. record: its manifest."""
 
     folder: Path
     record: dict
@@ -79,7 +79,7 @@ class Output:
             process_group.leave(2, refusal(f"{what}, which is finished,", changed))
         process_group.leave(0, f"{what} is finished: nothing to do (--overwrite begins anew)")
 
-    def find(self) -> Found | None:
+    def find(self) -> Checkpoint | None:
         """The newest whole checkpoint that --resume means; None for a run from the beginning.
 
         Every rank must call it. Damaged checkpoints are named and passed over; a changed setting
@@ -101,9 +101,9 @@ class Output:
                 process_group.say(f"checkpoint {candidate} is damaged and left alone: {problem}")
                 continue
             self._check_settings(candidate, record)
-            found = Found(candidate, record)
-            self._make_way(found)
-            return found
+            checkpoint = Checkpoint(candidate, record)
+            self._make_way(checkpoint)
+            return checkpoint
         if candidates:
             raise SystemExit(
                 f"none of the {len(candidates)} checkpoints that --resume {self.resume} means is "
@@ -134,20 +134,22 @@ class Output:
         for line in rounding:
             process_group.say(f"resumed with {line}: the same path up to rounding")
 
-    def _make_way(self, found: Found) -> None:
+    def _make_way(self, checkpoint: Checkpoint) -> None:
         """Going on from a checkpoint named by hand leaves the later ones of its folder behind, or
         what another output folder holds: deleted where --overwrite says so, else refused."""
         if self.resume == "auto":
             return
         own = Path(self.output_dir)
-        inside = found.folder.resolve().parent.parent == own.resolve()
-        later = [manifest.folder_of(own, s) for s in manifest.steps_in(own) if s > found.step]
+        inside = checkpoint.folder.resolve().parent.parent == own.resolve()
+        steps = [s for s in manifest.steps_in(own) if s > checkpoint.step]
+        later = [manifest.folder_of(own, step) for step in steps]
         held = [str(folder) for folder in later] if inside else what_it_holds(own)
         if held and not self.overwrite:
             process_group.leave(
                 2,
-                f"output_dir={own} holds {', '.join(held)}, which going on from {found.folder} "
-                "would write over: --overwrite does, another --output_dir keeps it",
+                f"output_dir={own} holds {', '.join(held)}, which going on from "
+                f"{checkpoint.folder} would write over: --overwrite does, another --output_dir "
+                "keeps it",
             )
         process_group.barrier()
         if process_group.is_main():
@@ -164,10 +166,10 @@ def what_it_holds(folder: Path) -> list[str]:
     return held + sorted(str(f.relative_to(folder)) for f in folder.glob("actor/*.safetensors"))
 
 
-def date_of(date: str, found: Found | None = None) -> str:
+def date_of(date: str, checkpoint: Checkpoint | None = None) -> str:
     """The day that chat templates may state: --date, else the day that this run began, by the clock
     of rank 0. Every rank must call it."""
-    saved = found.record["config"].get("date") if found else ""
+    saved = checkpoint.record["config"].get("date") if checkpoint else ""
     today = process_group.gather_objects(datetime.date.today().isoformat())[0]
     return date or saved or today
 

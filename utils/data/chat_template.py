@@ -204,11 +204,11 @@ def encode_prompt(tokenizer, messages) -> list[int]:
 def encode_conversation(tokenizer, messages) -> Encoded:
     """All turns; the assistant's tokens are supervised, each turn's stop token included.
 
-    Text is tokenised turn by turn, so what stands before an answer is to the token what a rollout
-    is prompted with. A template that rewrites earlier answers (reasoning models': they forget the
-    thoughts) leaves those supervised that stand as they were rendered, the last one always. Raises
-    TemplateError where an answer does not follow the prompt it is asked for with, or holds the text
-    of the stop token, at which a reader would take it to end.
+    Text is tokenised turn by turn, so the tokens before an answer are exactly those that prompt a
+    rollout. Where a template rewrites earlier answers (those of reasoning models drop the thoughts)
+    only the answers that stay as they were are supervised, the last one always. Raises
+    TemplateError where an answer does not follow its generation prompt, or contains the text of the
+    stop token, which would end it early.
     """
     return _encode_turns(tokenizer, messages)[0]
 
@@ -262,8 +262,8 @@ def _before_answer(tokenizer, messages) -> str:
 def _never_answered(tokenizer, template: str) -> str:
     """What the template's generation prompt ends with that no rendered answer begins with.
 
-    DeepSeek-R1's is `<think>\n`: an answer without thoughts stands right behind the assistant's
-    header, so there rollouts begin too, and the thoughts are the policy's from their first word.
+    DeepSeek-R1's is `<think>\n`, but an answer without thoughts follows the assistant's header
+    directly. Rollouts begin there too, so that the policy writes its thoughts from the first word.
     """
     question = [{"role": "user", "content": "a"}]
     prompt = _render(tokenizer, question, True)

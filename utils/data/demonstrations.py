@@ -88,13 +88,8 @@ def load(
     """(training examples, held-out examples) as Encoded."""
     encode = Encode(tokenizer, max_length, settings.long_prompts, long_answers)
     labels = "training data", "held-out data"
-    parts = load_step(DEMONSTRATIONS, names, encode, settings, 1, "sft_data", labels, say)
-    if not all(parts):
-        raise SystemExit(
-            f"nothing left to train or evaluate on; max_length={max_length}: "
-            "raise --max_length or give more rows"
-        )
-    return parts
+    flags = "sft_data", "max_length"
+    return load_step(DEMONSTRATIONS, names, encode, settings, 1, *flags, labels, say)
 
 
 def held_out_answers(

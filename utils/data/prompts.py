@@ -90,10 +90,5 @@ def load(
     """(training prompts, held-out prompts) with tokens, those that all `readers` can read."""
     encode = Encode(tokenizer, max_prompt_length, settings.long_prompts, tuple(readers))
     labels = "prompts", "held-out prompts"
-    parts = load_step(PROMPTS, names, encode, settings, 3, "prompt_data", labels, say)
-    if not all(parts):
-        raise SystemExit(
-            f"no prompt left to train or evaluate on; max_prompt_length={max_prompt_length},"
-            f" long_prompts={settings.long_prompts}: raise --max_prompt_length, or give more rows"
-        )
-    return parts
+    flags = "prompt_data", "max_prompt_length"
+    return load_step(PROMPTS, names, encode, settings, 3, *flags, labels, say)

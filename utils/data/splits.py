@@ -23,20 +23,27 @@ def load_step(
     settings: DataSettings,
     step: int,
     flag: str,
+    limit: str,
     parts: tuple[str, str],
     say: Callable[[str], None],
 ) -> tuple[View, View]:
-    """(training rows, held-out rows) that could be encoded; either may be empty.
+    """(training rows, held-out rows) that could be encoded. Ends the run where either is empty.
 
-    flag: the setting that names the data. parts: what the two are called when they are counted.
+    flag, limit: the settings that name the data and limit its length. parts: what the two are
+    called when they are counted.
     """
     bad = settings.bad_rows()
     views = train_and_held_out(kind, names, encode, settings, step, bad)
     bad.finish(flag)
     for view, part in zip(views, parts, strict=True):
         say(view.counts().line(part))
-    train, held = views
-    return train.usable(), held.usable()
+    train, held = (view.usable() for view in views)
+    if not train or not held:
+        raise SystemExit(
+            f"{flag}: nothing left to train or evaluate on; {limit}={getattr(encode, limit)}, "
+            f"long_prompts={settings.long_prompts}: raise --{limit}, or give more rows"
+        )
+    return train, held
 
 
 def train_and_held_out(

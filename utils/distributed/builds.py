@@ -1,7 +1,7 @@
-"""DeepSpeed's just-in-time builds: told before they begin, and never waited for in vain.
+"""DeepSpeed's just-in-time builds: announced before they begin, and refused under a stale lock.
 
-An op is compiled when it is first used, 1 to 2 minutes, under a lock file that a killed process
-leaves behind; whoever comes next would wait for it for ever and without a word.
+An op is compiled when it is first used, 1 to 2 minutes, under a lock file. A killed process leaves
+the file behind, and the next one would silently wait for it for ever.
 """
 
 import functools

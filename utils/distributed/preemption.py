@@ -21,7 +21,7 @@ def note() -> None:
 
 
 def stop() -> None:
-    """A run that ends by an error is ended by its launcher's SIGTERM too, without a word."""
+    """A run that ends by an error is ended by its launcher's SIGTERM too: say nothing then."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 

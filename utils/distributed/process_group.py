@@ -93,8 +93,8 @@ def interface_towards(host: str) -> str | None:
         own = s.getsockname()[0]
     if ipaddress.ip_address(own.partition("%")[0]).is_loopback:
         return None
-    found = psutil.net_if_addrs().items()
-    return next((name for name, each in found if own in [a.address for a in each]), None)
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, each in interfaces if own in [a.address for a in each]), None)
 
 
 def _share_cores() -> None:
@@ -187,7 +187,7 @@ def shut_down() -> None:
         peers.stop()
         if _had_peers:
             dist.barrier()
-        # Rank 0 hosts the rendezvous store: it leaves last, so nobody's farewell goes unanswered.
+        # Rank 0 hosts the rendezvous store: it leaves last, once all others are gone.
         if dist.get_rank() == 0 and _had_peers:
             time.sleep(0.2)
         dist.destroy_process_group()

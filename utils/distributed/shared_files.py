@@ -41,12 +41,12 @@ def _output_problems(folder: Path, leaders: list[int]) -> list[str]:
     process_group.barrier()
     if mine:
         unseen = _unseen(files)
-    found = process_group.gather_objects((socket.gethostname(), error, unseen))
+    ranks = process_group.gather_objects((socket.gethostname(), error, unseen))
     if mine and not error:
         mine.unlink(missing_ok=True)
-    hosts = [host for host, _, _ in found]
-    failed = [f"output_dir={folder} cannot be written to on {h}: {e}" for h, e, _ in found if e]
-    pairs = [(hosts[w], hosts[r]) for r in leaders for w in found[r][2] if not found[w][1]]
+    hosts = [host for host, _, _ in ranks]
+    failed = [f"output_dir={folder} cannot be written to on {h}: {e}" for h, e, _ in ranks if e]
+    pairs = [(hosts[w], hosts[r]) for r in leaders for w in ranks[r][2] if not ranks[w][1]]
     return failed + [
         f"output_dir={folder}: what {writer} writes there is not seen on {reader}; give a folder "
         "of a file system that all machines mount (NFS, Lustre, …)"
@@ -66,15 +66,15 @@ def _unseen(files: dict[int, Path]) -> list[int]:
 def _input_problems(settings: dict, leaders: list[int]) -> list[str]:
     """Settings that name a file or folder which is not the same on every machine."""
     mine = _inputs(settings) if process_group.rank() in leaders else {}
-    found = process_group.gather_objects((socket.gethostname(), mine))
-    first, inputs = found[0]
+    ranks = process_group.gather_objects((socket.gethostname(), mine))
+    first, inputs = ranks[0]
     problems = []
     for setting, here in inputs.items():
-        others = [(found[r][0], found[r][1][setting]) for r in leaders[1:]]
+        others = [(ranks[r][0], ranks[r][1][setting]) for r in leaders[1:]]
         for host, there in [other for other in others if other[1] != here][:1]:
             problems.append(
-                f"{setting[0]}={setting[1]}: {_told(here)} on {first}, {_told(there)} on {host}; "
-                "copy it to the same path on every machine, or give one that all mount"
+                f"{setting[0]}={setting[1]}: {_described(here)} on {first}, {_described(there)} on "
+                f"{host}; copy it to the same path on every machine, or give one that all mount"
             )
     return problems
 
@@ -108,15 +108,15 @@ def _fingerprint(path: Path) -> tuple | None:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    found = []
+    files = []
     for place, inner, names in os.walk(folder):
         inner[:] = [n for n in inner if n not in PASSED_OVER and not n.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file())
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
 
 
-def _told(found: tuple | None) -> str:
-    if found is None:
+def _described(entry: tuple | None) -> str:
+    if entry is None:
         return "missing"
-    files, size, digest = found
+    files, size, digest = entry
     return f"{files} file{'s' * (files > 1)} of {size:,} bytes ({digest[:8]})"

@@ -67,9 +67,9 @@ def deepspeed_config(dtype: str, zero_stage: int, offload: str, clipping: float 
         zero_stage = 1
     zero = {
         "stage": zero_stage,
-        # Gradients leave in buckets, and ZeRO-3's weights come, while the passes go on. ZeRO-1 may
-        # not with caller-owned accumulation (DeepSpeed asserts it); ZeRO-2 and 3 reduce after each
-        # backward pass, and wait for it at its end. gloo gains nothing from it.
+        # Communication beside the passes. ZeRO-1 cannot, with accumulation by the caller (DeepSpeed
+        # asserts it); ZeRO-2 and 3 reduce after each backward pass, and wait for it at its end.
+        # gloo gains nothing from it.
         "overlap_comm": zero_stage >= 2 and torch.cuda.is_available(),
         "contiguous_gradients": True,
         "reduce_bucket_size": REDUCE_BUCKET,
@@ -108,13 +108,13 @@ def deepspeed_config(dtype: str, zero_stage: int, offload: str, clipping: float 
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     elif dtype == "fp16":
         result["fp16"] = {"enabled": True, "initial_scale_power": 16}
-    # Always said: DeepSpeed's own default is a limit of 1.
+    # Set in any case: DeepSpeed's default is a limit of 1.
     result["gradient_clipping"] = 0.0 if _we_clip(zero_stage, dtype) else clipping
     return result
 
 
 def _we_clip(zero_stage: int, dtype: str) -> bool:
-    # Without a ZeRO optimizer DeepSpeed clips but does not tell the norm, so we do both.
+    # Without a ZeRO optimizer DeepSpeed clips but does not return the norm, so we do both.
     return zero_stage == 0 and dtype == "fp32"
 
 
@@ -236,9 +236,7 @@ def rank_of(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def frozen(
-    model: nn.Module, *, dtype: str, zero_stage: int, device: torch.device, offload: str = "none"
-):
+def frozen(model: nn.Module, *, dtype: str, zero_stage: int, device, offload: str = "none"):
     """A model for inference only: whole on the device, or sharded over the ranks with ZeRO-3.
 
     Returns a callable with `model`'s forward. Dropout is off.

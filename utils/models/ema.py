@@ -10,9 +10,9 @@ from utils.distributed import zero
 class EMA:
     """`shadow ← decay · shadow + (1 − decay) · weight`, once an optimizer step.
 
-    Where ZeRO-3 shards a weight, each rank averages its own shard and nothing is gathered until
-    the weights are asked for. (Writing into a gathered parameter without `modifier_rank`, as some
-    codes do, is thrown away at the end of the gather.)
+    Where ZeRO-3 shards a weight, each rank averages its own shard, and there is no all-gather until
+    the weights are asked for. (What is written into a gathered parameter without `modifier_rank` is
+    thrown away.)
     """
 
     def __init__(self, module: nn.Module, decay: float):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from utils import whole_files
 from utils.data import cache, chat_template, comparisons, demonstrations, fitting, tables
@@ -120,6 +121,12 @@ def test_a_second_start_makes_nothing(tokenizer, tmp_path, large, monkeypatch):
     monkeypatch.setattr(cache, "_places", lambda *_: pytest.fail("hashed again"))
     second, _ = read(tokenizer, tmp_path, name)
     assert (second.places("hold_out 1") == first.places("hold_out 1")).all()
+
+
+def test_tokenising_draws_no_random_number_of_the_run(tokenizer, tmp_path, large):
+    before = torch.get_rng_state()
+    read(tokenizer, tmp_path, write(tmp_path / "rows.jsonl", some_rows()))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_other_content_settings_or_tokenizer_are_another_file(
