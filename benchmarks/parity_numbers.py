@@ -198,13 +198,14 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         ours.actor.module, ids, real, length, **score
     )
     ref_logprobs, _ = language_model.response_logprobs(ours.reference, ids, real, length, **score)
-    (values,) = rollouts.response_values(ids, real, length, ours.critic)
+    (values,) = rollouts.response_values(ids, real, mask, ours.critic)
     none = torch.zeros(len(ids))
     rollout = rollouts.Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         response_ids=responses,
         response_mask=mask,
+        action_mask=mask,
         logprobs=logprobs * mask,
         ref_logprobs=ref_logprobs * mask,
         entropies=entropies * mask,
@@ -268,7 +269,9 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     return rows, {
         "shipped": shipped,
         "actor on TRL's steps": on,
-        "critic on TRL's steps": dataclasses.replace(on, rollout=longer, mask=steps, values=values),
+        "critic on TRL's steps": dataclasses.replace(
+            on, rollout=longer, action_mask=steps, values=values
+        ),
     }
 
 

@@ -37,6 +37,7 @@ def step(turns, module: str, argv: list[str]) -> None:
 def rollout(turns, argv: list[str]) -> None:
     """The rollouts of step 3 without its updates: generate, and score by a reward function that
     takes no time. A turn is one `collect`."""
+    from step3_ppo import old_logprobs
     from step3_ppo import rollout as rollouts
     from step3_ppo.config import PPOConfig
     from step3_ppo.models import build
@@ -55,6 +56,8 @@ def rollout(turns, argv: list[str]) -> None:
     prompts, _ = tables.encode_all(loaded, encode, bad)
     prompts = prompts[: config.prompts_per_rollout]
     models = build(config, tokenizer, zero.resolve_dtype(config.dtype, device), device)
+    if config.logprobs_from == "auto":
+        config.logprobs_from = old_logprobs.choose(models, prompts, config, device, print)
     turns.ready()
     turn = 0
     while True:

@@ -12,12 +12,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-import numpy as np
-
+from step2_reward.labellers import LABELLERS, Sampled
 from utils import whole_files
 from utils.checkpoints import resuming
 from utils.data import batches, chat_template, comparisons, rows, splits, tables, toy_tasks
@@ -26,7 +24,7 @@ from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
-from utils.models import language_model, scalar_model, scorer
+from utils.models import language_model, scalar_model
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer
 from utils.run import join, output_of
@@ -59,7 +57,7 @@ class CollectConfig(RunConfig):
         "verifier",
         "what ranks: a program, a reward model, a file of human "
         "rankings, or none (write the answers for people to rank)",
-        choices=("verifier", "reward_model", "file", "none"),
+        choices=(*LABELLERS, "file"),
     )
     agreement: float = setting(
         1.0,
@@ -97,11 +95,6 @@ class CollectConfig(RunConfig):
             yield f"output_file={self.output_file!r} is a folder; name a file in it"
 
 
-class Sampled(NamedTuple):
-    text: str
-    finished: bool  # ended with the stop token, not cut at --max_response_length
-
-
 def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampled]]:
     """K answers to each prompt of `encoded` (id lists), on every rank, in that order."""
     k, length = config.answers_per_prompt, config.max_response_length
@@ -133,66 +126,6 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
     parts = process_group.gather_objects(sampled)
     everything = {i: answers for part in parts for i, answers in part.items()}
     return [[Sampled(*one) for one in everything[i]] for i in range(len(encoded))]
-
-
-# Labellers: how good each answer is, on every rank; None: people shall say.
-
-
-def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
-    """The embedded task's program, with as many errors as --agreement says."""
-    scores = [
-        [toy_tasks.verify(p.row, a.text) for a in group]
-        for p, group in zip(prompts, answers, strict=True)
-    ]
-    labels = agreeing_scores(scores, config.agreement, config.seed)
-    share = share_agreeing(scores, labels)
-    mean = sum(map(sum, scores)) / sum(map(len, scores))
-    say(
-        f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs that "
-        "differ"
-    )
-    return labels
-
-
-def by_reward_model(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
-    """Scores as PPO would give them."""
-    groups = [
-        [reward.reader.encode(prompt.messages, *answer) for answer in group]
-        for prompt, group in zip(prompts, answers, strict=True)
-    ]
-    prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)
-    model = reward.model.to(reward.device)
-    return scorer.score_groups(model, groups, reward.device, prompts_at_once)
-
-
-LABELLERS = {"verifier": by_verifier, "reward_model": by_reward_model, "none": lambda *_: None}
-
-
-def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> list[list[float]]:
-    """Scores with noise, so that a share `agreement` of the pairs that differ keep their order.
-
-    Errors are of answers rather than of pairs: the ranking of one prompt stays free of cycles, as a
-    person's is. The noise's size is found by bisection on these very answers.
-    """
-    if agreement >= 1.0:
-        return scores
-    draw, truth = random.Random(seed), np.array(scores)
-    noise = np.array([[draw.gauss(0.0, 1.0) for _ in group] for group in scores])
-    low, high = 0.0, 1e4 * (np.ptp(truth) + 1e-9)
-    for _ in range(60):
-        middle = (low + high) / 2
-        agrees = share_agreeing(truth, truth + middle * noise) > agreement
-        low, high = (middle, high) if agrees else (low, middle)
-    return (truth + high * noise).tolist()
-
-
-def share_agreeing(truth, other) -> float:
-    """(P,K) scores each → share of the pairs that differ in `truth` which `other` orders alike."""
-    truth, other = np.array(truth), np.array(other)
-    i, j = np.triu_indices(truth.shape[1], 1)
-    differ = truth[:, i] != truth[:, j]
-    alike = (truth[:, i] > truth[:, j]) == (other[:, i] > other[:, j])
-    return float(alike[differ].mean()) if differ.any() else 0.0
 
 
 # Rows of the output.

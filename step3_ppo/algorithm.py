@@ -1,9 +1,11 @@
-"""PPO's arithmetic on (B,R) tensors of response tokens. Imports torch only.
+"""PPO's arithmetic on (B,R) tensors of response tokens, and the algorithms made of it.
 
-Every per-token tensor is (B,R) fp32; `mask` (B,R) bool is True on response tokens through the
-stop token. Losses are sums over tokens: the caller divides by the token count of the whole
-optimizer step, over all ranks and micro-batches. Where a whole answer is one action
-(`one_action`), R is 1 and a "token" is an answer.
+Imports torch only.
+
+Every per-token tensor is (B,R) fp32; `mask` (B,R) bool is True on actions: the tokens that the
+policy chose, which need not be neighbours. Losses are sums over actions: the caller divides by
+their count in the whole optimizer step, over all ranks and micro-batches. Where a whole answer is
+one action (`one_action`), R is 1.
 
 Sources: Schulman et al. 2017 (PPO), 2015 (GAE); Ziegler et al. 2019; Stiennon et al. 2020
 (summarize-from-feedback); Ouyang et al. 2022 (InstructGPT); Schulman 2020, "Approximating KL
@@ -55,7 +57,7 @@ def penalise_cut(scores, finished, penalty: float, stand_in: float = torch.inf):
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float, kl_estimator: str = "k1"):
     """(B,) scores → rewards (B,R) and kl (B,R), the estimate a token that they were charged for.
 
-    Every response token pays kl_coef × kl; the last one earns the score. Only k1 is a sound penalty
+    Every action pays kl_coef × kl; a row's last one earns the score. Only k1 is a sound penalty
     here. A reward is not differentiated, so what pulls the policy back is E[kl · ∇log p]: for k1
     that is ∇KL(policy ‖ reference); for k3 it is ∇KL(policy ‖ reference) − ∇KL(reference ‖ policy),
     which cancel near the reference: what is left is of second order in the distance, where ∇KL is
@@ -64,9 +66,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float, kl_estim
     estimate = kl_estimates(logprobs, ref_logprobs)[KL_ESTIMATORS.index(kl_estimator)]
     kl = estimate.where(mask, 0.0)
     rewards = -kl_coef * kl
-    last = mask.long().sum(1) - 1
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
-    return rewards, kl
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(is_last, rewards + scores[:, None], rewards), kl
 
 
 def one_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -75,19 +76,25 @@ def one_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum(1, keepdim=True)
 
 
+def first_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,R) → (B,1), at each row's first action: V(prompt), where x are values."""
+    return x.gather(1, mask.long().argmax(1, keepdim=True))
+
+
 def gae(rewards, values, mask, gamma: float, lam: float):
     """Generalised advantage estimation → advantages (B,R), returns (B,R), 0 off the mask.
 
-    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}, with V and A 0 past the last token.
+    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}, with V and A 0 past the last action.
+    t counts actions alone: what an environment says in between is no step, and costs no discount.
     """
     advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])
-    values = values * mask
+    next_value = following = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        is_action = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        advantages[:, t] = following
+        following = torch.where(is_action, delta + gamma * lam * following, following)
+        next_value = torch.where(is_action, values[:, t], next_value)
+        advantages[:, t] = following.where(is_action, 0.0)
     return advantages, (advantages + values) * mask
 
 
@@ -168,3 +175,49 @@ def explained_variance(values, returns, mask) -> torch.Tensor:
         return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
     return 1 - variance(error) / variance(returns).clamp(min=1e-12)
+
+
+class PPO:
+    """An --algorithm: what it learns from a rollout and how. A new one is a subclass here, and its
+    line in ALGORITHMS. `config` has the fields of PPOConfig."""
+
+    meaning = "the clipped ratio of PPO, with a critic"
+    critic = True  # is there one to train?
+    one_step = False  # does its loss hold for one optimizer step a rollout only?
+    has_ratio = True  # does an action weigh in the loss advantage × ratio, or the advantage alone?
+    lam: float | None = None  # of its generalised advantages; None: --lam
+    # Whether the self-check may recompute its advantages as GAE's, from `lam` and `has_ratio`.
+    advantages_are_gae = True
+
+    def advantages(self, rewards, values, mask, config):
+        """(B,R) each → advantages and returns (B,R), 0 off the mask, not whitened."""
+        return gae(
+            rewards, values, mask, config.gamma, config.lam if self.lam is None else self.lam
+        )
+
+    def policy_loss(self, new_logprobs, logprobs, advantages, mask, config):
+        clips = config.clip_ratio, config.clip_ratio_high, config.dual_clip
+        return policy_loss(new_logprobs, logprobs, advantages, mask, *clips)
+
+    def value_loss(self, new_values, values, returns, mask, config):
+        return value_loss(new_values, values, returns, mask, config.clip_value or torch.inf)
+
+
+class A2C(PPO):
+    meaning = "no ratio, one optimizer step a rollout"
+    one_step, has_ratio = True, False
+
+    def policy_loss(self, new_logprobs, logprobs, advantages, mask, config):
+        return policy_gradient_loss(new_logprobs, logprobs, advantages, mask)
+
+    def value_loss(self, new_values, values, returns, mask, config):
+        return value_loss(new_values, values, returns, mask, torch.inf)
+
+
+class Reinforce(A2C):
+    meaning = "a2c without a critic"
+    critic = False
+    lam = 1.0  # values are 0: the advantage is the return itself
+
+
+ALGORITHMS = {"ppo": PPO(), "a2c": A2C(), "reinforce": Reinforce()}

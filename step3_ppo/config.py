@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from step3_ppo.algorithm import ALGORITHMS
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
@@ -80,34 +81,28 @@ class PPOConfig(RunConfig):
         choices=("auto", "decode", "forward"),
     )
     ppo_epochs: int = setting(1, "passes over each rollout", at_least=1)
-    temperature: float = setting(
-        1.0, "of sampling, and of the log-probabilities trained on", above=0
-    )
+    temperature: float = setting(1.0, "of sampling and of the log-probabilities", above=0)
     # A rollout that leaves out tokens is not drawn from the policy whose log-probabilities PPO
     # compares: its ratio would be wrong.
     top_p: float = setting(
-        1.0,
-        "1 only, as PPO compares whole distributions",
-        at_least=1,
-        at_most=1,
+        1.0, "1 only, as PPO compares whole distributions", at_least=1, at_most=1
     )
     top_k: int = setting(0, "0 only, as PPO compares whole distributions", at_most=0)
 
     algorithm: str = setting(
         "ppo",
-        "ppo; a2c: no ratio, one optimizer step a rollout; reinforce: a2c without a critic",
-        choices=("ppo", "a2c", "reinforce"),
+        "; ".join(f"{name}: {entry.meaning}" for name, entry in ALGORITHMS.items()),
+        choices=tuple(ALGORITHMS),
     )
     action_level: str = setting(
         "token",
-        "what one action is: a token, or the whole answer (sequence), as in InstructGPT's text",
-        choices=("token", "sequence"),
+        "what one action is: a token, or the whole answer as in InstructGPT's text",
+        ("token", "sequence"),
     )
 
     learning_rate: float = setting(
         1e-6,
-        "peak learning rate of the actor: 1e-6 is for billions of weights, one of a million takes "
-        "1e-4",
+        "peak, of the actor: for billions of weights (one of a million: 1e-4)",
         above=0,
         at_most=1,
     )
@@ -118,15 +113,11 @@ class PPOConfig(RunConfig):
         -1, "ZeRO stage of the critic; -1: the actor's", choices=(-1, 0, 1, 2, 3)
     )
     reference_zero_stage: int = rounding(
-        -1,
-        "3 shards reference and reward model over the ranks; -1: only where the actor is sharded",
-        choices=(-1, 0, 3),
+        -1, "3: reference and reward model sharded; -1: where the actor is", (-1, 0, 3)
     )
     kl_coef: float = setting(0.05, "cost of one nat of KL to the reference, on every token")
     kl_estimator: str = setting(
-        "k1",
-        "what is charged and reported as kl; only k1's policy gradient is that of the KL",
-        choices=("k1", "k2", "k3"),
+        "k1", "of what is charged; only k1's policy gradient is that of the KL", ("k1", "k2", "k3")
     )
     kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
     kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts", above=0)
@@ -158,11 +149,9 @@ class PPOConfig(RunConfig):
         0.0, "weight of the language-model loss on --ptx_data in the actor's (InstructGPT: 27.8)"
     )
     ptx_data: list[str] = setting(
-        [], "demonstrations or rows of plain `text`: files, folders or hub names"
+        [], "demonstrations, or rows of `text`: files, folders, hub names"
     )
-    ema_decay: float = setting(
-        0.992, "of the averaged actor, once an optimizer step; 0: none", below=1
-    )
+    ema_decay: float = setting(0.992, "of the averaged actor, an optimizer step; 0: none", below=1)
     sample_answers: int = free(3, "held-out prompts whose answers are shown at evaluations")
 
     self_check: str = free(
@@ -201,14 +190,14 @@ class PPOConfig(RunConfig):
                 "--rollout_gather auto, or --hybrid_engine native"
             )
         # The algorithm.
-        if self.algorithm != "ppo" and (self.ppo_epochs, rollout) != (1, size):
+        if ALGORITHMS[self.algorithm].one_step and (self.ppo_epochs, rollout) != (1, size):
             yield (
                 f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
                 f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
                 f"{rollout} (now {size}), one step a rollout"
             )
-        if self.algorithm == "reinforce" and self.critic_model:
-            yield f"algorithm=reinforce has no critic; leave out --critic_model {self.critic_model}"
+        if self.critic_model and not self.has_critic():
+            yield f"algorithm={self.algorithm} has no critic; leave out --critic_model"
         if 0 < self.dual_clip <= 1:
             yield f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off"
         if bool(self.ptx_coef) != bool(self.ptx_data):
@@ -245,6 +234,9 @@ class PPOConfig(RunConfig):
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()
 
+    def has_critic(self) -> bool:
+        return ALGORITHMS[self.algorithm].critic
+
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate
 
@@ -260,7 +252,7 @@ class PPOConfig(RunConfig):
         """What the planner computes memory and time from."""
         policy = self.model_name_or_path
         roles = [Role("actor", policy, trained=True)]
-        if self.algorithm != "reinforce":
+        if self.has_critic():
             start = self.critic_model or self.reward_model or policy
             critic = Role("critic", start, True, trained=True, stage_setting="critic_zero_stage")
             roles.append(critic)

@@ -4,6 +4,7 @@ deepspeed step3_ppo/main.py --model_name_or_path SFT --reward_model RM --prompt_
     --output_dir FOLDER
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from step3_ppo import measures
+from step3_ppo import measures, old_logprobs
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
@@ -76,7 +77,7 @@ def load(run: Run):
         [r for r in readers(config).values() if reads_text(r, tokenizer)],
         say,
     )
-    critic = "" if config.algorithm == "reinforce" else f", critic {config.rate_of_critic():g}"
+    critic = f", critic {config.rate_of_critic():g}" if config.has_critic() else ""
     say(f"peak learning rates: actor {config.learning_rate:g}{critic}")
     run.announce(
         f"step 3, {config.algorithm.upper()}: {config.max_steps} rollouts of "
@@ -89,7 +90,6 @@ def load(run: Run):
     say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")
-    models.old_logprobs.say = say
     if models.ptx is not None:
         say(models.ptx.counts.line("ptx rows"))
     return prompts, held, models
@@ -122,10 +122,16 @@ def main() -> None:
     state = State(kl_coef=config.kl_coef)
     watch = Watch(config, run.say, run.bad_steps)
     engines = models.trained() | ({"average": models.ema} if models.ema is not None else {})
-    kept = {"state": state, "watch": watch, "old_logprobs": models.old_logprobs}
+    kept = {"state": state, "watch": watch}
     kept |= {"ptx": models.ptx} if models.ptx is not None else {}
     folders = outputs(models, run.settings) | {".": state}
     done = run.restore(folders, engines, prompts.fingerprint(), **kept)
+
+    # Decided once: what is found before the first rollout holds to the end, also of a resumed run.
+    if config.logprobs_from == "auto":
+        if not state.logprobs_from:
+            state.logprobs_from = old_logprobs.choose(models, held, config, device, run.say)
+        config = dataclasses.replace(config, logprobs_from=state.logprobs_from)
 
     # Check what must hold of the weights that training goes on from; look at the first ones.
     check = self_check.SelfCheck(models, prompts, held, config, device, run.say)

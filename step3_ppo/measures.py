@@ -15,7 +15,7 @@ def kl_of(rollout, estimator: str) -> float:
     """KL to the reference, mean over the responses, nats a response. estimator: k1, k2 or k3."""
     estimates = algorithm.kl_estimates(rollout.logprobs, rollout.ref_logprobs)
     estimate = estimates[algorithm.KL_ESTIMATORS.index(estimator)]
-    return (estimate * rollout.response_mask).sum(1).mean().item()
+    return (estimate * rollout.action_mask).sum(1).mean().item()
 
 
 def mean_unless_zero(x) -> float | None:
@@ -29,9 +29,9 @@ def score_of_model(rollout) -> float | None:
 
 
 def explained_variance(experience, config) -> float | None:
-    if config.algorithm == "reinforce":
-        return None  # no critic
-    values, returns, mask = experience.values, experience.returns, experience.mask
+    if not config.has_critic():
+        return None
+    values, returns, mask = experience.values, experience.returns, experience.action_mask
     return algorithm.explained_variance(values, returns, mask).item()
 
 
@@ -58,13 +58,13 @@ ROLLOUT = {
         "nats a token",
         "mean entropy of the distributions that the responses were sampled from",
         "near 0: collapsed; raise `--kl_coef`, lower `--learning_rate`",
-    ): lambda r, _: algorithm.masked_mean(r.entropies, r.response_mask).item(),
+    ): lambda r, _: algorithm.masked_mean(r.entropies, r.action_mask).item(),
     Metric(
         "response_length",
         "tokens",
         "mean length of the responses, stop token included",
         "a third or three times of the first rollout's: the reward model likely pays for length",
-    ): lambda r, _: r.response_mask.sum(1).float().mean().item(),
+    ): lambda r, _: r.action_mask.sum(1).float().mean().item(),
     Metric(
         "eos_share",
         "share",
@@ -110,10 +110,10 @@ EXPERIENCE = {
         lambda e, *_: e.rewards.sum(1).mean().item()
     ),
     Metric("advantage_std", "score", "standard deviation over the actions, before whitening"): (
-        lambda e, *_: e.advantages[e.mask].std().item()
+        lambda e, *_: e.advantages[e.action_mask].std().item()
     ),
     Metric("return", "score", "mean over the actions"): lambda e, *_: algorithm.masked_mean(
-        e.returns, e.mask
+        e.returns, e.action_mask
     ).item(),
     Metric(
         "explained_variance",
@@ -171,7 +171,7 @@ def _measured(table: dict, *arguments) -> dict[str, float]:
 
 def speeds(rollout, seconds: dict[str, float]) -> dict[str, float]:
     """Response tokens a second of each phase that was timed."""
-    tokens = int(rollout.response_mask.sum())
+    tokens = int(rollout.action_mask.sum())
     return {
         f"tokens_per_second_{phase}": tokens / seconds[f"seconds_{phase}"]
         for phase in PHASES

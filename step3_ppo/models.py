@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from step3_ppo import ptx
-from step3_ppo.old_logprobs import OldLogprobs
 from step3_ppo.rewards import functions as scoring
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
@@ -26,7 +25,6 @@ class Models:
     tokenizer: object
     actor: zero.TrainEngine
     rollout_engine: RolloutEngine
-    old_logprobs: OldLogprobs
     critic: zero.TrainEngine | None
     reference: object
     reward: Scorer | None
@@ -71,7 +69,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     model = language_model.load(settings, name, zero_stage=stage, **loading)
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
-    if config.algorithm != "reinforce":
+    if config.has_critic():
         # A reward model of another language cannot read the policy's ids, whatever it knows.
         reader = of_scorers.get("reward_model")
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
@@ -108,7 +106,6 @@ def build(config, tokenizer, dtype: str, device) -> Models:
         tokenizer=tokenizer,
         actor=actor,
         rollout_engine=_rollout_engine(config, tokenizer, actor, critic),
-        old_logprobs=OldLogprobs(config.logprobs_from),
         critic=critic,
         reference=reference,
         reward=reward,

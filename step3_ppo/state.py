@@ -19,7 +19,8 @@ from utils.distributed.process_group import StopRun
 class State:
     """score_mean and score_variance are of the `score_count` scores seen so far (running), or of
     the held-out answers before training (fixed). finished_score: mean, as they came, of the answers
-    that ended with the stop token in the last rollout that had any; None before there is one."""
+    that ended with the stop token in the last rollout that had any; None before there is one.
+    logprobs_from: what --logprobs_from auto was found to be; "" before it is."""
 
     kl_coef: float
     rollouts: int = 0
@@ -27,6 +28,7 @@ class State:
     score_variance: float = 1.0
     score_count: int = 0
     finished_score: float | None = None
+    logprobs_from: str = ""
 
     def see(self, scores: torch.Tensor) -> None:
         """Take (B,) scores into the running mean and variance (Chan et al. 1979)."""

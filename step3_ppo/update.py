@@ -1,9 +1,5 @@
 """The updates on one rollout: optimizer steps of actor and critic on its minibatches."""
 
-import math
-
-import torch
-
 from step3_ppo import algorithm, ptx
 from step3_ppo.rollout import Experience
 from utils import metrics
@@ -44,76 +40,71 @@ def train_on(
 def micro_batches(experience: Experience, rows: list[int], config, device):
     """This rank's share of minibatch `rows`, a micro-batch at a time, like lengths together.
 
-    Yields (input_ids (b,P+R), mask (b,P+R), R, the experience of these rows), all on the device but
-    the mask: what depends on it is reckoned on the CPU, where that waits for nobody.
+    Yields (input_ids (b,P+R), mask (b,P+R), actions (b,R), the experience of these rows), on the
+    device but for the two masks: what depends on them is computed on the CPU, where nothing waits.
     """
     lengths = experience.rollout.lengths()
     budget = config.micro_batch_size, config.micro_batch_tokens
     for micro in batches.share(rows, lengths, *budget):
         part = experience.rollout.select(micro)
-        width = part.response_ids.shape[1]
-        yield (
-            host_memory.send(torch.cat([part.prompt_ids, part.response_ids], 1), device),
-            torch.cat([part.prompt_mask, part.response_mask], 1),
-            width,
-            Experience(
-                part,
-                *(
-                    host_memory.send(getattr(experience, name)[micro][:, :width], device)
-                    for name in ("mask", "logprobs", "values", "advantages", "returns")
-                ),
-            ),
+        width = part.action_mask.shape[1]
+        tensors = (
+            host_memory.send(getattr(experience, name)[micro][:, :width], device)
+            for name in ("action_mask", "logprobs", "values", "advantages", "returns")
         )
+        ids, mask = part.joined()
+        ids = host_memory.send(ids, device)
+        yield ids, mask, part.action_mask, Experience(part, *tensors)
 
 
 def step_actor(
     models, experience: Experience, rows: list[int], config, device, follow=None
 ) -> dict:
     """Policy update on global rows `rows`; returns metrics as means over their actions."""
-    actor = models.actor
-    actions = int(experience.mask[rows].sum())  # of all ranks: tokens, or whole answers
+    actor, method = models.actor, algorithm.ALGORITHMS[config.algorithm]
+    count = int(experience.action_mask[rows].sum())  # of all ranks: tokens, or whole answers
     sums = metrics.Sums(device)
-    for ids, mask, length, part in micro_batches(experience, rows, config, device):
-        new_logprobs, _ = language_model.response_logprobs(
-            actor, ids, mask, length, temperature=config.temperature
+    for ids, mask, actions, part in micro_batches(experience, rows, config, device):
+        of_tokens, _ = language_model.response_logprobs(
+            actor,
+            ids,
+            mask,
+            actions.shape[1],
+            temperature=config.temperature,
+            actions=actions,
         )
-        told = new_logprobs
+        new_logprobs = of_tokens
         if config.action_level == "sequence":
-            answers = host_memory.send(mask[:, -length:], device)
-            new_logprobs = algorithm.one_action(new_logprobs, answers)
-        taken = (new_logprobs, part.logprobs, part.advantages, part.mask)
-        if config.algorithm == "ppo":
-            clips = (config.clip_ratio, config.clip_ratio_high, config.dual_clip)
-            loss, stats = algorithm.policy_loss(*taken, *clips)
-        else:
-            loss, stats = algorithm.policy_gradient_loss(*taken)
+            new_logprobs = algorithm.one_action(of_tokens, host_memory.send(actions, device))
+        numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
+        loss, stats = method.policy_loss(*numbers, config)
         if follow is not None:
-            follow(ids, mask, length, told, loss)
-        actor.backward(loss, normaliser=actions)
+            follow(ids, mask, actions, of_tokens, loss)
+        actor.backward(loss, normaliser=count)
         sums.add(stats)
     extra = {}
     if models.ptx is not None:
         pad_id = models.tokenizer.pad_token_id
         extra = ptx.add_gradient(actor, models.ptx, config, pad_id, device)
-    return _finish(actor, sums, actions, "actor") | extra
+    return _finish(actor, sums, count, "actor") | extra
 
 
 def step_critic(engine, experience: Experience, rows: list[int], config, device) -> dict:
     """Value update on global rows `rows`; returns metrics as means over their actions."""
-    actions = int(experience.mask[rows].sum())  # of all ranks
-    clipped = config.algorithm == "ppo" and config.clip_value > 0
-    clip_value = config.clip_value if clipped else math.inf
+    count = int(experience.action_mask[rows].sum())  # of all ranks
+    method = algorithm.ALGORITHMS[config.algorithm]
     sums = metrics.Sums(device)
-    for ids, mask, length, part in micro_batches(experience, rows, config, device):
-        new_values = engine(ids, mask)[:, -length - 1 : -1][:, : part.mask.shape[1]]
-        loss, stats = algorithm.value_loss(
-            new_values, part.values, part.returns, part.mask, clip_value
-        )
-        stats["value_gap"] = ((new_values - part.values).abs() * part.mask).sum().detach()
-        engine.backward(loss, normaliser=actions)
+    for ids, mask, actions, part in micro_batches(experience, rows, config, device):
+        new_values = engine(ids, mask)[:, -actions.shape[1] - 1 : -1]
+        if config.action_level == "sequence":
+            new_values = algorithm.first_action(new_values, host_memory.send(actions, device))
+        numbers = new_values, part.values, part.returns, part.action_mask
+        loss, stats = method.value_loss(*numbers, config)
+        stats["value_gap"] = ((new_values - part.values).abs() * part.action_mask).sum().detach()
+        engine.backward(loss, normaliser=count)
         sums.add(stats)
-    return _finish(engine, sums, actions, "critic")
+    return _finish(engine, sums, count, "critic")
 
 
-def _finish(engine, sums: metrics.Sums, actions: int, who: str) -> dict[str, float]:
-    return sums.over(actions) | {f"{who}_{name}": value for name, value in engine.step().items()}
+def _finish(engine, sums: metrics.Sums, count: int, who: str) -> dict[str, float]:
+    return sums.over(count) | {f"{who}_{name}": value for name, value in engine.step().items()}

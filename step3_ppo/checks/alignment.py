@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from step3_ppo import rollout as rollouts
+from step3_ppo.algorithm import ALGORITHMS
 from step3_ppo.checks.probe import AFTER, BEFORE, Fault, FirstSteps, Probe, apart, check, worst
 from step3_ppo.rewards import functions as scoring
 from utils.distributed import process_group
@@ -114,9 +115,9 @@ class LossTrace:
     def __init__(self):
         self.micro_batches: list[dict] = []
 
-    def __call__(self, ids, mask, length: int, logprobs, loss) -> None:
-        """ids, mask (b,P+R); length: R; logprobs (b,R), from which `loss` is computed."""
-        kept = {"ids": ids.cpu(), "mask": mask.cpu(), "length": length}
+    def __call__(self, ids, mask, actions, logprobs, loss) -> None:
+        """ids, mask (b,P+R); actions, logprobs (b,R), from which `loss` is computed."""
+        kept = {"ids": ids.cpu(), "mask": mask.cpu(), "actions": actions.cpu()}
         kept["logprobs"] = logprobs.detach().cpu()
         self.micro_batches.append(kept)
         # An engine multiplies the loss: ranks / tokens, in fp16 a power of two as well.
@@ -124,13 +125,13 @@ class LossTrace:
         logprobs.register_hook(lambda gradient: kept.update(gradient=gradient.cpu()))
 
     def rows(self):
-        """Of each row: its (prompt, response) ids, then (R,) each: mask, log-probabilities, and
-        −∂loss/∂log-probability."""
+        """Of each row: its (prompt, response) ids, then (R,) each: which are actions,
+        log-probabilities, and −∂loss/∂log-probability."""
         for part in self.micro_batches:
-            start = part["ids"].shape[1] - part["length"]
+            start = part["ids"].shape[1] - part["actions"].shape[1]
             ids, mask = part["ids"], part["mask"]
             weights = -part["gradient"].double() / part["factor"]
-            tensors = mask[:, start:], part["logprobs"].double(), weights
+            tensors = part["actions"], part["logprobs"].double(), weights
             prompts = _unpadded(ids[:, :start], mask[:, :start])
             responses = _unpadded(ids[:, start:], mask[:, start:])
             for prompt, response, *columns in zip(
@@ -148,6 +149,8 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
     """From the answers' scores to the loss: the weight that each token's log-probability has in it
     is the advantage that the definitions give this token of this answer."""
     config, experience = steps.probe.config, steps.experience
+    if not ALGORITHMS[config.algorithm].advantages_are_gae:
+        return f"not checked: the advantages of {config.algorithm} are not GAE's"
     _scores_keep_their_order(experience)
     kl_coef, rollout = steps.metrics["kl_coef"], experience.rollout
     expected, scale = advantages_by_definition(experience, config, kl_coef)
@@ -197,7 +200,7 @@ def _scores_keep_their_order(experience) -> None:
 
 def _ratio(log_ratio: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
     """(R,) what the policy loss multiplies an advantage by: PPO's ratio, 1 in losses without."""
-    if config.algorithm != "ppo":
+    if not ALGORITHMS[config.algorithm].has_ratio:
         return np.ones_like(log_ratio)
     log_ratio = np.where(kept, log_ratio, 0.0)
     if config.action_level == "sequence":
@@ -206,30 +209,33 @@ def _ratio(log_ratio: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
 
 
 def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.ndarray, float]:
-    """(B,R) fp64 advantages of response tokens, 0 off the mask, and the size of the numbers that
+    """(B,R) fp64 advantages of actions, 0 elsewhere, and the size of the numbers that
     they are differences of, which they are rounded by. Not by algorithm.py: to check it."""
     rollout = experience.rollout
-    fields = rollout.response_mask, rollout.logprobs, rollout.ref_logprobs, rollout.values
+    fields = rollout.action_mask, rollout.logprobs, rollout.ref_logprobs, rollout.values
     tokens, logprobs, references, values = (x.double().numpy() for x in fields)
     k1 = (logprobs - references) * tokens
     kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1}[config.kl_estimator]
     rewards, mask = -kl_coef * kl, tokens
-    last = tokens.sum(1).astype(int) - 1
-    rewards[np.arange(len(rewards)), last] += experience.scores.double().numpy()
+    rows, last = np.arange(len(rewards)), tokens.shape[1] - 1 - tokens[:, ::-1].argmax(1)
+    rewards[rows, last] += experience.scores.double().numpy()
     if config.action_level == "sequence":
-        rewards, values, mask = rewards.sum(1, keepdims=True), values[:, :1], tokens[:, :1]
+        rewards, values = rewards.sum(1, keepdims=True), values[rows, tokens.argmax(1), None]
+        mask = np.ones_like(rewards)
     values, size = values * mask, 0.0
     if config.whiten_rewards:  # their mean stays
         mean, spread = rewards[mask > 0].mean(), np.sqrt(rewards[mask > 0].var() + 1e-8)
         size = np.abs(rewards).max() / spread
         rewards = ((rewards - mean) / spread + mean) * mask
-    after = np.pad(values, ((0, 0), (0, 1)))[:, 1:]
-    errors = (rewards + config.gamma * after - values) * mask
-    decay = config.gamma * (1.0 if config.algorithm == "reinforce" else config.lam)
-    advantages, following = np.zeros_like(errors), 0.0
-    for t in reversed(range(errors.shape[1])):
-        advantages[:, t] = following = errors[:, t] + decay * following
-    advantages, deviation = advantages * mask, 1.0
+    lam = ALGORITHMS[config.algorithm].lam
+    decay = config.gamma * (config.lam if lam is None else lam)
+    advantages, deviation = np.zeros_like(rewards), 1.0
+    for row, acts in enumerate(mask > 0):
+        value = following = 0.0  # of the action after
+        for t in reversed(np.flatnonzero(acts)):
+            error = rewards[row, t] + config.gamma * value - values[row, t]
+            advantages[row, t] = following = error + decay * following
+            value = values[row, t]
     if config.whiten_advantages:
         counted = advantages[mask > 0]
         deviation = np.sqrt(counted.var() + 1e-8)

@@ -72,6 +72,7 @@ def generator_equals_model(probe: Probe) -> str:
 def _answered(rollout, samples):
     """`rollout` with other answers to its prompts."""
     answers = {"response_ids": samples.response_ids, "response_mask": samples.response_mask}
+    answers["action_mask"] = samples.response_mask
     return dataclasses.replace(rollout, **answers)
 
 

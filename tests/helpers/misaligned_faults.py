@@ -47,9 +47,9 @@ def shaped_scores_of_the_row_before(patch):
 
 def advantages_of_the_token_before(patch):
     def micro_batches(real, *args):
-        for ids, mask, length, part in real(*args):
+        for ids, mask, actions, part in real(*args):
             rolled = part.advantages.roll(1, 1)
-            yield ids, mask, length, dataclasses.replace(part, advantages=rolled)
+            yield ids, mask, actions, dataclasses.replace(part, advantages=rolled)
 
     around(patch, update, "micro_batches", micro_batches)
 
@@ -82,8 +82,8 @@ def reference_at_another_temperature(patch):
         reference.append(built.reference)
         return built
 
-    def logprobs(real, ids, mask, length, model, temperature):
-        return real(ids, mask, length, model, temperature * (1.3 if model in reference else 1.0))
+    def logprobs(real, ids, mask, actions, model, temperature):
+        return real(ids, mask, actions, model, temperature * (1.3 if model in reference else 1.0))
 
     around(patch, step3, "build", build)
     around(patch, rollout, "response_logprobs", logprobs)

@@ -283,8 +283,8 @@ def reference_differs(patch):
 
 
 def values_read_one_token_late(patch):
-    def values(real, ids, mask, length, critic):
-        return (critic(ids, mask)[:, -length:],)
+    def values(real, ids, mask, actions, critic):
+        return (critic(ids, mask)[:, -actions.shape[1] :],)
 
     around(patch, rollout, "response_values", values)
 

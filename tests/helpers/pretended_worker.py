@@ -59,7 +59,7 @@ def reference_left_on_the_host(patch):
 
 
 def answers_left_on_the_device(patch):
-    around(patch, rollout, "_gather", lambda real, *args: _on_device(real(*args)))
+    around(patch, rollout, "gather", lambda real, *args: _on_device(real(*args)))
 
 
 def _on_device(found):

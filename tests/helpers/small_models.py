@@ -73,7 +73,8 @@ def config_of(**settings) -> PPOConfig:
 
 def rollout_of(rows: list[dict]) -> Rollout:
     """Rows {prompt, response: ids; logprobs, ref_logprobs, values: one a response token; score;
-    finished} → a Rollout, padded as rollout.collect pads."""
+    finished; actions: for each response token whether it is the policy's, by default all} → a
+    Rollout, padded as rollout.collect pads."""
     left = max(len(row["prompt"]) for row in rows)
     right = max(len(row["response"]) for row in rows)
 
@@ -88,6 +89,7 @@ def rollout_of(rows: list[dict]) -> Rollout:
         prompt_mask=prompts(lambda r: [True] * len(r["prompt"]), False),
         response_ids=responses(lambda r: r["response"], PAD),
         response_mask=responses(lambda r: [True] * len(r["response"]), False),
+        action_mask=responses(lambda r: r.get("actions") or [True] * len(r["response"]), False),
         logprobs=responses(lambda r: r["logprobs"], 0.0),
         ref_logprobs=responses(lambda r: r["ref_logprobs"], 0.0),
         entropies=responses(lambda r: [1.0] * len(r["response"]), 0.0),

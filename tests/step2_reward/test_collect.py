@@ -1,31 +1,11 @@
-"""Comparisons from a policy: labellers, agreement, ties, provenance."""
+"""Comparisons from a policy: labellers, ties, provenance."""
 
 import json
-import random
 
-import pytest
-
-from step2_reward.collect import agreeing_scores, share_agreeing
 from tests.helpers.jobs import collect
 from tests.helpers.running import run_ranks
 from utils.data.comparisons import load_comparisons
 from utils.data.rows import BadRows
-
-
-@pytest.mark.parametrize("rate", [0.6, 0.73, 0.9])
-def test_a_labeller_agrees_as_often_as_asked(rate):
-    draw = random.Random(0)
-    truth = [[draw.choice([0.0, 0.1, 0.3, 1.0]) for _ in range(4)] for _ in range(800)]
-    labels = agreeing_scores(truth, rate, seed=1)
-    same = pairs = 0
-    for t, o in zip(truth, labels, strict=True):
-        for i in range(4):
-            for j in range(4):
-                if t[i] > t[j]:
-                    pairs, same = pairs + 1, same + (o[i] > o[j])
-    assert same / pairs == pytest.approx(rate, abs=0.005)
-    assert share_agreeing(truth, labels) == pytest.approx(same / pairs)
-    assert agreeing_scores(truth, 1.0, seed=1) == truth
 
 
 def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, chain, tmp_path):

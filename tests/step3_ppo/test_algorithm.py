@@ -112,6 +112,63 @@ def test_gae_with_lambda_one_returns_the_discounted_rewards():
     assert_close(returns[0], torch.tensor(expected, dtype=torch.float64))
 
 
+# Actions that are no neighbours: an environment's turns between the policy's.
+
+GAPS = torch.tensor(
+    [
+        [1, 1, 0, 0, 1, 1, 1, 0],  # a gap in the middle, padding after the last action
+        [0, 0, 1, 0, 1, 1, 0, 1],  # it leads, and comes twice more
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+).bool()
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.95), (0.5, 0.0), (1.0, 0.3)])
+def test_gae_passes_over_what_is_not_an_action(gamma, lam):
+    """As on the row's actions alone, written side by side."""
+    rewards, values = normal(4, 8, seed=31), normal(4, 8, seed=32)
+    actual = algorithm.gae(rewards, values, GAPS, gamma, lam)
+    for b, acts in enumerate(GAPS.tolist()):
+        at = [t for t, is_action in enumerate(acts) if is_action]
+        alone = [x[b, at][None] for x in (rewards, values)]
+        expected = gae_by_sums(*alone, [len(at)], gamma, lam)
+        for got, want in zip(actual, expected, strict=True):
+            assert_close(got[b, at], want[0])
+            others = [t for t in range(8) if t not in at]
+            assert (got[b, others] == 0).all()
+
+
+def test_gae_worked_case_with_a_gap():
+    """Actions at 1 and 4; γ = 0.5, λ = 0.5. δ₄ = 3 − 2 = 1, δ₁ = 1 + 0.5·2 − 4 = −2, and
+    A₁ = −2 + 0.25·1 = −1.75."""
+    mask = torch.tensor([[False, True, False, False, True, False]])
+    rewards = torch.tensor([[9.0, 1.0, 9.0, 9.0, 3.0, 9.0]])
+    values = torch.tensor([[7.0, 4.0, 7.0, 7.0, 2.0, 7.0]])
+    advantages, returns = algorithm.gae(rewards, values, mask, 0.5, 0.5)
+    assert advantages.tolist() == [[0.0, -1.75, 0.0, 0.0, 1.0, 0.0]]
+    assert returns.tolist() == [[0.0, 2.25, 0.0, 0.0, 3.0, 0.0]]
+
+
+def test_the_last_action_earns_the_score_wherever_it_stands():
+    logprobs, reference = -normal(4, 8, seed=33).abs(), -normal(4, 8, seed=34).abs()
+    scores = normal(4, seed=35)
+    rewards, kl = algorithm.token_rewards(scores, logprobs, reference, GAPS, 0.3)
+    for b, acts in enumerate(GAPS.tolist()):
+        last = max(t for t in range(8) if acts[t])
+        for t in range(8):
+            k1 = (logprobs[b, t] - reference[b, t]).item() if acts[t] else 0.0
+            expected = -0.3 * k1 + (scores[b].item() if t == last else 0.0)
+            assert rewards[b, t].item() == pytest.approx(expected, abs=1e-12)
+            assert kl[b, t].item() == pytest.approx(k1, abs=1e-12)
+
+
+def test_the_first_action_is_found_behind_a_gap():
+    x = normal(4, 8, seed=36)
+    first = algorithm.first_action(x, GAPS)
+    assert first.tolist() == [[x[0, 0]], [x[1, 2]], [x[2, 5]], [x[3, 0]]]
+
+
 # Whitening.
 
 

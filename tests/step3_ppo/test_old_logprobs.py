@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from step3_ppo.old_logprobs import OldLogprobs
+from step3_ppo import old_logprobs
 
 
 @pytest.mark.parametrize(
@@ -15,12 +15,5 @@ def test_decode_speaks_where_it_agrees_with_the_scoring_pass(gap, source, which)
     decoded = [x.clone() for x in scored]
     decoded[which][1, 2] += gap
     said = []
-    old = OldLogprobs("auto", said.append)
-    assert old.source is None
-    old.compare(decoded, scored)
-    assert old.source == source and f"from the {source}: decode loop" in said[0]
-
-
-@pytest.mark.parametrize("choice", ["decode", "forward"])
-def test_a_choice_is_kept(choice):
-    assert OldLogprobs(choice).source == choice
+    assert old_logprobs.compare(decoded, scored, said.append) == source
+    assert f"from the {source}: decode loop" in said[0]

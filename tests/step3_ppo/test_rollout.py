@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from step3_ppo import rollout
-from step3_ppo.old_logprobs import OldLogprobs
 from tests.helpers.small_models import Engine, config_of
 from tests.utils.generation.test_decoder import stop_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded, tiny
@@ -15,7 +14,7 @@ from utils.generation.engines.native import NativeEngine
 from utils.models import language_model
 
 
-def models_of(model, source: str) -> SimpleNamespace:
+def models_of(model) -> SimpleNamespace:
     """A policy that is its own reference, and nobody who scores."""
     actor = Engine(model)
     none = dict.fromkeys(("critic", "reward", "judge", "reward_function", "frozen_offload"))
@@ -29,11 +28,10 @@ def models_of(model, source: str) -> SimpleNamespace:
         actor=actor,
         reference=model,
         rollout_engine=NativeEngine(tokens_at_once=40),
-        old_logprobs=OldLogprobs(source),
     )
 
 
-@pytest.mark.parametrize("source, passes", [("decode", 1), ("forward", 2), ("auto", 2)])
+@pytest.mark.parametrize("source, passes", [("decode", 1), ("forward", 2)])
 def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monkeypatch):
     """Prompts out of order, some twice, in small batches; the reference's pass is always there."""
     model, asked = tiny("Llama"), []
@@ -41,15 +39,16 @@ def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monk
     monkeypatch.setattr(
         language_model, "response_logprobs", lambda *a, **k: asked.append(1) or score(*a, **k)
     )
-    models = models_of(model, source)
+    models = models_of(model)
     ids, mask = left_padded(LENGTHS)
     prompts = [
         rollout.Prompt((), "", {}, row[m].tolist()) for row, m in zip(ids, mask, strict=True)
     ]
     prompts = [prompts[i] for i in (0, 0, 3, 1, 5, 3, 2, 4)]
     config = config_of(max_response_length=NEW, temperature=1.3, micro_batch_size=8)
+    config.logprobs_from = source
     found, _ = rollout.collect(models, prompts, config, torch.device("cpu"), noise_step=0)
-    assert len(asked) == passes and models.old_logprobs.source == source.replace("auto", "decode")
+    assert len(asked) == passes
     noise = generation.uniform_noise(len(prompts), NEW, config.seed, 0)
     for row, prompt in enumerate(prompts):
         alone = torch.tensor([prompt.ids])

@@ -188,9 +188,9 @@ def test_advantages_are_whitened_over_the_rollout_and_returns_are_not():
         for on in (False, True)
     )
     assert torch.equal(plain[0].returns, white[0].returns) and plain[1] == white[1]
-    kept = plain[0].advantages[plain[0].mask].double().numpy()
+    kept = plain[0].advantages[plain[0].action_mask].double().numpy()
     expected = (kept - kept.mean()) / kept.std()
-    assert white[0].advantages[white[0].mask].tolist() == pytest.approx(expected, abs=1e-4)
+    assert white[0].advantages[white[0].action_mask].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_state_is_saved_as_json(tmp_path):
@@ -205,6 +205,7 @@ def test_the_state_is_saved_as_json(tmp_path):
         "score_variance": pytest.approx(14 / 3),
         "score_count": 3,
         "finished_score": None,
+        "logprobs_from": "",
     }
     state.adapt(12.0, 500, config_of(kl_target=0.0))
     assert state.kl_coef == 0.05 * (1 + 0.2 * 500 / 10_000), "without a target it stays"

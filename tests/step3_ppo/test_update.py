@@ -205,6 +205,61 @@ def test_tokens_as_actions_by_hand(models, clip_value):
     assert metrics["policy_loss"] == pytest.approx(policy.item() / count, rel=1e-4, abs=1e-5)
 
 
+# An environment's turns between the policy's.
+
+
+def with_turns(rows):
+    """Rows of which some tokens are an environment's: first, in the middle and last."""
+    for i, row in enumerate(rows):
+        n = len(row["response"])
+        row["actions"] = [n == 1 or (t + i) % 3 != 0 for t in range(n)]
+    return rows
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c"])
+def test_an_environments_tokens_are_read_and_not_learned(models, algorithm, level):
+    """The loss over the policy's tokens alone, written row by row, with the environment's in the
+    context; what was stored at these changes nothing."""
+    rows = with_turns(rows_near(models))
+    assert sum(not all(row["actions"]) for row in rows) > 5
+    settings = dict(algorithm=algorithm, action_level=level, whiten_advantages=False)
+    settings |= dict(gamma=0.9, lam=0.8)
+    policy, value, count = 0.0, 0.0, 0
+    for i in MINIBATCH:
+        row = rows[i]
+        at = [t for t, acts in enumerate(row["actions"]) if acts]
+        new = [answer_logprobs(models.actor.module, row)[t] for t in at]
+        old, ref, stored = ([row[x][t] for t in at] for x in ("logprobs", "ref_logprobs", "values"))
+        values = [values_of(models.critic.module, row)[t] for t in at]
+        rewards = [-KL_COEF * (a - b) for a, b in zip(old, ref, strict=True)]
+        rewards[-1] += row["score"]
+        if level == "sequence":
+            new, old, rewards = [sum(new)], [sum(old)], [sum(rewards)]
+            values, stored = values[:1], stored[:1]
+        advantage, following = 0.0, 0.0
+        for t in reversed(range(len(new))):
+            advantage = rewards[t] + 0.9 * following - stored[t] + 0.9 * 0.8 * advantage
+            following = stored[t]
+            ratio = (new[t] - old[t]).exp()
+            if algorithm == "ppo":
+                policy -= min(ratio * advantage, clip(ratio, 0.8, 1.2) * advantage)
+            else:
+                policy -= new[t] * advantage
+            value += (values[t] - advantage - stored[t]) ** 2 / 2
+            count += 1
+    actor, critic, metrics = gradients(models, rows, **settings)
+    assert_equal(actor, gradient_by_hand(policy / count, models.actor.module).float())
+    assert_equal(critic, gradient_by_hand(value / count, models.critic.module).float())
+    assert metrics["policy_loss"] == pytest.approx(policy.item() / count, rel=1e-4, abs=1e-5)
+    for row in rows:
+        for name in ("logprobs", "ref_logprobs", "values"):
+            numbers = zip(row[name], row["actions"], strict=True)
+            row[name] = [x if acts else 99.0 for x, acts in numbers]
+    other_actor, other_critic, _ = gradients(models, rows, **settings)
+    assert torch.equal(actor, other_actor) and torch.equal(critic, other_critic)
+
+
 # The pretraining loss beside PPO's.
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from evaluation import prompt_eval
 from evaluation.prompt_eval import Answer, PromptEvalConfig
-from step2_reward import collect
+from step2_reward import collect, labellers
 from step3_ppo.checks import data as check_data
 from tests.helpers.small_models import config_of
 from utils.data import batches, chat_template, comparisons
@@ -67,7 +67,7 @@ def test_so_does_a_labeller(scorer, expected):
     config = collect.CollectConfig()
     prompts = [prompt_data.Prompt((USER,), "a", {})]
     reward = Scorer(scorer.model, scorer.reader, True, CPU)
-    found = collect.by_reward_model(config, prompts, [ANSWERS], reward)
+    found = labellers.by_reward_model(config, prompts, [ANSWERS], reward)
     assert found == [pytest.approx([score for _, score in expected], abs=1e-5)]
 
 
@@ -203,14 +203,14 @@ def test_what_was_sampled_outlives_a_labeller_that_fails(tiny, chain, tmp_path, 
     def fails(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setitem(collect.LABELLERS, "reward_model", fails)
+    monkeypatch.setitem(labellers.LABELLERS, "reward_model", fails)
     with pytest.raises(MemoryError):
         collect.main()
     kept = tmp_path / "c.sampled.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert len(rows) == 3 and not output.exists()
     assert all(len(r["responses"]) == len(r["finished"]) == 4 for r in rows)
-    monkeypatch.setitem(collect.LABELLERS, "reward_model", collect.by_reward_model)
+    monkeypatch.setitem(labellers.LABELLERS, "reward_model", labellers.by_reward_model)
     collect.main()
     labelled = [json.loads(line) for line in output.read_text().splitlines()]
     assert labelled and not kept.exists()

@@ -76,16 +76,11 @@ def critic(found, config):
 
 def scored(found, config):
     part = rollout_of(drawn_rows(ROWS, VOCABULARY, seed=5))
-    micro = [
-        list(range(i, i + config.micro_batch_size)) for i in range(0, ROWS, config.micro_batch_size)
-    ]
-    tensors = part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask
-    given = (micro, DEVICE, *tensors)
+    given = part, config, DEVICE
     with torch.no_grad():
         rollout.in_micro_batches(*given, rollout.response_logprobs, found.actor, 1.0)
         rollout.in_micro_batches(*given, rollout.response_values, found.critic)
-    ids = torch.cat([part.prompt_ids, part.response_ids], 1)
-    mask = torch.cat([part.prompt_mask, part.response_mask], 1)
+    ids, mask = part.joined()
     reward = Scorer(found.critic, None, False, DEVICE)
     reward.scores(None, None, part.finished, ids, mask, config.micro_batch_size)
 

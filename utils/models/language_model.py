@@ -139,11 +139,15 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     with_entropies: bool = False,
+    actions: torch.Tensor | None = None,
 ):
     """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and, where asked for, (B,R) fp32
-    entropies in nats (else None), both 0 off the mask; see wanted_logprobs."""
+    entropies in nats (else None), both 0 off the mask and off `actions` (B,R), where that is given;
+    see wanted_logprobs."""
     wanted = follows_another(mask)
     wanted[:, :-response_length] = False
+    if actions is not None:
+        wanted[:, -response_length:] &= actions
     settings = dict(temperature=temperature, with_entropies=with_entropies)
     parts = wanted_logprobs(forward, input_ids, mask, wanted, **settings)
     answers = wanted[:, -response_length:]

@@ -79,7 +79,7 @@ def out_of_step(experience, what: str):
         other = dataclasses.replace(experience.rollout, scores=scores)
         return dataclasses.replace(experience, rollout=other), experience
     if what == "old log-probabilities":
-        shifts = 0.05 * torch.arange(ROWS)[:, None] * experience.mask
+        shifts = 0.05 * torch.arange(ROWS)[:, None] * experience.action_mask
         return experience, dataclasses.replace(experience, logprobs=experience.logprobs + shifts)
     advantages = experience.advantages.roll(1, ("rows", "tokens").index(what))
     return experience, dataclasses.replace(experience, advantages=advantages)

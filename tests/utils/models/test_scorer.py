@@ -287,7 +287,7 @@ def test_a_critic_may_start_from_a_public_model_that_shares_the_tokenizer(
         engine.zero_stage = 0
         return engine
 
-    monkeypatch.setattr(step3_models, "_train", train)
+    monkeypatch.setattr(step3_models.zero, "TrainEngine", train)
     config = config_of(
         model_name_or_path=str(tiny / "base_model"), reward_model=folder, hybrid_engine="off"
     )

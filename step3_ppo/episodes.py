@@ -1,0 +1,97 @@
+"""Episodes of turns, and how they lie in tensors.
+
+An episode is a prompt and what follows it: segments of tokens, each by the policy or by an
+environment (a tool's result, a user's next turn). A single answer is the short case, one segment.
+Two masks tell the tokens after the prompt apart: response_mask is what is attended to, action_mask
+what the policy chose and is credited for.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from utils.data import batches
+
+
+@dataclass(frozen=True)
+class Segment:
+    """ids (n,) int64, all by one author. logprobs, entropies (n,) fp32: as the policy's tokens were
+    sampled; None where that is not known, and for an environment."""
+
+    ids: torch.Tensor
+    by_policy: bool = True
+    logprobs: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    prompt_ids: list[int]
+    segments: list[Segment]
+    finished: bool  # ended with the stop token, not at the limit
+
+    def joined(self, name: str) -> torch.Tensor:
+        """(R,) fp32: "logprobs" or "entropies" of all segments, 0 where a segment has none."""
+        parts = [getattr(s, name) for s in self.segments]
+        pairs = zip(parts, self.segments, strict=True)
+        return torch.cat([torch.zeros(len(s.ids)) if p is None else p for p, s in pairs])
+
+
+@dataclass
+class Tokens:
+    """B episodes, prompts left-padded to P, what follows right-padded to R. All on the CPU."""
+
+    prompt_ids: torch.Tensor  # (B,P) int64
+    prompt_mask: torch.Tensor  # (B,P) bool
+    response_ids: torch.Tensor  # (B,R) int64
+    response_mask: torch.Tensor  # (B,R) bool: what is attended to
+    action_mask: torch.Tensor  # (B,R) bool: what the policy chose
+
+    def select(self, rows):
+        """Some rows, with padding that none of them needs cut off."""
+        part = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        left = int(part["prompt_mask"].any(0).nonzero().min())
+        right = int(part["response_mask"].any(0).nonzero().max()) + 1
+        for name in part:
+            if name.startswith("prompt_"):
+                part[name] = part[name][:, left:]
+            elif part[name].dim() == 2:
+                part[name] = part[name][:, :right]
+        return type(self)(**part)
+
+    def joined(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,P+R) ids, and the mask of what is attended to."""
+        ids = torch.cat([self.prompt_ids, self.response_ids], 1)
+        return ids, torch.cat([self.prompt_mask, self.response_mask], 1)
+
+    def lengths(self) -> list[int]:
+        return (self.prompt_mask.sum(1) + self.response_mask.sum(1)).tolist()
+
+
+def answered(prompts, samples) -> list[Episode]:
+    """A sampled answer (generation.engine.Samples) to each of `prompts` → episodes of one turn."""
+    episodes = []
+    for i, prompt in enumerate(prompts):
+        kept = samples.response_mask[i]
+        seen = (None if x is None else x[i][kept] for x in (samples.logprobs, samples.entropies))
+        answer = Segment(samples.response_ids[i][kept], True, *seen)
+        episodes.append(Episode(prompt.ids, [answer], samples.finish_reasons[i] == "stop"))
+    return episodes
+
+
+def lay_out(episodes: list[Episode], pad_id: int) -> Tokens:
+    ids = [torch.cat([s.ids for s in e.segments]) for e in episodes]
+    actions = [
+        torch.cat([torch.full((len(s.ids),), s.by_policy) for s in e.segments]) for e in episodes
+    ]
+    prompts = batches.prompt_batch([e.prompt_ids for e in episodes], pad_id)
+    attended = [torch.ones(len(x), dtype=torch.bool) for x in ids]
+    responses = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    return Tokens(*prompts, responses, *(pad_sequence(x, True) for x in (attended, actions)))
+
+
+def numbers_of(episodes: list[Episode], name: str) -> torch.Tensor:
+    """(B,R) fp32: "logprobs" or "entropies", laid out as `lay_out` does, 0 where there is none."""
+    return pad_sequence([e.joined(name) for e in episodes], batch_first=True)
