@@ -16,9 +16,7 @@ class SFTConfig(RunConfig):
     long_answers: str = setting(
         "drop", "an answer too long even so: drop the row, or cut it", choices=("drop", "cut")
     )
-    epochs: float = setting(
-        2.0, "passes over the demonstrations (see --max_steps)", above=0, at_most=1e6
-    )
+    epochs: float = setting(2.0, "passes over the data (see --max_steps)", above=0, at_most=1e6)
     sample_answers: int = free(3, "held-out prompts answered before and after, for people")
 
     def workload(self) -> Workload:

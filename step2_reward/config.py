@@ -23,21 +23,19 @@ class RewardConfig(RunConfig):
     sections = ("all", "reward")
     weighted = "preference_data"
     preference_data: list[str] = setting(
-        [], "pairs or rankings: files, folders or hub names", needed=True
+        [], "pairs or rankings: files, folders, hub names", needed=True
     )
     sft_data: list[str] = setting(
         [], "demonstrations that shall score 0 on average (none: the held-out preferred answers)"
     )
     max_length: int = setting(1024, "tokens of prompt and answer (see --long_prompts)", at_least=8)
-    epochs: float = setting(
-        1.0, "passes over the comparisons (see --max_steps)", above=0, at_most=1e6
-    )
+    epochs: float = setting(1.0, "passes over the data (see --max_steps)", above=0, at_most=1e6)
     score_margin: float = setting(0.0, "a pair's margin: this × the difference of its labels")
     label_smoothing: float = setting(0.0, "probability that a label is wrong", below=0.5)
     centring: float = setting(0.0, "weight of (s_w + s_l)², which keeps scores near 0")
     trainable_modules: list[str] = setting(
         [],
-        r"train only weights whose name matches one of these patterns, e.g. layers\.(30|31)\.",
+        r"train only weights that match one of these, e.g. layers\.(30|31)\.",
         check=check_patterns,
     )
 

@@ -85,16 +85,11 @@ class PPOConfig(RunConfig):
         choices=("auto", "decode", "forward"),
     )
     ppo_epochs: int = setting(1, "passes over each rollout", at_least=1)
-    temperature: float = setting(
-        1.0, "of sampling, and of the log-probabilities trained on", above=0
-    )
+    temperature: float = setting(1.0, "of sampling and of the log-probabilities", above=0)
     # A rollout that leaves out tokens is not drawn from the policy whose log-probabilities PPO
     # compares: its ratio would be wrong.
     top_p: float = setting(
-        1.0,
-        "1 only, as PPO compares whole distributions",
-        at_least=1,
-        at_most=1,
+        1.0, "1 only, as PPO compares whole distributions", at_least=1, at_most=1
     )
     top_k: int = setting(0, "0 only, as PPO compares whole distributions", at_most=0)
 
@@ -105,14 +100,13 @@ class PPOConfig(RunConfig):
     )
     action_level: str = setting(
         "token",
-        "what one action is: a token, or the whole answer (sequence), as in InstructGPT's text",
-        choices=("token", "sequence"),
+        "what one action is: a token, or the whole answer as in InstructGPT's text",
+        ("token", "sequence"),
     )
 
     learning_rate: float = setting(
         1e-6,
-        "peak learning rate of the actor: 1e-6 is for billions of weights, one of a million takes "
-        "1e-4",
+        "peak, of the actor: for billions of weights (one of a million: 1e-4)",
         above=0,
         at_most=1,
     )
@@ -123,15 +117,11 @@ class PPOConfig(RunConfig):
         -1, "ZeRO stage of the critic; -1: the actor's", choices=(-1, 0, 1, 2, 3)
     )
     reference_zero_stage: int = rounding(
-        -1,
-        "3 shards reference and reward model over the ranks; -1: only where the actor is sharded",
-        choices=(-1, 0, 3),
+        -1, "3: reference and reward model sharded; -1: where the actor is", (-1, 0, 3)
     )
     kl_coef: float = setting(0.05, "cost of one nat of KL to the reference, on every token")
     kl_estimator: str = setting(
-        "k1",
-        "what is charged and reported as kl; only k1's policy gradient is that of the KL",
-        choices=("k1", "k2", "k3"),
+        "k1", "of what is charged; only k1's policy gradient is that of the KL", ("k1", "k2", "k3")
     )
     kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
     kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts", above=0)
@@ -163,11 +153,9 @@ class PPOConfig(RunConfig):
         0.0, "weight of the language-model loss on --ptx_data in the actor's (InstructGPT: 27.8)"
     )
     ptx_data: list[str] = setting(
-        [], "demonstrations or rows of plain `text`: files, folders or hub names"
+        [], "demonstrations, or rows of `text`: files, folders, hub names"
     )
-    ema_decay: float = setting(
-        0.992, "of the averaged actor, once an optimizer step; 0: none", below=1
-    )
+    ema_decay: float = setting(0.992, "of the averaged actor, an optimizer step; 0: none", below=1)
     sample_answers: int = free(3, "held-out prompts whose answers are shown at evaluations")
 
     self_check: str = free(

@@ -105,7 +105,7 @@ def test_no_file_of_utils_names_an_upper_room_by_string():
     assert not wrong, "\n".join(wrong)
 
 
-def tested_elsewhere() -> dict[str, str]:
+def elsewhere() -> dict[str, str]:
     """Module → its test, as paths, by the table of CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| (`.+`) \| `(tests/\S+)` \|", text, re.M)
@@ -118,7 +118,7 @@ MODULES = [name.replace(".", "/") + ".py" for name in SOURCES]
 @pytest.mark.parametrize("module", [m for m in MODULES if (ROOT / m).exists()])
 def test_every_module_has_its_test(module):
     folder, name = module.rsplit("/", 1)
-    own, listed = f"tests/{folder}/test_{name}", tested_elsewhere().get(module)
+    own, listed = f"tests/{folder}/test_{name}", elsewhere().get(module)
     if (ROOT / own).exists():
         assert listed is None, f"{own} exists: take {module} out of CONTRIBUTING.md's table"
     else:
@@ -126,7 +126,7 @@ def test_every_module_has_its_test(module):
 
 
 def test_the_table_names_what_exists():
-    for module, test in tested_elsewhere().items():
+    for module, test in elsewhere().items():
         assert (ROOT / module).exists() and (ROOT / test).exists(), (module, test)
 
 

@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = os.environ.get("PYTHON", sys.executable)
 SHELL_CHARACTERS = re.compile(r"""[][;&|<>$`\\"'(){}*?!#~\n]""")
@@ -136,8 +138,6 @@ def deepspeed_command(flags: list[str], program: list[str], environment: dict) -
 def ask_ranks_to_stop(pid: int) -> None:
     """Not by way of DeepSpeed's launcher: it would ask one rank after the other, kill each after
     30 s and lose the exit code 75."""
-    import psutil
-
     launcher = psutil.Process(pid)
     spawner = next(iter(launcher.children()), None)
     words = spawner.cmdline() if spawner else []
@@ -150,9 +150,8 @@ def ask_ranks_to_stop(pid: int) -> None:
         pattern = pattern.replace("\\-", "-")
         command = f'pkill -USR1 -P "$(pgrep -d, -f {shlex.quote(pattern)})"'
         end = words.index("-w") + 2
-        asked = subprocess.run([*words[:end], command], env=spawner.environ(), timeout=60)
-        if asked.returncode:
-            print("launch: not every machine could be asked (see above)", file=sys.stderr)
+        environment = spawner.environ()
+        subprocess.run([*words[:end], command], env=environment, timeout=60, check=True)
     elif ranks := spawner.children() if spawner else []:
         for rank in ranks:
             rank.send_signal(signal.SIGUSR1)
@@ -200,8 +199,10 @@ def run_and_keep(command: list[str], environment: dict, log: Path) -> int:
     def ask(*_) -> None:
         asked.append(True)
         print("asked to stop: waiting for the end of the step, and a checkpoint", file=sys.stderr)
-        if launcher.poll() is None:
+        try:
             ask_ranks_to_stop(launcher.pid)
+        except (psutil.Error, subprocess.SubprocessError) as error:
+            print(f"launch: not every rank could be asked: {error}", file=sys.stderr)
 
     def interrupted(*_) -> None:
         print("interrupted: waiting for the ranks to end", file=sys.stderr)

@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from step3_ppo import algorithm, models, rollout, update
+from step3_ppo import algorithm, rollout, update
 from step3_ppo import main as step3
 from step3_ppo.rewards import functions as scoring
 from tests.helpers.planting import around
+from utils.distributed import zero
 from utils.models import scorer
 
 
@@ -62,10 +63,11 @@ def advantages_of_the_row_before(patch):
 
 
 def actor_at_rate_0(patch, head="lm_head"):
-    def train(real, model, config, dtype, stage, rate, **more):
-        return real(model, config, dtype, stage, 0.0 if hasattr(model, head) else rate, **more)
+    def train(real, engine, model, how, **more):
+        still = dataclasses.replace(how, learning_rate=0.0)
+        real(engine, model, still if hasattr(model, head) else how, **more)
 
-    around(patch, models, "_train", train)
+    around(patch, zero.TrainEngine, "__init__", train)
 
 
 def critic_at_rate_0(patch):

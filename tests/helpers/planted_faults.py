@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from step3_ppo import algorithm, models, rollout  # noqa: E402
+from step3_ppo import algorithm, rollout  # noqa: E402
 from step3_ppo import main as step3  # noqa: E402
 from tests.helpers import (
     misaligned_faults,  # noqa: E402
@@ -290,12 +290,12 @@ def values_read_one_token_late(patch):
 
 
 def layer_frozen_in_the_actor(patch):
-    def train(real, model, *args, **kwargs):
+    def train(real, engine, model, *args, **kwargs):
         if hasattr(model, "lm_head"):
             model.model.layers[0].requires_grad_(False)
-        return real(model, *args, **kwargs)
+        real(engine, model, *args, **kwargs)
 
-    around(patch, models, "_train", train)
+    around(patch, zero.TrainEngine, "__init__", train)
 
 
 def reference_takes_gradients(patch):

@@ -78,16 +78,12 @@ class RunConfig(Settings):
         "may be a conversation written down (Human: … Assistant: …) are taken; NAME:plain: both",
     )
     columns: list[str] = setting(
-        [],
-        "columns that have other names in the data, e.g. prompt=question,answer=solution",
-        check=columns_of,
+        [], "other names of columns, e.g. prompt=question,answer=solution", check=columns_of
     )
     data_weights: list[float] = setting(
         [], "how often each data set's rows come in one epoch", above=0, at_most=10_000
     )
-    data_split: str = setting(
-        "", "share one data set among the three steps, e.g. 2,4,4", check=shares_of
-    )
+    data_split: str = setting("", "share one data set among the steps, e.g. 2,4,4", check=shares_of)
     eval_fraction: float = setting(
         0.05, "rows held out where a data set has no test split", above=0, below=1
     )
@@ -99,7 +95,7 @@ class RunConfig(Settings):
     )
     date: str = setting(
         "",
-        "the day that a chat template may state, YYYY-MM-DD; empty: the day the run began",
+        "the day that chat templates may state, e.g. 2026-01-31; empty: that of the start",
         check=datetime.date.fromisoformat,
     )
     max_eval_rows: int = setting(512, "at most so many held-out rows are used", at_least=1)
@@ -131,9 +127,7 @@ class RunConfig(Settings):
     )
     # Adam moves every weight by about the learning rate.
     learning_rate: float = setting(1e-5, "peak learning rate", above=0, at_most=1)
-    lr_schedule: str = setting(
-        "cosine", "shape after warmup", choices=("cosine", "linear", "constant")
-    )
+    lr_schedule: str = setting("cosine", "after warmup", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = setting(0.03, "share of the steps spent warming up", below=1)
     weight_decay: float = setting(0.0, "AdamW weight decay (matrices only)")
     adam_beta2: float = setting(0.95, "AdamW second-moment decay", below=1)
@@ -150,7 +144,7 @@ class RunConfig(Settings):
     offload: str = rounding(
         "none",
         "to CPU memory: optimizer states, or also weights (ZeRO-3)",
-        choices=("none", "optimizer", "all"),
+        ("none", "optimizer", "all"),
     )
     rollout_gather: str = rounding(
         "auto",
@@ -171,17 +165,13 @@ class RunConfig(Settings):
     )
     keep_last: int = free(2, "checkpoints that stay, the newest ones; 0: all")
     keep_best: str = free(
-        "",
-        "METRIC:min or METRIC:max: a checkpoint whenever it is better than ever, which stays",
-        check=check_keep_best,
+        "", "METRIC:min or METRIC:max: keep a checkpoint whenever it is best", check=check_keep_best
     )
     resume: str = free(
-        "no",
-        "auto: go on from OUTPUT's newest whole checkpoint; or the folder of one",
-        check=check_resume,
+        "no", "auto: from the newest whole checkpoint; or the folder of one", check=check_resume
     )
     resume_anyway: bool = free(
-        False, "go on with settings that change what is learned", only_with="resume"
+        False, "even with settings that change what is learned", only_with="resume"
     )
     overwrite: bool = free(False, "begin anew in a folder that holds a run, which is deleted")
     tensorboard: bool = free(True, "write TensorBoard files under OUTPUT/tensorboard")
@@ -190,7 +180,7 @@ class RunConfig(Settings):
         "optimizer steps in a row skipped for loss or gradients not finite; one more ends the run",
     )
     timeout_minutes: float = free(
-        30.0, "a collective that waits longer ends the run", above=0, at_most=1e6
+        30.0, "a longer wait in a collective ends the run", above=0, at_most=1e6
     )
 
     # The setting whose data sets data_weights counts.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
-from tests.utils.settings.test_fields import ALL, NEEDED, problems_of, sft, write
+from tests.utils.settings.test_command_line import ALL, NEEDED, problems_of, sft, write
 from utils.settings import command_line
 from utils.settings.command_line import build
 
