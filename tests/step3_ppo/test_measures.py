@@ -19,7 +19,7 @@ def rollout():
     mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
     tokens = {name: torch.randn(3, 5) * mask for name in ("logprobs", "ref_logprobs", "entropies")}
     return SimpleNamespace(
-        response_mask=mask,
+        action_mask=mask,
         finished=torch.tensor([True, False, True]),
         scores=torch.randn(3),
         function_scores=torch.randn(3),
