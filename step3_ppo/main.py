@@ -50,7 +50,7 @@ def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> 
     kept[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
     measured = measures.measure_rollout(rollout, config.kl_estimator)
     metrics = {f"eval/{name}": value for name, value in measured.items()}
-    texts = rollouts.texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
+    texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)

@@ -29,7 +29,7 @@ from utils.models import language_model
 
 @dataclass
 class Rollout(Tokens):
-    """Episodes with what the models say of them: (B,R) is 0 where no action is."""
+    """Episodes with what the models give for them: (B,R) is 0 where no action is."""
 
     logprobs: torch.Tensor  # (B,R) fp32, of the policy that sampled
     ref_logprobs: torch.Tensor  # (B,R) fp32
@@ -94,8 +94,8 @@ def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list
 
 
 def score(models, prompts, episodes: list[Episode], config, device, judge: bool) -> Rollout:
-    """What every model says of this rank's episodes. All is on the CPU, but for the ids that a
-    model reads and what it answers."""
+    """What every model gives for this rank's episodes. All is on the CPU, but for the ids that a
+    model reads and its output."""
     tokens = lay_out(episodes, models.tokenizer.pad_token_id)
     if config.logprobs_from == "decode":
         logprobs, entropies = (numbers_of(episodes, x) for x in ("logprobs", "entropies"))
@@ -107,7 +107,7 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool)
     if models.critic is not None:
         (values,) = of_each(response_values, models.critic)
     finished = torch.tensor([e.finished for e in episodes])
-    texts = texts_of(models.tokenizer, tokens.response_ids, tokens.response_mask)
+    texts = texts_of(models.tokenizer, tokens)
     limits = config.micro_batch_size, config.micro_batch_tokens
     asked = (prompts, texts, finished, *tokens.joined(), *limits)
     rollout = Rollout(
@@ -147,24 +147,22 @@ def gather(part: Rollout, order: list[int]) -> Rollout:
     return Rollout(**fields)
 
 
-def texts_of(tokenizer, responses: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """(B,R) responses and their mask → what they say."""
-    return tokenizer.batch_decode(
-        responses.where(mask, tokenizer.pad_token_id), skip_special_tokens=True
-    )
+def texts_of(tokenizer, tokens: Tokens) -> list[str]:
+    """What follows each prompt, as text without special tokens."""
+    ids = tokens.response_ids.where(tokens.response_mask, tokenizer.pad_token_id)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> None:
     """Call --reward_function once, on rank 0, with every row; all ranks get its scores or stop."""
     answer = None
     if process_group.is_main():
-        texts = texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
         try:
             answer = scoring.call(
                 models.reward_function,
                 config.reward_function,
                 [p.messages[-1]["content"] for p in prompts],
-                texts,
+                texts_of(models.tokenizer, rollout),
                 [p.row for p in prompts],
                 config.reward_function_timeout,
             )
@@ -190,7 +188,7 @@ def in_micro_batches(tokens: Tokens, config, device, compute, *args) -> list[tor
     micro-batch at a time without padding that it does not need → the same (B,R) for all rows, 0
     where no action is.
 
-    All is on the CPU, but for the ids that compute gets and what it answers: no micro-batch waits
+    All is on the CPU, but for the ids that compute gets and what it returns: no micro-batch waits
     for the one before it. A collective.
     """
     limits = config.micro_batch_size, config.micro_batch_tokens

@@ -1,4 +1,4 @@
-"""What a rollout engine is: who answers prompts with the policy's weights of now.
+"""What a rollout engine is: it answers prompts with the policy's weights as they are now.
 
     engine.sync(actor)                        the weights that it samples with from here on
     samples = engine.generate(request, sampling)
@@ -47,19 +47,19 @@ class Samples:
 
     response_ids: torch.Tensor  # (B,R) int64
     response_mask: torch.Tensor  # (B,R) bool, through the stop token
-    logprobs: torch.Tensor | None  # (B,R) fp32, 0 off the mask; None: not asked for, or not told
+    logprobs: torch.Tensor | None  # (B,R) fp32, 0 off the mask; None: not asked for, or not known
     entropies: torch.Tensor | None  # as logprobs, in nats
     finish_reasons: list[str]  # "stop", or "length" where the answer is cut at the limit
 
 
 class RolloutEngine(Protocol):
-    """description: for people, in the run's first lines. tells_logprobs: can samples have them?
+    """description: for the run's first lines. returns_logprobs: can samples have them?
     generator: the module that samples, between `sync` and `release`; None where it is not in this
     process."""
 
     name: str
     description: str
-    tells_logprobs: bool
+    returns_logprobs: bool
     generator: nn.Module | None
 
     def sync(self, actor) -> None:

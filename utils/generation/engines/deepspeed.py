@@ -1,6 +1,6 @@
 """DeepSpeed's HybridEngineRollout: transformers' `generate` on the trained module.
 
-It decodes every row to the limit, under ZeRO-3 gathers each layer for each token, and tells no
+It decodes every row to the limit, under ZeRO-3 gathers each layer for each token, and returns no
 log-probabilities. It draws from torch's generator, which the request's noise seeds: the same
 request gives the same samples, but on another number of ranks the samples are others.
 """
@@ -42,7 +42,7 @@ def build(setup: Setup) -> "DeepSpeedEngine":
 
 
 class DeepSpeedEngine:
-    name, tells_logprobs = "deepspeed", False
+    name, returns_logprobs = "deepspeed", False
     description = (
         "deepspeed engine: every row is decoded to the limit, under ZeRO-3 each layer is gathered "
         "for each token, and another number of ranks draws other samples"

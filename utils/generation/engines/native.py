@@ -32,7 +32,7 @@ class NativeEngine:
     for each token). tokens_at_once: prompts and room for answers decoded together; 0: all.
     keep_memory: whether KV cache and graphs wait for the next rollout."""
 
-    name, tells_logprobs = "native", True
+    name, returns_logprobs = "native", True
 
     def __init__(
         self,
@@ -64,9 +64,7 @@ class NativeEngine:
         device = next(self.generator.parameters()).device
         shape = len(request.prompt_ids), sampling.max_new_tokens
         responses = torch.empty(shape, dtype=torch.int64, device=device)
-        logprobs = entropies = None
-        if sampling.logprobs:
-            logprobs, entropies = (torch.zeros(shape, device=device) for _ in range(2))
+        numbers = [torch.zeros(shape, device=device) for _ in range(2 * sampling.logprobs)]
         for rows, part in decoded_together(request, sampling.max_new_tokens, self.tokens_at_once):
             responses[rows] = generation.generate(
                 self.generator,
@@ -78,11 +76,10 @@ class NativeEngine:
                 temperature=sampling.temperature,
                 noise=part.noise,
                 in_step=self.in_step,
-                logprobs=None if logprobs is None else logprobs[rows],
-                entropies=None if entropies is None else entropies[rows],
+                logprobs_and_entropies=[x[rows] for x in numbers] or None,
                 decoder=self.decoder,
             )
-        return samples_of(responses, sampling, logprobs, entropies)
+        return samples_of(responses, sampling, *numbers)
 
     def release(self) -> None:
         self._synced.close()
