@@ -25,7 +25,7 @@ def scores_belong(probe: Probe) -> str:
     said = []
     if probe.models.reward is not None:
         said.append(_model_scores(probe))
-    # Rank 0 alone calls the function, and its verdict is everybody's.
+    # Only rank 0 calls the function; its verdict counts for all ranks.
     if probe.models.reward_function is not None and process_group.is_main():
         said.append(_function_scores(probe))
     return "; ".join(said)

@@ -16,10 +16,9 @@ import copy
 import socket
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import host_memory, process_group
+from utils.distributed import host_memory, process_group, zero
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -102,7 +101,10 @@ def _copy_weights(module: nn.Module, plain: nn.Module) -> None:
     targets = dict(plain.named_parameters())
     named = {id(p): name for name, p in module.named_parameters()}
     for bucket in _buckets(list(module.parameters())):
-        for p, whole in zip(bucket, _all_gather(bucket), strict=True):
+        # Not by `deepspeed.zero.GatheredParameters`: it starts a collective for each parameter, and
+        # holds the gathered weights beside our copy of them.
+        shards = [zero.local(p).to(p.device) for p in bucket]
+        for p, whole in zip(bucket, zero.all_gathered(shards, bucket), strict=True):
             target = targets[named[id(p)]]
             target.data = whole.to(target.dtype)
 
@@ -118,28 +120,6 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         buckets[-1].append(p)
         size += more
     return buckets
-
-
-def _all_gather(bucket: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Whole weights of ZeRO-3 parameters by one collective.
-
-    Not by `deepspeed.zero.GatheredParameters`: it starts a collective for each parameter, and
-    holds the gathered weights beside our copy of them.
-    """
-    shards = [p.ds_tensor.detach().flatten().to(p.device) for p in bucket]
-    mine, world = torch.cat(shards), process_group.world_size()
-    whole = mine
-    if world > 1:
-        whole = mine.new_empty(world * mine.numel())
-        # Its new name since torch 2.13, which warns of the old one.
-        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        all_gather(whole, mine)
-    parts = whole.view(world, -1).split([len(s) for s in shards], dim=1)
-    # A parameter lies cut in `world` equal pieces, the last one padded.
-    return [
-        part.reshape(-1)[: p.ds_numel].view(p.ds_shape)
-        for p, part in zip(bucket, parts, strict=True)
-    ]
 
 
 def cache_bytes(model_config, rows: int, length: int, bytes_each: int) -> int:

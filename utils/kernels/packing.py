@@ -170,7 +170,7 @@ def obstacle(model: nn.Module, device: str, dtype: str) -> str:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return f"{kind} takes no position ids"
     if model_config._attn_implementation != "sdpa":
-        return f"its attention is {model_config._attn_implementation}, and only sdpa has this twin"
+        return f"its attention is {model_config._attn_implementation}; only sdpa can be replaced"
     if others or getattr(model_config, "attention_chunk_size", None):
         return f"{kind} has layers of another kind: {', '.join(others) or 'chunked'}"
     return _kernel_obstacle(model_config, dtype) if device == "cuda" else ""
