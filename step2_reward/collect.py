@@ -183,7 +183,7 @@ def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
     with whole_files.writing(path, "--output_file") as file:
         write_rows(file, kept)
         command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
-    say(
+    process_group.say(
         f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
         "out, whose answers were all alike or equally good"
     )
@@ -220,7 +220,7 @@ def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.P
     chosen = (train[i] for i in order[: config.num_prompts or None])
     prompts, counts = tables.encode_all(chosen, encode, bad)
     bad.finish("prompt_data")
-    say(counts.line("prompts"))
+    process_group.say(counts.line("prompts"))
     other = [p.where for p in prompts if not toy_tasks.is_task(p.row)]
     if config.labeller == "verifier" and other:
         raise SystemExit(
@@ -228,11 +228,6 @@ def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.P
             "all), which alone it judges; choose --labeller reward_model, file or none for others"
         )
     return prompts
-
-
-def say(text: str) -> None:
-    if process_group.is_main():
-        print(text, flush=True)
 
 
 def collect(config, device) -> None:
@@ -258,14 +253,14 @@ def collect(config, device) -> None:
     if process_group.is_main():
         with whole_files.writing(kept, "--output_file") as file:
             write_rows(file, lines)
-    say(f"{kept}: what was sampled, until it is ranked")
+    process_group.say(f"{kept}: what was sampled, until it is ranked")
 
     labels = LABELLERS[config.labeller](config, prompts, answers, reward)
     if process_group.is_main():
         write(config, lines, labels)
         kept.unlink()
     characters = sum(len(a.text) for group in answers for a in group)
-    say(
+    process_group.say(
         f"{len(prompts)} × {config.answers_per_prompt} answers, {characters} characters in "
         f"{time.time() - started:.1f} s"
     )

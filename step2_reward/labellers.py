@@ -29,12 +29,10 @@ def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[l
     labels = agreeing_scores(scores, config.agreement, config.seed)
     share = share_agreeing(scores, labels)
     mean = sum(map(sum, scores)) / sum(map(len, scores))
-    if process_group.is_main():
-        print(
-            f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs "
-            "that differ",
-            flush=True,
-        )
+    process_group.say(
+        f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs that "
+        "differ"
+    )
     return labels
 
 
