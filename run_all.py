@@ -42,8 +42,9 @@ class Pipeline(Settings):
     overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
 
     def contradictions(self, world_size: int) -> Iterator[str]:
-        if not self.embedded and not (self.sft_data and self.preference_data):
-            yield "this recipe needs --sft_data and --preference_data"
+        for name in ("sft_data", "preference_data"):
+            if not self.embedded and not getattr(self, name):
+                yield f"this recipe needs --{name}"
         if not self.embedded and self.rounds > 1:
             yield "--rounds needs the embedded task, whose verifier ranks new answers"
 

@@ -15,7 +15,8 @@
 #   --rounds N                   repeat collect → reward → PPO N times (embedded task; tiny: 2)
 #   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG value   for one step
 #   --config FILE [FILE …]       settings, in sections or for every step; they win over the recipe
-#   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …)
+#   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …);
+#                                `python step3_ppo/main.py --help` lists those of a step
 #
 # Flags are checked before anything runs. The same command again goes on where the last one stopped:
 # stages that are finished are passed over, a step goes on from its newest checkpoint. --overwrite

@@ -80,12 +80,13 @@ def load(run: Run):
         say,
     )
     critic = f", critic {config.rate_of_critic():g}" if config.has_critic() else ""
+    critic += f" (ZeRO-{config.stage_of_critic()})" if config.has_critic() else ""
     say(f"peak learning rates: actor {config.learning_rate:g}{critic}")
     run.announce(
         f"step 3, {config.algorithm.upper()}: {config.max_steps} rollouts of "
         f"{config.prompts_per_rollout} prompts × {config.samples_per_prompt} samples = "
         f"{config.minibatches()} minibatches of {config.global_batch_size}, {config.ppo_epochs} "
-        f"epochs; an action is a {config.action_level}; critic ZeRO-{config.stage_of_critic()}",
+        f"epochs; an action is a {config.action_level}",
         config.max_steps,
     )
     models = build(config, tokenizer, run.dtype, run.device)

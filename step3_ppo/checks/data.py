@@ -149,8 +149,14 @@ def reward_model_sanity(probe: Probe) -> str:
     )
     if high < 0.5:
         raise Fault(f"{text}: it prefers the worse answer; were the labels swapped in step 2?")
-    if low <= 0.5 or result["accuracy"] <= max(longer, 1 - longer):
-        raise Doubt(f"{text}: no better than chance or length; PPO will learn what it pays for")
+    if low <= 0.5:
+        raise Doubt(
+            f"{text}: perhaps no better than chance; train it on more comparisons, or hold "
+            "out more of them (step 2's --eval_fraction)"
+        )
+    if result["accuracy"] <= max(longer, 1 - longer):
+        always = "longer" if longer > 0.5 else "shorter"
+        raise Doubt(f"{text}: no better than always taking the {always}, which PPO will learn")
     inner = getattr(reward.model, "module", reward.model)
     if not hasattr(inner.classifier.config, "reward_bias"):
         raise Doubt(

@@ -292,7 +292,7 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
         (["--output_dir"], "--output_dir has no value; it takes one"),
         (["--rounds", "x"], "rounds='x' is not int"),
         (["tiny", "word"], "'word' stands before any flag"),
-        (["scratch", "--rounds", "2"], "needs --sft_data and --preference_data"),
+        (["scratch", "--sft_data", bad], "needs --preference_data"),
         (["--micro_batch_size=5"], "not divisible by micro_batch_size"),
     ):
         code, output = run(["bash", ROOT / "run_all.sh", *words], tmp_path)

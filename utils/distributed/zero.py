@@ -4,6 +4,7 @@ Source of the settings: DeepSpeed 0.19 documentation, "DeepSpeed Configuration J
 """
 
 import contextlib
+import io
 import math
 import re
 from collections.abc import Callable
@@ -172,13 +173,14 @@ class TrainEngine:
                         p.grad = None  # AdamW passes over these: weights and moments stay
 
             self.adamw.register_step_pre_hook(clip)
-        self.engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=self.adamw,
-            lr_scheduler=self.schedule,
-            config=deepspeed_config(dtype, zero_stage, how.offload, how.gradient_clipping),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # a dozen lines of memory in bf16
+            self.engine, _, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=self.adamw,
+                lr_scheduler=self.schedule,
+                config=deepspeed_config(dtype, zero_stage, how.offload, how.gradient_clipping),
+                dist_init_required=False,
+            )
         # transformers loads models in eval mode, in which gradient checkpointing does nothing.
         self.engine.train()
 
