@@ -32,7 +32,7 @@ class PPOConfig(RunConfig):
         "place of the reward model or added to it",
     )
     reward_function_coef: float = setting(
-        1.0, "what its scores are multiplied by", only_with="reward_function"
+        1.0, "what its scores are multiplied by", at_least=-1e9, only_with="reward_function"
     )
     reward_function_timeout: float = free(60.0, "seconds it may take a rollout; 0: any")
     judge_model: str = setting("", "another reward model that only judges held-out answers")

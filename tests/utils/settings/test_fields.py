@@ -11,6 +11,7 @@ from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.utils.settings.test_command_line import NEEDED, problems_of
+from utils.settings.command_line import build
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,11 @@ from tests.utils.settings.test_command_line import NEEDED, problems_of
 def test_values_that_cannot_work(config_class, argv, said):
     (problem,) = problems_of(config_class, [*NEEDED[config_class], *argv])
     assert said in problem
+
+
+def test_a_function_of_rewards_may_be_a_penalty():
+    argv = ["--reward_function", "length", "--reward_function_coef", "-0.5"]
+    assert build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1).reward_function_coef == -0.5
 
 
 def beyond_bounds(f):
