@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.summary import read_metrics, read_result, verify_policy  # noqa: E402
+from evaluation.summary import read_metrics, read_result, verdicts  # noqa: E402
 
 # One optimizer step a rollout, so sixteen times fewer than PPO takes: they bear a higher rate.
 ONE_STEP = ["--ppo_epochs", "1", "--global_batch_size", "128", "--learning_rate", "5e-4"]
@@ -130,7 +130,7 @@ def judged(base: Path, folder: Path, seed: int) -> dict[str, float]:
         lines = (base / "data/held_out.jsonl").read_text(encoding="utf-8").splitlines()
         held = [json.loads(line) for line in lines]
         names = [n for n in ("actor", "actor_ema") if (folder / n).exists()] or ["."]
-        found = {n: verify_policy(folder / n, held, seed) for n in names}
+        found = {n: statistics.mean(verdicts(folder / n, held, seed)) for n in names}
         cache.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(cache.read_text(encoding="utf-8"))
 

@@ -95,7 +95,7 @@ class Judge:
         self.rows = [json.loads(line) for line in lines]
 
     def __call__(self, policy, rollouts: int, **metrics) -> None:
-        from evaluation.summary import verify_policy
+        from evaluation.summary import verdicts
 
         tick = time.time()
         self.started = self.started or tick
@@ -103,7 +103,7 @@ class Judge:
         folder = Path(self.config.output_dir, "policy")
         policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        verdict = verify_policy(folder, self.rows, self.config.seed)
+        verdict = statistics.mean(verdicts(folder, self.rows, self.config.seed))
         point = {"rollouts": rollouts, "samples": rollouts * self.config.rollout_size()}
         self.points.append(point | {"verifier": verdict, "seconds": seconds, **metrics})
         self.write()

@@ -198,7 +198,7 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         ours.actor.module, ids, real, length, **score
     )
     ref_logprobs, _ = language_model.response_logprobs(ours.reference, ids, real, length, **score)
-    (values,) = rollouts.response_values(ids, real, mask, ours.critic)
+    (values,) = rollouts.values_of(ids, real, mask, ours.critic)
     none = torch.zeros(len(ids))
     rollout = rollouts.Rollout(
         prompt_ids=prompt_ids,

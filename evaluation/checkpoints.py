@@ -11,6 +11,7 @@ import torch
 from utils.data import chat_template, files, fitting
 from utils.distributed import zero
 from utils.models import loading
+from utils.pretrained import positions_of
 from utils.settings.fields import Settings, setting
 
 
@@ -126,7 +127,7 @@ def generation_config(tokenizer, *, max_new_tokens: int, **how):
 
 def prompt_room(model, max_new_tokens: int) -> int:
     """Tokens of prompt that fit into the model's positions before the answer."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    positions = positions_of(model.config) or sys.maxsize
     if positions <= max_new_tokens:
         raise SystemExit(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the {positions} "

@@ -16,7 +16,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from utils import report
-from utils.distributed import zero
+from utils.distributed import program, zero
 from utils.planner import plan as planner
 from utils.planner.plan import GB, Machine, Plan
 from utils.planner.time import Speed, measure
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

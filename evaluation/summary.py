@@ -17,6 +17,7 @@ from utils.generation import sampling
 from utils.report import standard_error, table
 
 STEPS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo"}
+ANSWER_TOKENS = 32
 POLICIES = {"sft": "step1_sft", "ppo": "step3_ppo/actor", "ppo_ema": "step3_ppo/actor_ema"}
 # What summary.json takes from each step's result.json, by its name there where that differs.
 TAKEN = {
@@ -46,13 +47,9 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def verify_policy(folder: Path, rows: list[dict], seed: int) -> float:
-    """Mean verifier score of answers sampled at temperature 1 by the model in `folder`."""
-    return sum(verdicts(folder, rows, seed)) / len(rows)
-
-
-def verdicts(folder: Path, rows: list[dict], seed: int, max_new_tokens: int = 32) -> list[float]:
-    """The same of each row's answer."""
+def verdicts(folder: Path, rows: list[dict], seed: int) -> list[float]:
+    """The verifier's score of each row's answer, which the model in `folder` samples at temperature
+    1, of at most ANSWER_TOKENS tokens."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = chat_template.load_tokenizer(str(folder))
@@ -62,10 +59,10 @@ def verdicts(folder: Path, rows: list[dict], seed: int, max_new_tokens: int = 32
     responses = sampling.generate(
         model,
         *batches.prompt_batch(encoded, tokenizer.pad_token_id),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=ANSWER_TOKENS,
         stop_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        noise=sampling.uniform_noise(len(rows), max_new_tokens, seed, 2**31 + 1),
+        noise=sampling.uniform_noise(len(rows), ANSWER_TOKENS, seed, 2**31 + 1),
     )
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [float(toy_tasks.verify(r, t)) for r, t in zip(rows, texts, strict=True)]

@@ -22,7 +22,6 @@ from utils.data import batches, chat_template, comparisons, rows, splits, tables
 from utils.data import prompts as prompt_data
 from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
-from utils.distributed.process_group import say
 from utils.generation import sampling as generation
 from utils.generation.decoder import Decoder
 from utils.models import language_model, scalar_model
@@ -185,7 +184,7 @@ def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
     with whole_files.writing(path, "--output_file") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
-    say(
+    process_group.say(
         f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
         "out, whose answers were all alike or equally good"
     )
@@ -222,7 +221,7 @@ def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.P
     chosen = (train[i] for i in order[: config.num_prompts or None])
     prompts, counts = tables.encode_all(chosen, encode, bad)
     bad.finish("prompt_data")
-    say(counts.line("prompts"))
+    process_group.say(counts.line("prompts"))
     other = [p.where for p in prompts if not toy_tasks.is_task(p.row)]
     if config.labeller == "verifier" and other:
         raise SystemExit(
@@ -254,14 +253,14 @@ def collect(config, device) -> None:
     kept = Path(config.output_file).with_suffix(".sampled.jsonl")
     if process_group.is_main():
         write_sampled(kept, lines)
-    say(f"{kept}: what was sampled, until it is ranked")
+    process_group.say(f"{kept}: what was sampled, until it is ranked")
 
     labels = LABELLERS[config.labeller](config, prompts, answers, reward)
     if process_group.is_main():
         write(config, lines, labels)
         kept.unlink()
     characters = sum(len(a.text) for group in answers for a in group)
-    say(
+    process_group.say(
         f"{len(prompts)} × {config.answers_per_prompt} answers, {characters} characters in "
         f"{time.time() - started:.1f} s"
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.data import toy_tasks
-from utils.distributed.process_group import say
+from utils.distributed import process_group
 from utils.models import scorer
 
 
@@ -29,7 +29,7 @@ def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[l
     labels = agreeing_scores(scores, config.agreement, config.seed)
     share = share_agreeing(scores, labels)
     mean = sum(map(sum, scores)) / sum(map(len, scores))
-    say(
+    process_group.say(
         f"verifier: mean score {mean:.3f}; labels agree with it on {share:.1%} of the pairs that "
         "differ"
     )

@@ -1,6 +1,7 @@
 """Settings of step 3."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,11 +33,14 @@ class PPOConfig(RunConfig):
         "place of the reward model or added to it",
     )
     reward_function_coef: float = setting(
-        1.0, "what its scores are multiplied by", at_least=-1e9, only_with="reward_function"
+        1.0,
+        "what its scores are multiplied by; below 0: what it measures costs",
+        at_least=-math.inf,
+        only_with="reward_function",
     )
     reward_function_timeout: float = free(60.0, "seconds it may take a rollout; 0: any")
     judge_model: str = setting("", "another reward model that only judges held-out answers")
-    reference_model: str = setting("", "whom the KL is measured to (default: the SFT model)")
+    reference_model: str = setting("", "what the KL is measured to (default: the SFT model)")
     critic_model: str = setting(
         "", "where the critic starts (default: the reward model; without one the SFT model)"
     )
@@ -76,7 +80,7 @@ class PPOConfig(RunConfig):
     )
     logprobs_from: str = rounding(
         "auto",
-        "who says the old log-probabilities: the decode loop as it samples, or another forward "
+        "where the old log-probabilities come from: the decode loop, or another forward "
         "pass; auto: decode where both agreed on the first batch sampled",
         choices=("auto", "decode", "forward"),
     )

@@ -32,12 +32,6 @@ class Episode:
     segments: list[Segment]
     finished: bool  # ended with the stop token, not at the limit
 
-    def joined(self, name: str) -> torch.Tensor:
-        """(R,) fp32: "logprobs" or "entropies" of all segments, 0 where a segment has none."""
-        parts = [getattr(s, name) for s in self.segments]
-        pairs = zip(parts, self.segments, strict=True)
-        return torch.cat([torch.zeros(len(s.ids)) if p is None else p for p, s in pairs])
-
 
 @dataclass
 class Tokens:
@@ -94,4 +88,10 @@ def lay_out(episodes: list[Episode], pad_id: int) -> Tokens:
 
 def numbers_of(episodes: list[Episode], name: str) -> torch.Tensor:
     """(B,R) fp32: "logprobs" or "entropies", laid out as `lay_out` does, 0 where there is none."""
-    return pad_sequence([e.joined(name) for e in episodes], batch_first=True)
+
+    def of(segment: Segment) -> torch.Tensor:
+        numbers = getattr(segment, name)
+        return torch.zeros(len(segment.ids)) if numbers is None else numbers
+
+    rows = [torch.cat([of(segment) for segment in e.segments]) for e in episodes]
+    return pad_sequence(rows, batch_first=True)

@@ -40,17 +40,18 @@ SHOWN = (
     "explained_variance",
     "seconds",
 )
-EVALUATION_NOISE = 2**31  # its samples are the same at every evaluation and no rollout's
+# Numbers the noise of evaluations: the same samples each time, and other ones than any rollout's.
+EVALUATION_NOISE = 2**31
 
 
-def evaluate(models, prompts, config, device, report, when: str, kept: dict) -> dict[str, float]:
-    """Metrics of sampled answers to the held-out prompts; shows people a few of them. kept: takes
-    the score of each prompt, as "scores_before" or "scores_after"."""
+def evaluate(models, prompts, config, device, report, when: str, facts: dict) -> dict:
+    """Metrics of sampled answers to the held-out prompts; shows people a few of them. The score of
+    each prompt is written to `facts`, as "scores_before" or "scores_after"."""
     rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
-    kept[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
+    facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
     measured = measures.measure_rollout(rollout, config.kl_estimator)
     metrics = {f"eval/{name}": value for name, value in measured.items()}
-    texts = rollouts.texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
+    texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
@@ -74,6 +75,7 @@ def load(run: Run):
         tokenizer,
         config.pick(DataSettings),
         config.max_prompt_length,
+        # Prompts that a reward model with another template refuses are left out.
         [r for r in readers(config).values() if reads_text(r, tokenizer)],
         say,
     )
@@ -96,8 +98,8 @@ def load(run: Run):
 
 
 def result_of(before: dict, after: dict, facts: dict) -> dict:
-    """What result.json says of the evaluations before and after training; facts: takes the scores
-    of each held-out prompt, see `evaluate`."""
+    """What result.json says of the evaluations before and after training; facts: the scores of
+    each held-out prompt, as `evaluate` wrote them."""
     first = facts.get("scores_before", [])
     last = facts.get("scores_after", first)
     # --resume_anyway may have changed who is asked: then nothing can be paired.
@@ -122,18 +124,18 @@ def main() -> None:
     state = State(kl_coef=config.kl_coef)
     watch = Watch(config, run.say, run.bad_steps)
     engines = models.trained() | ({"average": models.ema} if models.ema is not None else {})
-    kept = {"state": state, "watch": watch}
-    kept |= {"ptx": models.ptx} if models.ptx is not None else {}
+    resumable = {"state": state, "watch": watch}
+    resumable |= {"ptx": models.ptx} if models.ptx is not None else {}
     folders = outputs(models, run.settings) | {".": state}
-    done = run.restore(folders, engines, prompts.fingerprint(), **kept)
+    done = run.restore(folders, engines, prompts.fingerprint(), **resumable)
 
-    # Decided once: what is found before the first rollout holds to the end, also of a resumed run.
+    # Decided before the first rollout and kept to the end, also by a resumed run.
     if config.logprobs_from == "auto":
         if not state.logprobs_from:
             state.logprobs_from = old_logprobs.choose(models, held, config, device, run.say)
         config = dataclasses.replace(config, logprobs_from=state.logprobs_from)
 
-    # Check what must hold of the weights that training goes on from; look at the first ones.
+    # The self-check: now on a few probe prompts, later on the first rollout and its updates.
     check = self_check.SelfCheck(models, prompts, held, config, device, run.say)
     check.before_the_first_step(done)
     evaluation = functools.partial(evaluate, models, held, config, device, run.report)

@@ -19,7 +19,7 @@ def kl_of(rollout, estimator: str) -> float:
 
 
 def mean_unless_zero(x) -> float | None:
-    """Of scores that are all 0 where nobody gave them."""
+    """Of scores that are all 0 where there are none."""
     return x.mean().item() if x.any() else None
 
 
@@ -156,7 +156,7 @@ register("step 3", *ROLLOUT, *EXPERIENCE, *ELSEWHERE)
 
 
 def measure_rollout(rollout, kl_estimator: str) -> dict[str, float]:
-    """What can be said of a rollout without training on it."""
+    """The metrics of a rollout that need no training on it."""
     return _measured(ROLLOUT, rollout, kl_estimator)
 
 

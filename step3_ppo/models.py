@@ -70,7 +70,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.has_critic():
-        # A reward model of another language cannot read the policy's ids, whatever it knows.
+        # To a reward model with another tokenizer the policy's ids mean other text.
         reader = of_scorers.get("reward_model")
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
         like_reward = config.reward_model if same else ""
@@ -118,7 +118,7 @@ def build(config, tokenizer, dtype: str, device) -> Models:
 
 
 def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
-    """Asked for last: how weights are gathered depends on the memory that all models leave."""
+    """Built last: how weights are gathered depends on the memory that all models leave."""
     setup = Setup(
         actor=actor,
         tokenizer=tokenizer,
@@ -131,9 +131,9 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
         keep_memory=not config.release_decode_memory,
     )
     engine = engines.build(config.hybrid_engine, setup)
-    if config.logprobs_from == "decode" and not engine.tells_logprobs:
+    if config.logprobs_from == "decode" and not engine.returns_logprobs:
         raise SystemExit(
-            f"logprobs_from=decode: the {engine.name} engine tells no log-probabilities; "
+            f"logprobs_from=decode: the {engine.name} engine returns no log-probabilities; "
             "set --logprobs_from auto or --hybrid_engine native"
         )
     return engine
@@ -151,8 +151,8 @@ def outputs(models: Models, settings: str) -> dict[str, ModelFolder]:
 
 
 def check_same_language(tokenizer, config) -> None:
-    """Refuse a reference or critic to whom the actor's ids mean other text. To a reward model they
-    may: answers go to it as text."""
+    """Refuse a reference or critic for which the actor's ids mean other text. For a reward model
+    they may: answers go to it as text."""
     problems = []
     for flag in ("critic_model", "reference_model"):
         path = getattr(config, flag)

@@ -1,8 +1,8 @@
 """Which log-probabilities an update starts from: the decode loop's, or another forward pass's.
 
-The decode loop knows them already, but by other shapes and kernels than the pass that the update
-takes. Where both agree, the pass over the rollout is saved; where they do not, as in bf16, a ratio
-of 1 would start from noise.
+The decode loop has computed them already, but with other shapes and kernels than the update's pass.
+Where both agree, the pass over the rollout is saved; where they do not, as in bf16, a ratio of 1
+would start from noise.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ ROWS, TOKENS, NOISE = 8, 32, 2**31 + 9  # of a rank; at most; a noise that no ro
 def choose(models, prompts, config, device, say) -> str:
     """→ "decode" or "forward", by a few answers to `prompts`; the same on all ranks, which all call
     it."""
-    if not models.rollout_engine.tells_logprobs:
-        say("old log-probabilities from the forward: the engine that samples tells none")
+    if not models.rollout_engine.returns_logprobs:
+        say("old log-probabilities from the forward: the engine that samples returns none")
         return "forward"
     short = min(config.max_response_length, TOKENS)
     config = dataclasses.replace(config, logprobs_from="decode", max_response_length=short)

@@ -29,7 +29,9 @@ from utils.models import language_model
 
 @dataclass
 class Rollout(Tokens):
-    """Episodes with what the models say of them: (B,R) is 0 where no action is."""
+    """Episodes with what each model computed of them. (B,R) tensors are 0 off the action_mask: off
+    the tokens that the policy chose. (response_mask is what the models attend to, which may hold
+    an environment's text too.)"""
 
     logprobs: torch.Tensor  # (B,R) fp32, of the policy that sampled
     ref_logprobs: torch.Tensor  # (B,R) fp32
@@ -61,7 +63,9 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
     noise = generation.uniform_noise(
         len(prompts), config.max_response_length, config.seed, noise_step
     )
-    # Like lengths together, and the same number of rows and so of forward passes on every rank.
+    # Sorted by length and dealt like cards, so that ranks and batches hold like lengths. The first
+    # rows come again where the rows do not divide by the ranks: with ZeRO-3 every rank has to make
+    # as many forward passes. `gather` leaves them out.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
     rank, world = process_group.rank(), process_group.world_size()
     per_rank = -(-len(order) // world)
@@ -94,20 +98,19 @@ def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list
 
 
 def score(models, prompts, episodes: list[Episode], config, device, judge: bool) -> Rollout:
-    """What every model says of this rank's episodes. All is on the CPU, but for the ids that a
-    model reads and what it answers."""
+    """This rank's episodes with log-probabilities, values and scores, on the CPU."""
     tokens = lay_out(episodes, models.tokenizer.pad_token_id)
     if config.logprobs_from == "decode":
         logprobs, entropies = (numbers_of(episodes, x) for x in ("logprobs", "entropies"))
     else:
         logprobs, entropies = actor_logprobs(models, tokens, config, device)
     of_each = functools.partial(in_micro_batches, tokens, config, device)
-    ref_logprobs, _ = of_each(response_logprobs, models.reference, config.temperature)
-    values, none = torch.zeros_like(logprobs), torch.zeros(len(episodes))
+    ref_logprobs, _ = of_each(logprobs_of, models.reference, config.temperature)
+    values, zeros = torch.zeros_like(logprobs), torch.zeros(len(episodes))
     if models.critic is not None:
-        (values,) = of_each(response_values, models.critic)
+        (values,) = of_each(values_of, models.critic)
     finished = torch.tensor([e.finished for e in episodes])
-    texts = texts_of(models.tokenizer, tokens.response_ids, tokens.response_mask)
+    texts = texts_of(models.tokenizer, tokens)
     limits = config.micro_batch_size, config.micro_batch_tokens
     asked = (prompts, texts, finished, *tokens.joined(), *limits)
     rollout = Rollout(
@@ -116,9 +119,9 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool)
         ref_logprobs=ref_logprobs,
         entropies=entropies,
         values=values,
-        scores=models.reward.scores(*asked) if models.reward is not None else none,
-        function_scores=none,
-        judge_scores=models.judge.scores(*asked) if judge and models.judge is not None else none,
+        scores=models.reward.scores(*asked) if models.reward is not None else zeros,
+        function_scores=zeros,
+        judge_scores=models.judge.scores(*asked) if judge and models.judge is not None else zeros,
         finished=finished,
     )
     if models.frozen_offload is not None:
@@ -127,8 +130,8 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool)
 
 
 def gather(part: Rollout, order: list[int]) -> Rollout:
-    """All ranks' rows as one Rollout: row i of rank r, of n ranks, becomes row order[i·n + r]. What
-    a rank has beyond `order`, to have as many rows as the others, is left out."""
+    """All ranks' rows as one Rollout, in the order of the prompts. Of n ranks, row i of rank r
+    belongs to prompt order[i·n + r]; rows that `collect` dealt twice are left out."""
     rank, world = process_group.rank(), process_group.world_size()
     own = len(range(rank, len(order), world))
     part = Rollout(**{f.name: getattr(part, f.name)[:own] for f in dataclasses.fields(part)})
@@ -147,24 +150,22 @@ def gather(part: Rollout, order: list[int]) -> Rollout:
     return Rollout(**fields)
 
 
-def texts_of(tokenizer, responses: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """(B,R) responses and their mask → what they say."""
-    return tokenizer.batch_decode(
-        responses.where(mask, tokenizer.pad_token_id), skip_special_tokens=True
-    )
+def texts_of(tokenizer, tokens: Tokens) -> list[str]:
+    """What follows each prompt, as text without special tokens."""
+    ids = tokens.response_ids.where(tokens.response_mask, tokenizer.pad_token_id)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> None:
     """Call --reward_function once, on rank 0, with every row; all ranks get its scores or stop."""
     answer = None
     if process_group.is_main():
-        texts = texts_of(models.tokenizer, rollout.response_ids, rollout.response_mask)
         try:
             answer = scoring.call(
                 models.reward_function,
                 config.reward_function,
                 [p.messages[-1]["content"] for p in prompts],
-                texts,
+                texts_of(models.tokenizer, rollout),
                 [p.row for p in prompts],
                 config.reward_function_timeout,
             )
@@ -181,17 +182,17 @@ def actor_logprobs(models, tokens: Tokens, config, device) -> list[torch.Tensor]
     """(B,R) log-probabilities and entropies by a forward pass of the trained actor."""
     with in_eval_mode(models.actor):
         return in_micro_batches(
-            tokens, config, device, response_logprobs, models.actor, config.temperature
+            tokens, config, device, logprobs_of, models.actor, config.temperature
         )
 
 
 def in_micro_batches(tokens: Tokens, config, device, compute, *args) -> list[torch.Tensor]:
-    """compute(ids (b,p+r), mask (b,p+r), actions (b,r), *args) → tensors (b,r), called with a
-    micro-batch at a time without padding that it does not need → the same (B,R) for all rows, 0
-    where no action is.
+    """Tensors (B,R) for all rows, 0 off the action_mask, from compute(ids (b,p+r), mask (b,p+r),
+    actions (b,r), *args), which gives tensors (b,r) and is called once for each micro-batch of b
+    rows with no more padding than these need.
 
-    All is on the CPU, but for the ids that compute gets and what it answers: no micro-batch waits
-    for the one before it. A collective.
+    Every rank must call it. Results go to the CPU all together at the end: to fetch them one by one
+    would make each micro-batch wait for the one before.
     """
     limits = config.micro_batch_size, config.micro_batch_tokens
     micro = batches.in_step(tokens.lengths(), *limits)
@@ -211,13 +212,13 @@ def in_micro_batches(tokens: Tokens, config, device, compute, *args) -> list[tor
     return wholes
 
 
-def response_logprobs(input_ids, mask, actions, model, temperature: float):
+def logprobs_of(input_ids, mask, actions, model, temperature: float):
     """(B,P+R) ids and mask, (B,R) actions → (B,R) log-probabilities and entropies."""
     settings = dict(temperature=temperature, with_entropies=True, actions=actions)
     return language_model.response_logprobs(model, input_ids, mask, actions.shape[1], **settings)
 
 
-def response_values(input_ids, mask, actions, critic) -> tuple[torch.Tensor]:
+def values_of(input_ids, mask, actions, critic) -> tuple[torch.Tensor]:
     """(B,P+R) → (B,R): V before response token t is drawn, read at the token before it."""
     return (critic(input_ids, mask)[:, -actions.shape[1] - 1 : -1],)
 
@@ -240,7 +241,7 @@ class Experience:
 def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
     """Scores → rewards → advantages; and the rollout's metrics."""
     mask, logprobs, values = rollout.action_mask, rollout.logprobs, rollout.values
-    scores, clipped = state.shaped(rollout, config)
+    scores, clipped = state.shape_scores(rollout, config)
     rewards, kl = algorithm.token_rewards(
         scores, logprobs, rollout.ref_logprobs, mask, state.kl_coef, config.kl_estimator
     )

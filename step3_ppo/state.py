@@ -54,7 +54,7 @@ class State:
         """(B,) → (B,) with the mean taken off and divided by the standard deviation."""
         return (scores - self.score_mean) / (self.score_variance**0.5 + 1e-8)
 
-    def shaped(self, rollout, config) -> tuple[torch.Tensor, dict[str, float]]:
+    def shape_scores(self, rollout, config) -> tuple[torch.Tensor, dict[str, float]]:
         """A rollout's scores → (B,) normalised, then clipped, then with the penalty of cut answers;
         and the share that was clipped. The statistics are of the scores as they came."""
         scores, finished, limit = rollout.scores, rollout.finished, config.score_clip or math.inf

@@ -12,7 +12,7 @@ def train_on(
     models, experience: Experience, config, device, step: int, watch, follow=None
 ) -> dict[str, float]:
     """Every epoch and minibatch of rollout number `step`; returns the mean of their metrics.
-    follow: looks on at the first step of the actor, see check_alignment.Followed."""
+    follow: is called at the first step of the actor, see checks/alignment.py, LossTrace."""
     updates = []
     for epoch in range(config.ppo_epochs):
         for minibatch in range(config.minibatches()):
@@ -66,12 +66,7 @@ def step_actor(
     sums = metrics.Sums(device)
     for ids, mask, actions, part in micro_batches(experience, rows, config, device):
         of_tokens, _ = language_model.response_logprobs(
-            actor,
-            ids,
-            mask,
-            actions.shape[1],
-            temperature=config.temperature,
-            actions=actions,
+            actor, ids, mask, actions.shape[1], temperature=config.temperature, actions=actions
         )
         new_logprobs = of_tokens
         if config.action_level == "sequence":

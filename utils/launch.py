@@ -61,13 +61,13 @@ def launcher_words() -> list[str]:
 
 def ranks_here() -> int:
     """All GPUs, or two processes on a CPU: they use two cores better than two threads do. At most
-    $MAX_RANKS."""
+    $MAX_RANKS, where that is above 0."""
     gpus = 0
     if os.environ.get("DS_ACCELERATOR") != "cpu":
         count = "import torch; print(torch.cuda.device_count())"
         gpus = int(subprocess.check_output([PYTHON, "-c", count]))
     ranks = gpus or min(2, os.cpu_count() or 1)
-    return min(ranks, int(os.environ.get("MAX_RANKS") or ranks))
+    return min(ranks, int(os.environ.get("MAX_RANKS") or 0) or ranks)
 
 
 def gives_visible_devices(words: list[str]) -> bool:

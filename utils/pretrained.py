@@ -16,9 +16,9 @@ def config_of(path: str, trust_remote_code: bool, **settings):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
 
 
-def positions_of(config) -> int | None:
+def positions_of(model_config) -> int | None:
     """How many tokens a row may have; None where the model has no such limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

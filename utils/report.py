@@ -106,8 +106,8 @@ def save_result(output_dir: str, result: dict) -> None:
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of the mean of independent values; None of fewer than two, which tell nothing of it, and
-    where one is no finite number."""
+    """Of the mean of independent values; None where there are fewer than two, or one that is not
+    finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     return statistics.stdev(values) / len(values) ** 0.5

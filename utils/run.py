@@ -98,12 +98,7 @@ class Run:
 
     def restore(self, outputs: dict, engines: dict, data: str, **state) -> int:
         """Go on where the checkpoint ends that the run is resumed from, if it is; → how many steps
-        are done. What is given here is in every checkpoint.
-
-        outputs: {folder: what model_folder.save writes there at the end}. engines: {name:
-        zero.TrainEngine or EMA}. data: a fingerprint of the training rows. state: objects with
-        state_dict() → JSON and load_state_dict().
-        """
+        are done. What is given here is in every checkpoint: see Checkpoints.follow."""
         self.outputs = outputs
         state |= {"bad_steps": self.bad_steps, "products": PRODUCTS}
         return self.checkpoints.follow(engines, state, outputs, data)

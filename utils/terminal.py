@@ -1,13 +1,13 @@
-"""Text of models and data for a terminal or a page: seen, and not obeyed."""
+"""Text of models and data on a terminal or a page, which it must not control."""
 
 import unicodedata
 
-# They turn the direction of what follows, so that a line reads otherwise than it is.
+# They change the direction of the text after them, so that a line shows another order.
 DIRECTIONS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def visible(text: str) -> str:
-    """Control characters and changes of direction spelled out: no text may steer a terminal."""
+    """The text with control characters and changes of direction as escape sequences."""
     return "".join(
         c
         if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in DIRECTIONS)

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, and what a disk's refusal means.
+"""Files that are written whole or not at all, and messages for errors of the disk.
 
-A file is written beside its name, synced and renamed: a full disk or a killed run leaves what stood
-there before. What goes on growing (metrics.jsonl) loses an unfinished line again.
+A file is written under a temporary name, synced and renamed: a full disk or a killed run leaves the
+old content. A file that is appended to (metrics.jsonl) loses an unfinished line again.
 """
 
 import contextlib

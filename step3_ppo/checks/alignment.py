@@ -25,7 +25,7 @@ def scores_belong(probe: Probe) -> str:
     said = []
     if probe.models.reward is not None:
         said.append(_model_scores(probe))
-    # Rank 0 alone calls the function, and its verdict is everybody's.
+    # Only rank 0 calls the function; its verdict counts for all ranks.
     if probe.models.reward_function is not None and process_group.is_main():
         said.append(_function_scores(probe))
     return "; ".join(said)
@@ -45,10 +45,8 @@ def _model_scores(probe: Probe) -> str:
     rows, alone, models = list(own)[:: -(-len(own) // ROWS_ALONE)], [], probe.models
     for row in rows:
         one = probe.rollout.select([row])
-        ids = torch.cat([one.prompt_ids, one.response_ids], 1)
-        mask = torch.cat([one.prompt_mask, one.response_mask], 1)
-        texts = rollouts.texts_of(models.tokenizer, one.response_ids, one.response_mask)
-        score = models.reward.scores([probe.asked[row]], texts, one.finished, ids, mask, 1)
+        texts = rollouts.texts_of(models.tokenizer, one)
+        score = models.reward.scores([probe.asked[row]], texts, one.finished, *one.joined(), 1)
         alone.append(score + one.function_scores)
     said = probe.must_agree(
         torch.cat(alone),
@@ -67,7 +65,7 @@ def _function_scores(probe: Probe) -> str:
     if probe.seconds_score > SLOW:
         long = f"{probe.seconds_score:.0f} s"
         return f"not checked: scoring took {long}, so {name} was not asked again"
-    texts = rollouts.texts_of(probe.models.tokenizer, rollout.response_ids, rollout.response_mask)
+    texts = rollouts.texts_of(probe.models.tokenizer, rollout)
 
     def gap(order: list[int]) -> float:
         """Between the scores that the rows had and those that they get in this order."""

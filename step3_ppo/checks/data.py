@@ -97,7 +97,7 @@ def stop_token(probe: Probe) -> str:
 
 @check(BEFORE, "same language")
 def same_language(probe: Probe) -> str:
-    """Prompts are the tokens that training rows begin with, for the policy and who scores it."""
+    """Prompts are the tokens that training rows begin with, for the policy and the reward model."""
     tokenizer, reward = probe.models.tokenizer, probe.models.reward
     for prompt in probe.held[:PROMPTS_TRIED]:
         fitted = fitting.shortened(tokenizer, prompt.messages, probe.config.max_prompt_length)

@@ -59,7 +59,7 @@ def generator_equals_model(probe: Probe) -> str:
         )
     equal = f"greedy tokens equal up to {short:.1e} nats"
     if sampled.logprobs is None:
-        return f"{equal} ({engine.name} tells no log-probabilities)"
+        return f"{equal} ({engine.name} returns no log-probabilities)"
     kept = sampled.response_mask
     return f"{equal}, " + probe.must_agree(
         train_forward(probe, _answered(own, sampled)).cpu()[kept],

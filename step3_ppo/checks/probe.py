@@ -104,17 +104,10 @@ def worst(*gaps: float) -> list[float]:
     return [max(gap) for gap in zip(*process_group.gather_objects(gaps), strict=True)]
 
 
-def batch(rollout: Rollout, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,P+R) ids and mask on the device."""
-    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
-    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1)
-    return ids.to(device), mask.to(device)
-
-
 @torch.no_grad()
 def _read(probe: Probe, rollout: Rollout, read: Callable, rows: int) -> list[torch.Tensor]:
     """read(ids (b,P+R), mask, R) → tensors of b rows; for a few rows at a time → of all rows."""
-    ids, mask = batch(rollout, probe.device)
+    ids, mask = (x.to(probe.device) for x in rollout.joined())
     length = rollout.response_ids.shape[1]
     parts = zip(ids.split(rows), mask.split(rows), strict=True)
     pieces = [read(i, m, length) for i, m in parts]

@@ -20,7 +20,7 @@ def checksum(weights) -> int:
     """
     total = position = 0
     for p in weights:
-        weight = getattr(p, "ds_tensor", p).detach().reshape(-1)
+        weight = zero.local(p).reshape(-1)
         for bits in weight.view(WHOLE_NUMBERS[weight.element_size()]).split(CHECKSUM_CHUNK):
             place = torch.arange(position, position + len(bits), device=bits.device)
             total += int(place.mul_(2).add_(1).mul_(bits).sum())
@@ -52,7 +52,9 @@ class WeightsBefore:
         self.averaged: dict[str, tuple] = {}  # name → copies of an EMA's matrix and of the actor's
         if models.ema is not None:
             own = models.actor.module.named_parameters()
-            own = {n: _local(p) for n, p in own if zero.rank_of(p) > 1 and _local(p).numel()}
+            own = {
+                n: zero.local(p) for n, p in own if zero.rank_of(p) > 1 and zero.local(p).numel()
+            }
             few = sorted(own, key=lambda n: (own[n].numel(), n))[:AVERAGES_KEPT]
             shadow = models.ema.shadow
             self.averaged = {n: (shadow[n].clone(), own[n].float().clone()) for n in few}
@@ -60,11 +62,6 @@ class WeightsBefore:
     def stop_watching(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def _local(p: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a weight."""
-    return getattr(p, "ds_tensor", p).detach()
 
 
 @check(AFTER, "on-policy at the first update")
@@ -156,7 +153,7 @@ def average_moves(steps: FirstSteps) -> str:
     moved, followed, astray = 0.0, 0.0, 0.0
     for name, (shadow, weight) in steps.weights.averaged.items():
         average = models.ema.shadow[name]
-        moved = max(moved, float((_local(own[name]).float() - weight).abs().max()))
+        moved = max(moved, float((zero.local(own[name]).float() - weight).abs().max()))
         followed = max(followed, float((average - shadow).abs().max()))
         # Taken to where the weights stood before; a resumed run's average may lie elsewhere.
         off = (average - shadow - share * (weight - shadow)).abs().nan_to_num(torch.inf)

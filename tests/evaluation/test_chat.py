@@ -1,6 +1,11 @@
 """The chat with a checkpoint."""
 
 import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+import transformers
 
 from evaluation import chat, checkpoints, prompt_eval
 from evaluation.questions import Question
@@ -78,3 +83,17 @@ def test_chat_lists_its_problems():
     for part in ("'/no/where' does not exist", "temperature=-1.0", "top_p=0.0", "max_new_tokens=0"):
         assert part in message
     assert "checkpoint is empty" in problems_of(of=chat.ChatConfig)
+
+
+@pytest.mark.parametrize("positions, room", [(20, 12), (None, sys.maxsize - 8)])
+def test_a_model_without_a_limit_of_positions_has_room_for_any_prompt(positions, room):
+    config = transformers.PretrainedConfig(max_position_embeddings=positions)
+    model = SimpleNamespace(config=config, name_or_path="m")
+    assert checkpoints.prompt_room(model, 8) == room
+
+
+def test_an_answer_must_leave_room_for_a_prompt():
+    config = transformers.LlamaConfig(max_position_embeddings=8)
+    model = SimpleNamespace(config=config, name_or_path="m")
+    with pytest.raises(SystemExit, match="max_new_tokens=8 leaves no room .* the 8 positions of m"):
+        checkpoints.prompt_room(model, 8)

@@ -26,3 +26,11 @@ def test_the_old_command_is_told_its_new_name():
     command = [sys.executable, "-m", "utils.planner", "--step", "ppo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "python -m evaluation.plan" in done.stderr
+
+
+def test_a_model_that_is_not_there_ends_as_a_message():
+    command = [sys.executable, "-m", "evaluation.plan", "--step", "sft"]
+    command += ["--model_name_or_path", "no/such/folder"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert "no/such/folder" in done.stderr and "Traceback" not in done.stderr

@@ -205,6 +205,17 @@ def answers(actor, engine, noise=None):
         return engine.generate(request, sampling).response_ids
 
 
+def a_budget_of_tokens_counts_for_deepspeed(folder, actor, expected):
+    tokenizer, shapes = chat_template.load_tokenizer(folder), []
+    engine = engines.build("deepspeed", Setup(actor, tokenizer, tokens_at_once=2 * (6 + 10)))
+    hook = actor.module.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    assert torch.equal(answers(actor, engine), expected)
+    hook.remove()
+    assert [s for s in shapes if s[1] > 1] == [(2, 6), (2, 5)], shapes
+
+
 def choice_of_engine(folder):
     """Who samples, by the flag: all of them give the same greedy answers."""
     for stage in (0, 3):
@@ -229,6 +240,8 @@ def choice_of_engine(folder):
         assert torch.equal(first, again) and (
             first.shape != other.shape or not torch.equal(first, other)
         )
+        if stage == 0:
+            a_budget_of_tokens_counts_for_deepspeed(folder, theirs[0], expected)
         print(f"choice held: stage {stage}")
 
     setup = Setup(theirs[0], chat_template.load_tokenizer(folder))

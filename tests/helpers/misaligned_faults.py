@@ -86,4 +86,4 @@ def reference_at_another_temperature(patch):
         return real(ids, mask, actions, model, temperature * (1.3 if model in reference else 1.0))
 
     around(patch, step3, "build", build)
-    around(patch, rollout, "response_logprobs", logprobs)
+    around(patch, rollout, "logprobs_of", logprobs)

@@ -286,7 +286,7 @@ def values_read_one_token_late(patch):
     def values(real, ids, mask, actions, critic):
         return (critic(ids, mask)[:, -actions.shape[1] :],)
 
-    around(patch, rollout, "response_values", values)
+    around(patch, rollout, "values_of", values)
 
 
 def layer_frozen_in_the_actor(patch):

@@ -18,6 +18,7 @@ from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.jobs import sft
 from tests.helpers.running import ROOT
+from utils import launch
 from utils.distributed.process_group import free_port
 from utils.settings import files
 
@@ -48,6 +49,14 @@ def run(command, cwd, **environment):
         timeout=900,  # a shared machine may take six times as long as a free one
     )
     return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("limit, ranks", [("", 2), ("0", 2), ("1", 1), ("9", 2)])
+def test_a_cpu_takes_two_ranks_unless_fewer_are_asked_for(monkeypatch, limit, ranks):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("MAX_RANKS", limit)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert launch.ranks_here() == ranks
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

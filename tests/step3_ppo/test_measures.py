@@ -19,7 +19,7 @@ def rollout():
     mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
     tokens = {name: torch.randn(3, 5) * mask for name in ("logprobs", "ref_logprobs", "entropies")}
     return SimpleNamespace(
-        response_mask=mask,
+        action_mask=mask,
         finished=torch.tensor([True, False, True]),
         scores=torch.randn(3),
         function_scores=torch.randn(3),
@@ -68,10 +68,10 @@ def test_what_is_not_asked_for_is_left_out(rollout):
 
 def test_measures_of_an_experience(rollout):
     torch.manual_seed(1)
-    mask = rollout.response_mask
+    mask = rollout.action_mask
     rewards, values, advantages, returns = (torch.randn(3, 5) * mask for _ in range(4))
     experience = SimpleNamespace(
-        mask=mask, rewards=rewards, values=values, advantages=advantages, returns=returns
+        action_mask=mask, rewards=rewards, values=values, advantages=advantages, returns=returns
     )
     flat = {name: x.double()[mask].tolist() for name, x in vars(experience).items()}
     errors = [r - v for r, v in zip(flat["returns"], flat["values"], strict=True)]
@@ -83,16 +83,17 @@ def test_measures_of_an_experience(rollout):
         "explained_variance": 1
         - statistics.pvariance(errors) / statistics.pvariance(flat["returns"]),
     }
-    for algorithm in ("ppo", "reinforce"):
-        config, state = SimpleNamespace(algorithm=algorithm), SimpleNamespace(kl_coef=0.3)
+    for critic in (True, False):
+        config = SimpleNamespace(has_critic=lambda critic=critic: critic)
+        state = SimpleNamespace(kl_coef=0.3)
         found = measures.measure_experience(experience, config, state)
         assert found == pytest.approx(expected, rel=1e-5)
-        expected.pop("explained_variance", None)  # REINFORCE has no critic
+        expected.pop("explained_variance", None)
 
 
 def test_a_new_metric_is_one_entry(rollout, monkeypatch):
     longest = metrics.Metric("longest", "tokens", "the longest response")
-    measured = {longest: lambda rollout, _: float(rollout.response_mask.sum(1).max())}
+    measured = {longest: lambda rollout, _: float(rollout.action_mask.sum(1).max())}
     monkeypatch.setattr(measures, "ROLLOUT", measured)
     assert measures.measure_rollout(rollout, "k1") == {"longest": 5.0}
 

@@ -112,9 +112,9 @@ def test_a_cut_answer_never_pays(how, clip):
             row["score"] += shift
         config = config_of(score_normalisation=how, missing_eos_penalty=1.0, score_clip=clip)
         given = rollout_of(rows)
-        scores, _ = State(kl_coef=0.0).shaped(given, config)
+        scores, _ = State(kl_coef=0.0).shape_scores(given, config)
         given.finished = torch.ones(len(rows), dtype=torch.bool)
-        as_ended, _ = State(kl_coef=0.0).shaped(given, config)
+        as_ended, _ = State(kl_coef=0.0).shape_scores(given, config)
         cut = torch.tensor([not row["finished"] for row in rows])
         assert cut.any() and (scores[cut] <= as_ended[cut] - 1.0 + 1e-5).all()
         assert scores[cut].max() <= scores[~cut].mean() - 1.0 + 1e-5
@@ -131,7 +131,7 @@ def test_where_none_finished_the_last_ones_that_did_stand_in(clip):
             row["score"] += seed
             row["finished"] &= ending
         raw += [row["score"] for row in rows]
-        scores, _ = state.shaped(rollout_of(rows), config)
+        scores, _ = state.shape_scores(rollout_of(rows), config)
         expected = shaped_by_hand(rows, np.mean(raw), np.std(raw), 0.5, clip, last)
         assert scores.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5), seed
         last = np.mean([r["score"] for r in rows if r["finished"]]) if ending else last

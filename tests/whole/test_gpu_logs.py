@@ -24,7 +24,7 @@ verifier, 512 held-out prompts            0.439
 PLANTED = [
     "UserWarning: decode=auto goes on without CUDA graphs, which this model refused: x",
     "rollouts: native engine; ZeRO-3 weights layer by layer (slow): 3 GiB of them",
-    "old log-probabilities from the forward: the engine that samples tells none",
+    "old log-probabilities from the forward: the engine that samples returns none",
     "offload_frozen: the models are in CPU memory anyway",
     "plan: not estimated: KeyError: 'x'",
     "plan: WARNING: it will likely run out of memory; no change of micro batch",

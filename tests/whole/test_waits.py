@@ -78,8 +78,8 @@ def scored(found, config):
     part = rollout_of(drawn_rows(ROWS, VOCABULARY, seed=5))
     given = part, config, DEVICE
     with torch.no_grad():
-        rollout.in_micro_batches(*given, rollout.response_logprobs, found.actor, 1.0)
-        rollout.in_micro_batches(*given, rollout.response_values, found.critic)
+        rollout.in_micro_batches(*given, rollout.logprobs_of, found.actor, 1.0)
+        rollout.in_micro_batches(*given, rollout.values_of, found.critic)
     ids, mask = part.joined()
     reward = Scorer(found.critic, None, False, DEVICE)
     reward.scores(None, None, part.finished, ids, mask, config.micro_batch_size)

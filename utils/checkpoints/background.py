@@ -1,7 +1,7 @@
 """A copy of the training state in CPU memory, and the thread that writes it to disk.
 
 The thread makes no collective (two threads' messages would cross) and reads no tensor of the model.
-What it does lets go of Python's lock: copying, hashing, writing and waiting for the disk.
+Copying, hashing, writing and waiting for the disk all release the GIL.
 """
 
 import socket

@@ -1,4 +1,4 @@
-"""CPU memory of this machine, the way from there to a device, and models that wait in it."""
+"""CPU memory of this machine: how much is free, copies to a device, frozen models kept there."""
 
 import torch
 from torch import nn

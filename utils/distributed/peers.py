@@ -58,12 +58,12 @@ def look_after() -> None:
 
 
 def leaders() -> list[int]:
-    """The first rank of each machine, in order; empty where this run has one rank."""
+    """The first rank of each machine, in order; empty in a run of one rank."""
     return _leaders
 
 
 def stop() -> None:
-    """From now on a rank that ends has the right to."""
+    """From now on a rank may end without ending the others."""
     _stop.set()
 
 
@@ -74,8 +74,8 @@ def wait_for_news() -> None:
 
 
 def _look(me: int, here: dict[int, int], links: dict[int, socket.socket], names: list[str]) -> None:
-    """The thread. here: rank → process of this machine; links: rank at the other end → connection.
-    Ends this process once a rank is gone, and tells the other machines why."""
+    """The thread's work: end this process once a rank is gone, and send other machines the reason.
+    here: rank → process of this machine; links: rank at the other end → connection."""
     selector = selectors.DefaultSelector()
     for rank, connection in links.items():
         selector.register(connection, selectors.EVENT_READ, rank)

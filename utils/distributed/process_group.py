@@ -104,7 +104,7 @@ def _share_cores() -> None:
     (measured: three times slower). On GPUs too: an AdamW that is kept in CPU memory steps there.
     """
     if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return  # torchrun sets OMP_NUM_THREADS=1 by itself; anybody else means it
+        return  # torchrun sets OMP_NUM_THREADS=1 unasked; else it is the user's choice
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, cores // ranks_here))

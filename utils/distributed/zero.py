@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from utils.distributed import process_group
@@ -280,6 +281,29 @@ def gathered(parameters):
 
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
         yield
+
+
+def local(p: torch.Tensor) -> torch.Tensor:
+    """What this rank owns of a weight: its ZeRO-3 shard, or all of it."""
+    return getattr(p, "ds_tensor", p).detach()
+
+
+def all_gathered(shards: list[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Whole tensors of the parameters' shapes by one collective; shards: this rank's part of each,
+    of one dtype and on the device that communicates."""
+    mine, world = torch.cat([shard.flatten() for shard in shards]), process_group.world_size()
+    whole = mine
+    if world > 1:
+        whole = mine.new_empty(world * mine.numel())
+        # Its new name since torch 2.13, which warns of the old one.
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        all_gather(whole, mine)
+    parts = whole.view(world, -1).split([shard.numel() for shard in shards], dim=1)
+    # A parameter lies cut in `world` equal pieces, the last one padded.
+    return [
+        part.reshape(-1)[: p.ds_numel].view(p.ds_shape)
+        for p, part in zip(parameters, parts, strict=True)
+    ]
 
 
 def to_cpu(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

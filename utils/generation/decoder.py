@@ -17,7 +17,7 @@ from utils.kernels import packing, token_attention
 from utils.models import language_model
 
 MODES = ("auto", "eager", "static", "graph")
-LEAVE_TOGETHER = 4  # stopped rows that leave at once: moving the others costs, and so do they
+LEAVE_TOGETHER = 4  # stopped rows stay until so many can leave: each time other rows must move
 STATIC_MULTIPLE = 128  # tokens; a length rounded up to it finds its graph again
 # Attention that takes a mask over all of a fixed length, the unfilled end included.
 STATIC_ATTENTION = ("sdpa", "eager", packing.NAME, token_attention.NAME)
@@ -90,7 +90,7 @@ class Decoder:
     def keep_running(self, finished: torch.Tensor) -> torch.Tensor | None:
         """(B,) which rows have stopped → (b,) the rows that stay, in their new order; None: all.
 
-        One row always stays: where ranks go in step, this one may have to wait for others.
+        One row always stays: ranks that decode in step go on until the last row of all has stopped.
         """
         rows = len(finished)
         live = rows - int(finished.sum())

@@ -1,4 +1,4 @@
-"""What a rollout engine is: who answers prompts with the policy's weights of now.
+"""What a rollout engine is: it answers prompts with the policy's weights as they are now.
 
     engine.sync(actor)                        the weights that it samples with from here on
     samples = engine.generate(request, sampling)
@@ -9,12 +9,14 @@ back. Each is a module of utils/generation/engines/.
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from utils.distributed import process_group
 from utils.generation import sampling as generation
 
 
@@ -45,19 +47,19 @@ class Samples:
 
     response_ids: torch.Tensor  # (B,R) int64
     response_mask: torch.Tensor  # (B,R) bool, through the stop token
-    logprobs: torch.Tensor | None  # (B,R) fp32, 0 off the mask; None: not asked for, or not told
+    logprobs: torch.Tensor | None  # (B,R) fp32, 0 off the mask; None: not asked for, or not known
     entropies: torch.Tensor | None  # as logprobs, in nats
     finish_reasons: list[str]  # "stop", or "length" where the answer is cut at the limit
 
 
 class RolloutEngine(Protocol):
-    """description: for people, in the run's first lines. tells_logprobs: can samples have them?
+    """description: for the run's first lines. returns_logprobs: can samples have them?
     generator: the module that samples, between `sync` and `release`; None where it is not in this
     process."""
 
     name: str
     description: str
-    tells_logprobs: bool
+    returns_logprobs: bool
     generator: nn.Module | None
 
     def sync(self, actor) -> None:
@@ -108,3 +110,30 @@ def samples_of(responses, sampling: Sampling, logprobs=None, entropies=None) -> 
     stopped = ((responses == sampling.stop_id) & mask).any(1).tolist()
     reasons = ["stop" if done else "length" for done in stopped]
     return Samples(responses.where(mask, sampling.pad_id), mask, logprobs, entropies, reasons)
+
+
+def decoded_together(request: Request, new_tokens: int, most: int) -> Iterator[tuple]:
+    """(slice of rows, the request of these without padding that none of them needs), for rows to
+    decode at once; see batches_of. The slices are the same on every rank, for the longest of all
+    ranks' i-th rows: ranks that decode in step take as many. A collective."""
+    widths = request.prompt_mask.sum(1).tolist()
+    if most:
+        every_rank = process_group.gather_objects(widths)
+        widths = [max(row) for row in zip(*every_rank, strict=True)]
+    for rows in batches_of(widths, new_tokens, most):
+        mask = request.prompt_mask[rows]
+        left = int(mask.long().argmax(1).min())
+        noise = None if request.noise is None else request.noise[rows]
+        yield rows, Request(request.prompt_ids[rows, left:], mask[:, left:], noise)
+
+
+def batches_of(widths: list[int], new_tokens: int, most: int) -> list[slice]:
+    """Rows with prompts of `widths` tokens → neighbours to decode together, at most `most` tokens
+    of prompts and room for answers; 0: all. A row longer than that goes alone."""
+    batches, start, longest = [], 0, 0
+    for row, width in enumerate(widths):
+        longest = max(longest, width)
+        if most and row > start and (row + 1 - start) * (longest + new_tokens) > most:
+            batches.append(slice(start, row))
+            start, longest = row, width
+    return [*batches, slice(start, len(widths))]

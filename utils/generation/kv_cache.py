@@ -109,22 +109,22 @@ class Layer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """A transformers cache for a model of `config`. `begin` before each batch's first pass."""
+    """A transformers cache. `begin` before each batch's first pass."""
 
-    def __init__(self, config):
-        layers = DynamicCache(config=config).layers  # transformers reads the layers' kinds
+    def __init__(self, model_config):
+        # transformers reads the layers' kinds.
+        layers = DynamicCache(config=model_config).layers
         strange = {type(x).__name__ for x in layers} - {
             DynamicLayer.__name__,
             DynamicSlidingWindowLayer.__name__,
         }
         if strange:
             raise ValueError(
-                f"{config.model_type} keeps {', '.join(sorted(strange))} between tokens; the "
-                "decode loop knows attention over all tokens or a window only; see "
+                f"{model_config.model_type} keeps {', '.join(sorted(strange))} between tokens; the "
+                "decode loop handles attention over all tokens or a window only; see "
                 "utils/generation/kv_cache.py"
             )
         super().__init__(layers=[Layer(getattr(x, "sliding_window", None)) for x in layers])
-        self.rows = self.length = 0
         self.position: torch.Tensor | None = None
 
     def begin(
@@ -133,7 +133,7 @@ class KVCache(Cache):
         """Forget what is there and make room for rows × length tokens. position: (1,) int64 makes
         it a batch of fixed shape, in which the steps after the first pass write there; block: one
         in blocks of so many tokens."""
-        self.rows, self.length, self.position = rows, length, position
+        self.position = position
         for layer in self.layers:
             layer.begin(rows, length, position, block)
 
@@ -151,9 +151,3 @@ class KVCache(Cache):
 
     def nbytes(self) -> int:
         return sum(s.nbytes for x in self.layers for s in x.stores or ())
-
-    def release(self) -> None:
-        """Give the memory back. The next batch allocates anew."""
-        for layer in self.layers:
-            layer.begin(0, 0, None, 0)
-            layer.stores = None

@@ -4,6 +4,8 @@ The noise comes in as a tensor instead of being drawn inside. A caller that draw
 global batch from (seed, step) gets the same samples on 1 or 8 ranks, and after a resume.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from utils.generation.decoder import Decoder
 from utils.kernels import cpu_products, token_attention
 
-LOOK_EVERY = 8  # steps between looks at who has stopped, each of which waits for the GPU
+LOOK_EVERY = 8  # steps between tests for rows that have stopped: each waits for the GPU
 
 
 def uniform_noise(rows: int, length: int, seed: int, step: int) -> torch.Tensor:
@@ -32,7 +34,7 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, temperature: float)
     return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def logprobs_and_entropies(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
+def numbers_of(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
     """(B,V) logits, (B,) tokens → (B,) fp32 log-probabilities, (B,) fp32 entropies in nats."""
     # Impossible tokens (−∞) add 0 to the entropy, where 0 × −∞ would be no number.
     logits = _warmed(logits, temperature).clamp(min=torch.finfo(torch.float32).min)
@@ -58,17 +60,16 @@ def generate(
     temperature: float = 1.0,
     noise: torch.Tensor | None = None,
     in_step: bool = False,
-    logprobs: torch.Tensor | None = None,
-    entropies: torch.Tensor | None = None,
+    logprobs_and_entropies: Sequence[torch.Tensor] | None = None,
     decoder: Decoder | None = None,
 ) -> torch.Tensor:
     """(B,P) left-padded prompts → (B,R) int64 responses, `pad_id` after the stop token.
 
     noise: (B,R) uniform numbers, or None for greedy decoding. R is `max_new_tokens` always; the
     loop ends early once every row has stopped, with in_step (each forward pass is one of all ranks
-    together) those of every rank. Into `logprobs` and `entropies` (B,R) fp32, where given, goes
-    what this loop saw of each token up to the stop token. decoder: one whose memory is to be used
-    again, in its mode; without it, an eager one.
+    together) those of every rank. logprobs_and_entropies: two (B,R) fp32 tensors that get those of
+    each token up to the stop token. decoder: one whose memory is to be used again, in its mode;
+    without it, an eager one.
     """
     batch, device = len(prompt_ids), prompt_ids.device
     responses = torch.full((batch, max_new_tokens), pad_id, dtype=torch.int64, device=device)
@@ -84,11 +85,10 @@ def generate(
                 token = logits.argmax(-1)
             else:
                 token = sample_tokens(logits, noise[rows, step], temperature)
-            if logprobs is not None or entropies is not None:
-                seen = logprobs_and_entropies(logits, token, temperature)
-                for kept, now in zip((logprobs, entropies), seen, strict=True):
-                    if kept is not None:
-                        kept[rows, step] = now
+            if logprobs_and_entropies is not None:
+                of_step = numbers_of(logits, token, temperature)
+                for kept, now in zip(logprobs_and_entropies, of_step, strict=True):
+                    kept[rows, step] = now
             token = torch.where(finished, pad_id, token)
             responses[rows, step] = token
             finished |= token == stop_id

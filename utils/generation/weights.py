@@ -1,10 +1,10 @@
 """The weights that a rollout is drawn with, of an actor that trains under ZeRO.
 
 Without ZeRO-3 the trained module itself generates (`in_eval_mode`). Under ZeRO-3 its weights are
-gathered once a rollout into a plain copy (`plain_twin`, `copy_weights`): no collective runs inside
+gathered once a rollout into a plain copy (`plain_twin`, `filled`): no collective runs inside
 the decode loop, so ranks may stop at different lengths, and DeepSpeed's hooks, which would release
 a gathered weight after its layer, are not in the way. The copy's memory goes back between rollouts,
-when the updates need it for activations; to ask for it again costs far less than the all-gather
+when the updates need it for activations; allocating it again costs far less than the all-gather
 that fills it.
 
 A model too large to stand whole on one device generates as it trains, each layer gathered for each
@@ -16,10 +16,9 @@ import copy
 import socket
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import host_memory, process_group
+from utils.distributed import host_memory, process_group, zero
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -27,7 +26,7 @@ SHARE_OF_FREE = 0.9  # of the free memory that a rollout may fill; the rest is f
 
 
 def choose_gather(asked: str, actor, rows: int, length: int, others=()) -> tuple[str, str]:
-    """--rollout_gather → ("rollout" or "layer", what to tell people of it and why).
+    """--rollout_gather → ("rollout" or "layer", a line that says which and why).
 
     auto: "rollout", where weights and KV cache fit what is free now on every rank and stays so
     once AdamW has its moments, so ask once all models are loaded. rows, length: the sequences of
@@ -102,7 +101,10 @@ def _copy_weights(module: nn.Module, plain: nn.Module) -> None:
     targets = dict(plain.named_parameters())
     named = {id(p): name for name, p in module.named_parameters()}
     for bucket in _buckets(list(module.parameters())):
-        for p, whole in zip(bucket, _all_gather(bucket), strict=True):
+        # Not by `deepspeed.zero.GatheredParameters`: it starts a collective for each parameter, and
+        # holds the gathered weights beside our copy of them.
+        shards = [zero.local(p).to(p.device) for p in bucket]
+        for p, whole in zip(bucket, zero.all_gathered(shards, bucket), strict=True):
             target = targets[named[id(p)]]
             target.data = whole.to(target.dtype)
 
@@ -120,35 +122,13 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def _all_gather(bucket: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Whole weights of ZeRO-3 parameters by one collective.
-
-    Not by `deepspeed.zero.GatheredParameters`: it starts a collective for each parameter, and
-    holds the gathered weights beside our copy of them.
-    """
-    shards = [p.ds_tensor.detach().flatten().to(p.device) for p in bucket]
-    mine, world = torch.cat(shards), process_group.world_size()
-    whole = mine
-    if world > 1:
-        whole = mine.new_empty(world * mine.numel())
-        # Its new name since torch 2.13, which warns of the old one.
-        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        all_gather(whole, mine)
-    parts = whole.view(world, -1).split([len(s) for s in shards], dim=1)
-    # A parameter lies cut in `world` equal pieces, the last one padded.
-    return [
-        part.reshape(-1)[: p.ds_numel].view(p.ds_shape)
-        for p, part in zip(bucket, parts, strict=True)
-    ]
-
-
-def cache_bytes(config, rows: int, length: int, bytes_each: int) -> int:
-    """Keys and values of `rows` sequences of `length` tokens, from a transformers config."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * rows * length * bytes_each
+def cache_bytes(model_config, rows: int, length: int, bytes_each: int) -> int:
+    """Keys and values of `rows` sequences of `length` tokens."""
+    shape = model_config.get_text_config()
+    heads = shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    return 2 * shape.num_hidden_layers * kv_heads * head_dim * rows * length * bytes_each
 
 
 def _free_bytes(device: torch.device, promised: int) -> int:

@@ -3,9 +3,9 @@
 torch gives fp32 products to MKL, which on AMD uses half of AVX-512's width, and which lays weights
 out anew in every call; oneDNN uses all of it, and multiplies with weights that it has laid out
 before. With AVX2 alone the two are about equal, and on some CPUs MKL is ahead. bf16 goes to oneDNN
-by itself in training; it lays bf16 weights out only on CPUs that know how. oneDNN ÷ torch's own on
-one core of a Zen 5, and on the same core limited to AVX2, by CPU time, so that a core shared with
-other work says the same:
+by itself in training; it lays bf16 weights out only on CPUs with instructions for bf16. oneDNN's
+speed over torch's own, on one core of a Zen 5 and on the same core limited to AVX2, by CPU time, so
+that other work on the core does not count:
 
                                                        AVX-512   AVX2
     training: 512 rows, a layer of 256 × 688              2.0    1.09

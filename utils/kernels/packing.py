@@ -162,21 +162,21 @@ def is_on(model: nn.Module) -> bool:
 
 def obstacle(model: nn.Module, device: str, dtype: str) -> str:
     """Why rows of this model cannot go end to end here; empty where they can."""
-    config, kind = model.config.get_text_config(), type(model).__name__
+    model_config, kind = model.config.get_text_config(), type(model).__name__
     known = {"full_attention", "sliding_attention"}
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
+    others = sorted(set(getattr(model_config, "layer_types", None) or ()) - known)
     if not getattr(model, "_supports_attention_backend", False):
         return f"{kind} takes no attention function of ours"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return f"{kind} takes no position ids"
-    if config._attn_implementation != "sdpa":
-        return f"its attention is {config._attn_implementation}, and only sdpa has this twin"
-    if others or getattr(config, "attention_chunk_size", None):
+    if model_config._attn_implementation != "sdpa":
+        return f"its attention is {model_config._attn_implementation}; only sdpa can be replaced"
+    if others or getattr(model_config, "attention_chunk_size", None):
         return f"{kind} has layers of another kind: {', '.join(others) or 'chunked'}"
-    return _kernel_obstacle(config, dtype) if device == "cuda" else ""
+    return _kernel_obstacle(model_config, dtype) if device == "cuda" else ""
 
 
-def _kernel_obstacle(config, dtype: str) -> str:
+def _kernel_obstacle(model_config, dtype: str) -> str:
     """Why the varlen kernel does not take a text model's heads on this GPU; empty where it does."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -192,9 +192,9 @@ def _kernel_obstacle(config, dtype: str) -> str:
     if major < 8:
         return f"the varlen kernel needs compute capability 8.0, this GPU has {major}.{minor}"
     # Some families have heads of another size for values, or for keys than head_dim says.
-    size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
-    size = size or config.hidden_size // config.num_attention_heads
-    values = getattr(config, "v_head_dim", None) or size
+    size = getattr(model_config, "qk_head_dim", None) or getattr(model_config, "head_dim", None)
+    size = size or model_config.hidden_size // model_config.num_attention_heads
+    values = getattr(model_config, "v_head_dim", None) or size
     if size != values or size % 8 or size > 256:
         return (
             "the varlen kernel takes heads of one size, a multiple of 8 up to 256, and these have "

@@ -1,4 +1,4 @@
-"""The layer that turns hidden states into logits, asked for log-probabilities instead.
+"""The layer that turns hidden states into logits, or log-probabilities instead.
 
 Logits are the largest tensor of training: 2,048 tokens of a vocabulary of 152,000 take 1.2 GB in
 fp32, and autograd keeps two or three of that size. Here they exist a chunk of tokens at a time,

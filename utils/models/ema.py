@@ -1,10 +1,9 @@
 """Exponential moving average of a model's weights, in fp32, under every ZeRO stage."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import zero
+from utils.distributed import process_group, zero
 
 
 class EMA:
@@ -18,12 +17,12 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.module = module
-        self.shadow = {name: _mine(p).float().clone() for name, p in module.named_parameters()}
+        self.shadow = {name: zero.local(p).float().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
         for name, p in self.module.named_parameters():
-            self.shadow[name].lerp_(_mine(p).float(), 1.0 - self.decay)
+            self.shadow[name].lerp_(zero.local(p).float(), 1.0 - self.decay)
 
     @torch.no_grad()
     def state_dict(
@@ -35,22 +34,13 @@ class EMA:
         """
         from deepspeed.accelerator import get_accelerator
 
-        keep = not dist.is_initialized() or dist.get_rank() == 0
         state = {}
         for name, p in self.module.named_parameters():
             whole = self.shadow[name]
             if hasattr(p, "ds_id"):
                 # With weights offloaded the shard lies on the CPU, where NCCL cannot gather.
-                whole = whole.to(get_accelerator().current_device_name())
-                parts = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
-                dist.all_gather(parts, whole)
-                whole = torch.cat([part.flatten() for part in parts])
-                whole = whole[: p.ds_numel].view(p.ds_shape)
-            if keep:
+                shard = whole.to(get_accelerator().current_device_name())
+                (whole,) = zero.all_gathered([shard], [p])
+            if process_group.is_main():
                 state[name] = copy(whole, dtype or p.dtype)
         return state
-
-
-def _mine(p: nn.Parameter) -> torch.Tensor:
-    """What this rank owns of a weight: its ZeRO-3 shard, or all of it."""
-    return p.ds_tensor.detach() if hasattr(p, "ds_id") else p.detach()

@@ -108,8 +108,8 @@ def _names_on_disk(path: str) -> set[str]:
 def _left_out(model: nn.Module, unexpected: set[str]) -> set[str]:
     """The weights among `unexpected` that are like one of a layer which the model has.
 
-    Others have a right to be there: a vocabulary head that a reward model does without, the image
-    encoder of a model that is used for its text, a layer that its family says it leaves out.
+    Others may well be there: a vocabulary head that a reward model does without, the image encoder
+    of a model that is used for its text, a layer that its family lists as left out.
     """
 
     def of_any_layer(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 LISTS = ("config.json", "tokenizer_config.json")  # where auto_map stands
 
 
-def scalar_class(config):
+def scalar_class(model_config):
     """The class that loads one number a token: transformers' own for this config, else ours.
 
     Never one that comes with the model: not all have one, and the heads' names differ.
@@ -20,7 +20,7 @@ def scalar_class(config):
 
     from utils.models.scored_backbone import BackboneForSequenceClassification
 
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if type(model_config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return AutoModelForSequenceClassification
     return BackboneForSequenceClassification
 

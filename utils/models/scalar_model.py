@@ -68,16 +68,16 @@ def load(
     N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0. A "saved" one
     is only asked, so it needs no embedding for the tokenizer's pad (see scorer.sequence_scores).
     """
-    config = config_of(path, how.trust_remote_code, num_labels=1)
+    model_config = config_of(path, how.trust_remote_code, num_labels=1)
     classifier = loading.load(
-        model_code.scalar_class(config),
+        model_code.scalar_class(model_config),
         path,
         how,
         dtype=dtype,
         zero_stage=zero_stage,
         tokenizer=tokenizer,
         grow=head != "saved",
-        config=config,
+        config=model_config,
     )
     if classifier.head_was_missing:
         if head == "saved":

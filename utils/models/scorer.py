@@ -1,4 +1,4 @@
-"""Scores of whole conversations: the one place where a reward model is asked.
+"""Scores of whole conversations: the one place where a reward model is run.
 
 `Reader` turns a conversation into the reward model's own token ids, up to the token at which it was
 trained to be read. Rows of ids come in groups, the answers to one prompt: a model that takes rows

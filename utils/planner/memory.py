@@ -30,9 +30,6 @@ class ModelBytes:
     late: float = 1.0  # how much of the backward pass is done when the first bucket is full
     step: int = 0
 
-    def kept(self) -> int:
-        return sum(self.device.values())
-
 
 def trained(
     shape: Shape, dtype: str, stage: int, ranks: int, offload: str, on_gpu: bool

@@ -118,6 +118,8 @@ def chosen(tiny, chain, tmp_path_factory):
     full = ("tests/helpers/full_disk_checks.py", [out / "full"])
     said = run_ranks([*runs, layouts, full], 2)
     assert said.count("self-check, resumed at rollout 3") == 1
+    # By the whole run and by the one that crashed: not again once it is resumed.
+    assert said.count("old log-probabilities from the") == 2
     return out, said
 
 

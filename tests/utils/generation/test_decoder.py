@@ -33,7 +33,7 @@ def sample(family="Llama", rows=slice(None), **settings):
     seen = [torch.zeros(len(ids), NEW) for _ in range(2)]
     given = dict(max_new_tokens=NEW, stop_id=-1, pad_id=PAD, temperature=1.3, noise=noise)
     responses = generation.generate(
-        tiny(family), ids, mask, **(given | settings), logprobs=seen[0], entropies=seen[1]
+        tiny(family), ids, mask, **(given | settings), logprobs_and_entropies=seen
     )
     return responses, *seen
 
@@ -88,7 +88,7 @@ def test_logprobs_and_entropies_are_those_of_a_whole_forward_pass(family, mode):
 def test_impossible_tokens_add_nothing_to_the_entropy():
     never = float("-inf")
     logits = torch.tensor([[0.0, never, 0.0, never], [never, 5.0, never, never]])
-    logprobs, entropies = generation.logprobs_and_entropies(logits, torch.tensor([2, 1]), 1.0)
+    logprobs, entropies = generation.numbers_of(logits, torch.tensor([2, 1]), 1.0)
     two = torch.tensor([2.0]).log()
     torch.testing.assert_close(logprobs, torch.cat([-two, torch.zeros(1)]))
     torch.testing.assert_close(entropies, torch.cat([two, torch.zeros(1)]))

@@ -1,6 +1,7 @@
 """What each setting says of its own values, and what several of them make impossible."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -56,8 +57,8 @@ def test_values_that_cannot_work(config_class, argv, said):
     assert said in problem
 
 
-def test_a_function_of_rewards_may_be_a_penalty():
-    argv = ["--reward_function", "length", "--reward_function_coef", "-0.5"]
+def test_what_a_reward_function_measures_may_cost():
+    argv = ["--reward_function", "a:b", "--reward_function_coef", "-0.5"]
     assert build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1).reward_function_coef == -0.5
 
 
@@ -67,7 +68,7 @@ def beyond_bounds(f):
     step = 1 if whole else 2**-20
     limits = f.metadata
     for name, away in (("at_least", -step), ("above", 0), ("at_most", step), ("below", 0)):
-        if limits[name] is not None:
+        if limits[name] is not None and math.isfinite(limits[name]):
             yield repr((int if whole else float)(limits[name] + away)), name.replace("_", " ")
 
 

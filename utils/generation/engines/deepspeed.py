@@ -1,6 +1,6 @@
 """DeepSpeed's HybridEngineRollout: transformers' `generate` on the trained module.
 
-It decodes every row to the limit, under ZeRO-3 gathers each layer for each token, and tells no
+It decodes every row to the limit, under ZeRO-3 gathers each layer for each token, and returns no
 log-probabilities. It draws from torch's generator, which the request's noise seeds: the same
 request gives the same samples, but on another number of ranks the samples are others.
 """
@@ -13,7 +13,14 @@ from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
 from torch import nn
 
 from utils.generation import weights
-from utils.generation.engine import Request, Samples, Sampling, Setup, samples_of
+from utils.generation.engine import (
+    Request,
+    Samples,
+    Sampling,
+    Setup,
+    decoded_together,
+    samples_of,
+)
 
 # Settings of a generation_config that a request says itself, or that change no draw.
 HARMLESS = {"temperature", "top_p", "top_k", "do_sample", "max_length", "max_new_tokens"}
@@ -31,18 +38,18 @@ def build(setup: Setup) -> "DeepSpeedEngine":
             f"hybrid_engine=deepspeed: the model's generation_config changes what is drawn: {bad}; "
             "take it out, or set --hybrid_engine native"
         )
-    return DeepSpeedEngine(setup.tokenizer)
+    return DeepSpeedEngine(setup.tokenizer, setup.tokens_at_once)
 
 
 class DeepSpeedEngine:
-    name, tells_logprobs = "deepspeed", False
+    name, returns_logprobs = "deepspeed", False
     description = (
         "deepspeed engine: every row is decoded to the limit, under ZeRO-3 each layer is gathered "
         "for each token, and another number of ranks draws other samples"
     )
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, tokens_at_once: int = 0):
+        self.tokenizer, self.tokens_at_once = tokenizer, tokens_at_once
         self.generator: nn.Module | None = None
         self._synced = contextlib.ExitStack()
 
@@ -56,15 +63,19 @@ class DeepSpeedEngine:
             raise ValueError(
                 f"DeepSpeed stops at the tokenizer's eos_token, not {sampling.stop_id}"
             )
-        greedy = request.noise is None
+        greedy, limit = request.noise is None, sampling.max_new_tokens
         device = next(self.generator.parameters()).device
-        asked = RolloutRequest(request.prompt_ids.to(device), request.prompt_mask.long().to(device))
-        how = SamplingConfig(sampling.max_new_tokens, 0.0 if greedy else sampling.temperature)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if not greedy:
-                torch.manual_seed(int(request.noise.double().sum() * 2**24))
-            batch = self.rollout.generate(asked, how)
-        return samples_of(batch.input_ids[:, request.prompt_ids.shape[1] :], sampling)
+        how = SamplingConfig(limit, 0.0 if greedy else sampling.temperature)
+        responses = torch.full((len(request.prompt_ids), limit), sampling.pad_id, device=device)
+        for rows, part in decoded_together(request, limit, self.tokens_at_once):
+            ids, mask = part.prompt_ids.to(device), part.prompt_mask.long().to(device)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                if not greedy:
+                    torch.manual_seed(int(part.noise.double().sum() * 2**24))
+                batch = self.rollout.generate(RolloutRequest(ids, mask), how)
+            answers = batch.input_ids[:, ids.shape[1] :]
+            responses[rows, : answers.shape[1]] = answers
+        return samples_of(responses, sampling)
 
     def release(self) -> None:
         self._synced.close()

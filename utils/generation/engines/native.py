@@ -5,11 +5,17 @@ import contextlib
 import torch
 from torch import nn
 
-from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.generation import weights
 from utils.generation.decoder import Decoder
-from utils.generation.engine import Request, Samples, Sampling, Setup, samples_of
+from utils.generation.engine import (
+    Request,
+    Samples,
+    Sampling,
+    Setup,
+    decoded_together,
+    samples_of,
+)
 
 
 def build(setup: Setup) -> "NativeEngine":
@@ -26,7 +32,7 @@ class NativeEngine:
     for each token). tokens_at_once: prompts and room for answers decoded together; 0: all.
     keep_memory: whether KV cache and graphs wait for the next rollout."""
 
-    name, tells_logprobs = "native", True
+    name, returns_logprobs = "native", True
 
     def __init__(
         self,
@@ -55,56 +61,28 @@ class NativeEngine:
         self.generator = self._synced.enter_context(held)
 
     def generate(self, request: Request, sampling: Sampling) -> Samples:
-        shape, device = (len(request.prompt_ids), sampling.max_new_tokens), self._device()
+        device = next(self.generator.parameters()).device
+        shape = len(request.prompt_ids), sampling.max_new_tokens
         responses = torch.empty(shape, dtype=torch.int64, device=device)
-        logprobs = entropies = None
-        if sampling.logprobs:
-            logprobs, entropies = (torch.zeros(shape, device=device) for _ in range(2))
-        for rows in self._batches(request.prompt_mask, sampling.max_new_tokens):
-            mask = request.prompt_mask[rows]
-            left = int(mask.long().argmax(1).min())  # pads that none of them needs
+        numbers = [torch.zeros(shape, device=device) for _ in range(2 * sampling.logprobs)]
+        for rows, part in decoded_together(request, sampling.max_new_tokens, self.tokens_at_once):
             responses[rows] = generation.generate(
                 self.generator,
-                request.prompt_ids[rows, left:].to(device),
-                mask[:, left:].to(device),
+                part.prompt_ids.to(device),
+                part.prompt_mask.to(device),
                 max_new_tokens=sampling.max_new_tokens,
                 stop_id=sampling.stop_id,
                 pad_id=sampling.pad_id,
                 temperature=sampling.temperature,
-                noise=None if request.noise is None else request.noise[rows],
+                noise=part.noise,
                 in_step=self.in_step,
-                logprobs=None if logprobs is None else logprobs[rows],
-                entropies=None if entropies is None else entropies[rows],
+                logprobs_and_entropies=[x[rows] for x in numbers] or None,
                 decoder=self.decoder,
             )
-        return samples_of(responses, sampling, logprobs, entropies)
+        return samples_of(responses, sampling, *numbers)
 
     def release(self) -> None:
         self._synced.close()
         self.generator = None
         if not self.keep_memory:
             self.decoder.release()
-
-    def _device(self) -> torch.device:
-        return next(self.generator.parameters()).device
-
-    def _batches(self, prompt_mask: torch.Tensor, new_tokens: int) -> list[slice]:
-        """Rows to decode together, the same slices on every rank, of whose i-th rows the longest
-        counts: ranks that decode in step take as many batches."""
-        widths = prompt_mask.sum(1).tolist()
-        if self.tokens_at_once:
-            every_rank = process_group.gather_objects(widths)
-            widths = [max(row) for row in zip(*every_rank, strict=True)]
-        return batches_of(widths, new_tokens, self.tokens_at_once)
-
-
-def batches_of(widths: list[int], new_tokens: int, most: int) -> list[slice]:
-    """Rows with prompts of `widths` tokens → neighbours to decode together, at most `most` tokens
-    of prompts and room for answers; 0: all. A row longer than that goes alone."""
-    batches, start, longest = [], 0, 0
-    for row, width in enumerate(widths):
-        longest = max(longest, width)
-        if most and row > start and (row + 1 - start) * (longest + new_tokens) > most:
-            batches.append(slice(start, row))
-            start, longest = row, width
-    return [*batches, slice(start, len(widths))]

@@ -9,8 +9,8 @@ from tests.utils.generation.test_decoder import batches_of as shapes_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded
 from tests.utils.generation.test_sampling import tiny as model_of
 from utils.generation import sampling as generation
-from utils.generation.engine import Request, Sampling
-from utils.generation.engines.native import NativeEngine, batches_of
+from utils.generation.engine import Request, Sampling, batches_of
+from utils.generation.engines.native import NativeEngine
 
 
 def test_families_answer_as_transformers_generate(tiny):
