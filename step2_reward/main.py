@@ -66,7 +66,7 @@ def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
 def evaluate(ranked: list[Ranked], score) -> dict[str, float]:
     """Accuracy, its 95 % interval by prompt and mean margin on held-out pairs; beside it the longer
     answer's."""
-    from utils.intervals import ranking_accuracy
+    from utils.confidence import ranking_accuracy
 
     scores = score([r.answers for r in ranked])
     labels, lengths = [r.labels for r in ranked], [r.characters for r in ranked]

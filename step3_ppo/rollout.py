@@ -16,13 +16,13 @@ from torch.nn.functional import pad
 
 from step3_ppo import algorithm, measures
 from step3_ppo.episodes import Episode, Tokens, answered, lay_out, numbers_of
-from step3_ppo.rewards import functions as scoring
+from step3_ppo.rewards import functions as reward_functions
 from utils.data import batches
 from utils.data.prompts import Prompt
 from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
-from utils.generation import sampling as generation
 from utils.generation.engine import Request, Sampling, synced
+from utils.generation.sampling import uniform_noise
 from utils.generation.weights import in_eval_mode
 from utils.models import language_model
 
@@ -60,9 +60,7 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
     rows on every rank, {"seconds_generate", "seconds_score"}).
     """
     started = time.time()
-    noise = generation.uniform_noise(
-        len(prompts), config.max_response_length, config.seed, noise_step
-    )
+    noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
     # Sorted by length and dealt like cards, so that ranks and batches hold like lengths. The first
     # rows come again where the rows do not divide by the ranks: with ZeRO-3 every rank has to make
     # as many forward passes. `gather` leaves them out.
@@ -161,7 +159,7 @@ def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config)
     answer = None
     if process_group.is_main():
         try:
-            answer = scoring.call(
+            answer = reward_functions.call(
                 models.reward_function,
                 config.reward_function,
                 [p.messages[-1]["content"] for p in prompts],
@@ -169,7 +167,7 @@ def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config)
                 [p.row for p in prompts],
                 config.reward_function_timeout,
             )
-        except scoring.RewardFunctionError as error:
+        except reward_functions.RewardFunctionError as error:
             answer = str(error)
     answer = process_group.gather_objects(answer)[0]
     if isinstance(answer, str):

@@ -25,7 +25,7 @@ FLOORS = (
     ("utils.distributed", "utils.data"),
     ("utils.kernels", "utils.models"),
     ("utils.generation", "utils.checkpoints"),
-    ("utils.planner", "utils.run", "utils.report", "utils.metrics", "utils.intervals"),
+    ("utils.planner", "utils.run", "utils.report", "utils.metrics", "utils.confidence"),
     ("step1_sft", "step2_reward", "step3_ppo"),
     ("evaluation",),
 )

@@ -193,7 +193,7 @@ def _held_out_accuracy(probe: Probe) -> dict:
     if all(len(set(group)) == 1 for group in labels):
         raise Doubt(f"preference_data={config.preference_data} holds out no pair that differs")
     # Imported here: `evaluate` takes 2.5 s, which --help and refused settings should not pay.
-    from utils.intervals import ranking_accuracy
+    from utils.confidence import ranking_accuracy
 
     lengths = [[len(text) for text in c.responses] for c in held]
     return ranking_accuracy(labels, scores, lengths, [tables.place(c, "") for c in held])

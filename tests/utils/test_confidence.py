@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from utils.intervals import (
+from utils.confidence import (
     interval_by_prompt,
     pair_accuracy,
     ranking_accuracy,
@@ -92,7 +92,7 @@ def test_prompts_that_are_all_alike_count_as_one_trial_each(prompts, share):
 def test_more_prompts_than_are_drawn_at_once(monkeypatch):
     right = np.random.default_rng(0).random(500) < 0.8
     whole = interval_by_prompt(right, np.arange(500))
-    monkeypatch.setattr("utils.intervals.AT_ONCE", 700)  # one resample of 500 at a time
+    monkeypatch.setattr("utils.confidence.AT_ONCE", 700)  # one resample of 500 at a time
     assert interval_by_prompt(right, np.arange(500)) == pytest.approx(whole, abs=0.01)
 
 
