@@ -81,6 +81,8 @@ class Job:
         recipe = recipe_of(words[0] if named else "", self.flags)
         self.configs = [str(recipe), *self.flags.pop("config", [])]
         own = {f.name: self.flags[f.name] for f in fields(Pipeline) if f.name in self.flags}
+        # Not the default: a variable of the user's shell was empty.
+        problems += [f"  - {n} is empty; set --{n}" for n, words in own.items() if words == [""]]
         try:
             argv = ["--config", *self.configs, *words_of(own)]
             self.settings = command_line.build(Pipeline, argv, world_size=1)
@@ -159,11 +161,12 @@ class Job:
         if self.settings.overwrite:
             made = [self.output / name for name in MADE.split()]
             for path in (*made, *self.output.glob("round[0-9]*")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                whole = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if whole else path.unlink(missing_ok=True)
         self.output.mkdir(parents=True, exist_ok=True)
         if (other := self.kept(".seed", seed)) != seed:
             end(f"{self.output} was begun with --seed {other}, not {seed}; --overwrite begins anew")
-        self.began -= int(self.kept(".seconds", "0"))
+        self.began -= int(self.kept(".seconds", "") or 0)
         (self.output / ".seed").write_text(seed)
         (self.output / ".date").write_text(self.day)
 
@@ -215,8 +218,8 @@ class Job:
             self.make("data", self.output / "data", "utils.data.toy_tasks")
         if not self.settings.model_name_or_path:
             shape = {"data": [*self.sft_data, *self.settings.preference_data]}
-            for path in self.configs:
-                shape |= files.read(path).get("scratch", {})
+            for _, values in (layer for p in self.configs for layer in files.layers(p, "scratch")):
+                shape |= values
             shape |= {name: v for name, v in self.flags.items() if name == "columns"}
             self.make("base model", self.model, "utils.models.from_scratch", **shape)
         for name, program, words in self.steps():

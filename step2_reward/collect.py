@@ -167,9 +167,10 @@ def ranked(row: dict, scores: list[float] | None) -> dict | None:
     return row | columns
 
 
-def write_rows(file, lines: list[dict]) -> None:
-    for row in lines:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_sampled(path: Path, lines: list[dict]) -> None:
+    """In ASCII: a policy may sample what UTF-8 cannot hold, such as half a surrogate pair."""
+    with whole_files.writing(path, "--output_file") as file:
+        file.writelines(json.dumps(row) + "\n" for row in lines)
 
 
 def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
@@ -181,7 +182,7 @@ def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
         raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
     settings = settings_of(config)
     with whole_files.writing(path, "--output_file") as file:
-        write_rows(file, kept)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
     process_group.say(
         f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
@@ -196,8 +197,7 @@ def settings_of(config) -> Path:
 
 def import_rankings(config) -> None:
     """People's rankings, checked, in the form step 2 reads, with provenance."""
-    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
-    columns = columns_of(config.columns)
+    bad, columns = config.pick(DataSettings).bad_rows(), columns_of(config.columns)
     read = comparisons.load_comparisons([config.rankings], columns=columns, bad=bad)
     bad.finish(config.rankings)
     prompts = [prompt_data.Prompt(c.prompt, c.where, {}) for c in read]
@@ -207,10 +207,11 @@ def import_rankings(config) -> None:
 
 def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.Prompt]:
     """Prompts that the policy's template and the reward model's can render."""
-    bad = rows.BadRows(config.max_bad_rows, f"{config.output_dir}/bad_rows.jsonl")
+    settings = config.pick(DataSettings)
+    bad = settings.bad_rows()
     # What step 3 holds out (same seed, same --eval_fraction) must not teach the reward model.
     train, _ = splits.train_and_held_out(
-        prompt_data.PROMPTS, config.prompt_data, None, config.pick(DataSettings), 2, bad
+        prompt_data.PROMPTS, config.prompt_data, None, settings, 2, bad
     )
     order = list(range(len(train)))
     random.Random(config.seed).shuffle(order)
@@ -251,8 +252,7 @@ def collect(config, device) -> None:
     # As people would be given it: whatever goes wrong now, the hours of sampling are not lost.
     kept = Path(config.output_file).with_suffix(".sampled.jsonl")
     if process_group.is_main():
-        with whole_files.writing(kept, "--output_file") as file:
-            write_rows(file, lines)
+        write_sampled(kept, lines)
     process_group.say(f"{kept}: what was sampled, until it is ranked")
 
     labels = LABELLERS[config.labeller](config, prompts, answers, reward)

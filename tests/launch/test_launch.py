@@ -271,6 +271,39 @@ def test_a_file_of_the_users_wins_over_the_recipe_and_flags_over_both(tmp_path):
     assert (steps[2]["max_steps"], steps[2]["ppo_epochs"], steps[2]["kl_coef"]) == ("8", "9", "0.3")
 
 
+def test_overwrite_deletes_what_a_run_made_and_no_folder_that_a_link_names(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (out / "round1/step2_reward").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "weights").touch()
+    (out / "step3_ppo").symlink_to(elsewhere)
+    for name, text in ((".seed", "7"), (".seconds", ""), ("own.txt", "")):
+        (out / name).write_text(text)
+    run_all.Job(["tiny", "--output_dir", str(out), "--overwrite"]).begin()
+    assert {path.name for path in out.iterdir()} == {".seed", ".date", "own.txt"}
+    assert (elsewhere / "weights").exists() and (out / ".seed").read_text() == "42"
+
+
+def test_a_run_goes_on_after_a_kill_while_its_seconds_were_written(tmp_path):
+    (tmp_path / ".seconds").touch()
+    job = run_all.Job(["tiny", "--output_dir", str(tmp_path)])
+    job.begin()
+    assert job.seconds() < 60
+
+
+def test_the_shape_of_a_new_model_is_the_recipes_unless_a_file_says_another(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("scratch:\n")
+    (tmp_path / "more.yaml").write_text("scratch: {vocab_size: 512}\n")
+    own = ["--config", *(str(tmp_path / f"{name}.yaml") for name in ("own", "more"))]
+    job = run_all.Job(["tiny", "--output_dir", str(tmp_path / "out"), *own])
+    made = {}
+    monkeypatch.setattr(job, "make", lambda name, *_, **flags: made.update({name: flags}))
+    monkeypatch.setattr(job, "steps", lambda: ())
+    monkeypatch.setattr(job, "evaluate", lambda: None)
+    job.run()
+    assert (made["base model"]["vocab_size"], made["base model"]["max_positions"]) == (512, 256)
+
+
 def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "a", "output": ""}\n')
@@ -290,6 +323,8 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     for words, message in (
         (["--ppo.bogus", "1"], "unknown flag --bogus"),
         (["--output_dir"], "--output_dir has no value; it takes one"),
+        (["--output_dir", ""], "output_dir is empty; set --output_dir"),
+        (["--model_name_or_path="], "model_name_or_path is empty; set --model_name_or_path"),
         (["--rounds", "x"], "rounds='x' is not int"),
         (["tiny", "word"], "'word' stands before any flag"),
         (["scratch", "--sft_data", bad], "needs --preference_data"),

@@ -2,6 +2,7 @@
 
 import json
 
+from step2_reward.collect import write_sampled
 from tests.helpers.jobs import collect
 from tests.helpers.running import run_ranks
 from utils.data.comparisons import load_comparisons
@@ -20,6 +21,12 @@ def test_ranks_share_the_sampling_and_write_the_same_comparisons(tiny, chain, tm
     assert len(set(row["responses"])) == len(row["responses"]) >= 2
     assert len(set(row["scores"])) >= 2 and all(r.strip() for r in row["responses"])
     assert row["provenance"]["labeller"] == "verifier" and "prompts.jsonl" in str(row["provenance"])
+
+
+def test_samples_that_utf_8_cannot_hold_are_kept(tmp_path):
+    rows = [{"responses": ["half a pair \ud800", "梨\0\u2028"]}]
+    write_sampled(tmp_path / "s.jsonl", rows)
+    assert [json.loads(line) for line in (tmp_path / "s.jsonl").open()] == rows
 
 
 def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):

@@ -38,7 +38,7 @@ from utils.data.loading import DataSettings, Kind, Source, load_each
 from utils.data.rows import BadRows, DataError
 from utils.data.sources import files_behind
 from utils.data.tables import Digest, Table, View, places_of, schema_of, to_batch
-from utils.distributed import process_group
+from utils.distributed.process_group import say
 from utils.settings.run_config import check_folder
 
 SMALL = 8 * 2**20  # bytes of files, below which reading again costs less than keeping
@@ -188,7 +188,7 @@ def _write(file, source: Source, encode: Callable, path: Path, bad: BadRows) -> 
         rows += len(batch)
         if time.monotonic() - reported > REPORT_EVERY:
             reported = time.monotonic()
-            _say(f"{source.name}: {rows:,} rows, {rows / (reported - begun):,.0f} a second")
+            say(f"{source.name}: {rows:,} rows, {rows / (reported - begun):,.0f} a second")
 
     with pa.ipc.new_file(file, schema) as writer:
         try:
@@ -203,7 +203,7 @@ def _write(file, source: Source, encode: Callable, path: Path, bad: BadRows) -> 
         end = pa.RecordBatch.from_pylist([], schema)
         writer.write_batch(end, custom_metadata={"facts": json.dumps(facts, default=str)})
     speed = rows / (time.monotonic() - begun)
-    _say(f"{source.name}: {rows:,} rows, {speed:,.0f} a second, kept in {path}")
+    say(f"{source.name}: {rows:,} rows, {speed:,.0f} a second, kept in {path}")
 
 
 def _mapped(path: Path) -> tuple[pa.Table, dict, mmap.mmap]:
@@ -230,7 +230,7 @@ def folder_for(settings: DataSettings) -> Path:
     try:
         check_folder(str(home))
     except ValueError as problem:
-        _say(f"rows are kept in {settings.output_dir}/data_cache: {problem} (--data_cache)")
+        say(f"rows are kept in {settings.output_dir}/data_cache: {problem} (--data_cache)")
         return Path(settings.output_dir, "data_cache")
     return home
 
@@ -246,7 +246,7 @@ def once(path: Path, make: Callable) -> None:
         try:
             held = lock.acquire(timeout=5)
         except Timeout:
-            _say(f"another process makes {path}: waiting for it")
+            say(f"another process makes {path}: waiting for it")
             held = lock.acquire()
         with held:
             if path.exists():
@@ -329,8 +329,3 @@ def _tokenizer(tokenizer) -> str:
             probe = str(error)
         digest.update(probe.encode())
     return digest.hexdigest()
-
-
-def _say(text: str) -> None:
-    if process_group.is_main():
-        print(text, flush=True)

@@ -15,7 +15,7 @@ from utils.data import schemas
 from utils.data.rows import BadRow, BadRows, DataError, Row
 from utils.data.schemas import Reading, Schema
 from utils.data.sources import stream_rows
-from utils.distributed import process_group
+from utils.distributed.process_group import say
 from utils.settings.run_config import columns_of
 
 T = TypeVar("T")
@@ -212,9 +212,8 @@ def load_each(
             problems += error.problems
     if problems:
         raise DataError(problems + (bad.problems if bad.too_many else []))
-    if process_group.is_main():
-        for remark, count in reading.notes.items():
-            print(f"{', '.join(names)}: {count} row(s) {remark}", flush=True)
+    for remark, count in reading.notes.items():
+        say(f"{', '.join(names)}: {count} row(s) {remark}")
     return parts
 
 

@@ -194,7 +194,8 @@ class View(Sequence):
 
     def take(self, positions: Sequence[int] | np.ndarray) -> View:
         """The rows at these positions of this view, in their order; or where a flag is true."""
-        return View(self.tables, self.chosen[np.asarray(positions)])
+        positions = np.asarray(positions) if len(positions) else np.zeros(0, int)
+        return View(self.tables, self.chosen[positions])
 
     def _of_chosen(self, ask: Callable[[Table], np.ndarray]) -> np.ndarray:
         return np.concatenate([ask(table) for table in self.tables])[self.chosen]

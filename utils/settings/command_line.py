@@ -100,7 +100,8 @@ def build(config_class, argv: list[str], world_size: int):
     if values.get("overwrite") and values.get("resume", "no") != "no":
         said = flags.keys() & {"overwrite", "resume"}
         if said == {"overwrite"}:
-            values |= {"resume": "no", "resume_anyway": "resume_anyway" in flags}
+            anyway = "resume_anyway" in flags and values["resume_anyway"]
+            values |= {"resume": "no", "resume_anyway": anyway}
         elif said == {"resume"}:
             values["overwrite"] = False
     config = config_class(**config_class.completed(values))

@@ -154,3 +154,13 @@ def test_a_pinned_split_is_trained_on_without_the_rows_it_is_measured_on(tmp_pat
     train, held = load([f"{name}:test"], eval_fraction=0.2)
     assert len(train) + len(held) == 60 and 4 < len(held) < 24
     assert {prompt_of(i) for i in train}.isdisjoint(prompt_of(i) for i in held)
+
+
+def test_a_test_split_of_which_no_row_is_left_is_empty(tmp_path):
+    """KTO's bad answers are no demonstrations, so such a split has rows and none to evaluate on."""
+    for name, label in (("train", True), ("test", False)):
+        rows = [{"prompt": str(i), "completion": "x", "label": label} for i in range(3)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    train, held = load([str(tmp_path)])
+    assert len(train) == 3 and held == []

@@ -49,6 +49,7 @@ def write(path, text):
     "file, argv, overwrite, resume",
     [
         ("resume: auto\nresume_anyway: true", ["--overwrite"], True, "no"),
+        ("resume: auto\nresume_anyway: true", ["--overwrite", "--resume_anyway=no"], True, "no"),
         ("resume: auto", ["--overwrite", "false"], False, "auto"),
         ("overwrite: true", ["--resume", "auto"], False, "auto"),
         ("overwrite: true", ["--resume", "no"], True, "no"),
