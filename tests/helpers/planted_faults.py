@@ -259,13 +259,13 @@ def ranks_share_noise(patch):
     def noise(real, rows, *args):
         return real(rows, *args)[torch.arange(rows) // process_group.world_size()]
 
-    around(patch, generation, "uniform_noise", noise)
+    around(patch, rollout, "uniform_noise", noise)
 
 
 def rows_share_noise(patch):
     around(
         patch,
-        generation,
+        rollout,
         "uniform_noise",
         lambda real, rows, *a: real(rows, *a)[:1].expand(rows, -1),
     )

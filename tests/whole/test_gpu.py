@@ -85,7 +85,7 @@ def sampled(model, device, decoder):
         pad_id=PAD,
         temperature=1.3,
         noise=noise,
-        logprobs=logprobs,
+        logprobs_and_entropies=(logprobs, torch.zeros_like(logprobs)),
         decoder=decoder,
     )
     kept = generation.mask_through_stop(responses, stop)
