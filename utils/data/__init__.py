@@ -1,7 +1,8 @@
 """Data sets → tokens, in this order.
 
 sources, files      names → rows, each with its place; rows: what is wrong with which row
-schemas, turns      the columns of a row → turns, answers, scores (message_trees: OpenAssistant's)
+schemas, readers,   the columns of a row → turns, answers, scores (message_trees: OpenAssistant's)
+turns
 loading             data sets → items of one Kind
 chat_template,      items → tokens that fit
 fitting

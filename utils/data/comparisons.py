@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from utils.data import batches, demonstrations, fitting, schemas
 from utils.data.loading import DataSettings, Kind, load_items
+from utils.data.readers import Reading
 from utils.data.rows import BadRow, Row
-from utils.data.schemas import Reading, Schema
+from utils.data.schemas import Schema
 from utils.data.splits import train_and_held_out
 from utils.data.tables import TOKENS, View, place
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 from utils.data import fitting, schemas
 from utils.data.chat_template import Encoded
 from utils.data.loading import DataSettings, Kind, load_items
+from utils.data.readers import Reading
 from utils.data.rows import BadRows, Row
-from utils.data.schemas import Reading, Schema
+from utils.data.schemas import Schema
 from utils.data.splits import load_step, train_and_held_out
 from utils.data.tables import TOKENS, View, encode_all
 

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from utils.data import schemas
+from utils.data import readers, schemas
+from utils.data.readers import Reading
 from utils.data.rows import BadRow, BadRows, DataError, Row
-from utils.data.schemas import Reading, Schema
+from utils.data.schemas import Schema
 from utils.data.sources import stream_rows
 from utils.distributed.process_group import say
 from utils.settings.run_config import columns_of
@@ -50,7 +51,7 @@ class DataSettings:
 class Kind:
     """What rows are made into.
 
-    use: what the rows are read for, see schemas.Reading. item: the class of what a row becomes.
+    use: what the rows are read for, see readers.Reading. item: the class of what a row becomes.
     splits: the splits to train and to evaluate on; the first that a data set has is read.
     convert: (schema, row, reading) → items, none where the row is left out; raises BadRow.
     columns: the attributes of an encoded item that are kept, with their Arrow types.
@@ -152,7 +153,7 @@ def _columns_in(row: Row, columns: Mapping[str, str]) -> Mapping[str, str]:
 
 def _schema_of(row: Row, reading: Reading, columns: Mapping[str, str]) -> str | None:
     """The first schema that fits a row and reads all columns that --columns names."""
-    wanted = columns.keys() - schemas.EXTRA
+    wanted = columns.keys() - readers.EXTRA
     known = schemas.known_for(reading.use).items()
     return next((name for name, s in known if wanted <= s.reads and s.fits(row.data)), None)
 
@@ -172,7 +173,7 @@ def reading_of(use: str, schema: str, columns: Mapping[str, str] | None) -> Read
             f"schema={schema!r}: set --data_schema to auto, {', '.join(known)}, or say how texts "
             "are to be taken: transcript, plain, NAME:transcript, NAME:plain"
         )
-    ours = schemas.EXTRA.union(*(each.reads for each in schemas.SCHEMAS.values()))
+    ours = readers.EXTRA.union(*(each.reads for each in schemas.SCHEMAS.values()))
     if unknown := sorted(columns.keys() - ours):
         raise DataError(
             f"--columns {unknown[0]}={columns[unknown[0]]}: no schema has a column {unknown[0]}; "

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from utils.data import fitting, schemas
 from utils.data.loading import DataSettings, Kind, load_items
+from utils.data.readers import Reading
 from utils.data.rows import BadRow, Row
-from utils.data.schemas import Reading, Schema
+from utils.data.schemas import Schema
 from utils.data.splits import load_step
 from utils.data.tables import TOKENS, View
 

@@ -9,8 +9,9 @@ from utils.data.chat_template import Encoded, start_of_text
 from utils.data.demonstrations import DEMONSTRATIONS, Conversation
 from utils.data.fitting import Counts
 from utils.data.loading import DataSettings
+from utils.data.readers import Reading
 from utils.data.rows import BadRow, Row
-from utils.data.schemas import Reading, Schema
+from utils.data.schemas import Schema
 from utils.data.tables import View
 from utils.data.turns import text_of
 
