@@ -125,6 +125,8 @@ TOP = [
     path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("output", ".venv")
 ]
 FILES = [path for top in TOP if top[0] != "." for path in (ROOT / top).rglob("*.*")]
+# Not what Python wrote there, nor an environment below benchmarks/.
+FILES = [p for p in FILES if "__pycache__" not in p.parts and ".venv_trl" not in p.parts]
 OF_OTHERS = set(  # flags of sbatch, torchrun, DeepSpeed's launcher, and README's mistaken one
     "nodes ntasks gpus signal nnodes node_rank nproc_per_node master_addr master_port "
     "num_accelerators num_gpus hostfile wat".split()
