@@ -13,6 +13,12 @@ from utils.settings.fields import free, rounding, setting
 from utils.settings.run_config import RunConfig
 
 
+def check_reward_function(name: str) -> None:
+    old, new = "step3_ppo.reward_functions:", "step3_ppo.rewards.shipped:"
+    if name.startswith(old):
+        raise ValueError(f"the module is called otherwise now: {name.replace(old, new)}")
+
+
 @dataclass
 class PPOConfig(RunConfig):
     """`model_name_or_path` is the SFT model: the actor starts from it and the reference stays it.
@@ -31,6 +37,7 @@ class PPOConfig(RunConfig):
         "",
         "package.module:name or FILE.py:name of a callable (prompts, responses, rows) → scores, in "
         "place of the reward model or added to it",
+        check=check_reward_function,
     )
     reward_function_coef: float = setting(
         1.0,

@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 
 from step3_ppo import algorithm, measures
 from step3_ppo.episodes import Episode, Tokens, answered, lay_out, numbers_of
-from step3_ppo.rewards import functions as reward_functions
 from utils.data import batches
 from utils.data.prompts import Prompt
 from utils.distributed import host_memory, process_group
@@ -25,6 +24,7 @@ from utils.generation.engine import Request, Sampling, synced
 from utils.generation.sampling import uniform_noise
 from utils.generation.weights import in_eval_mode
 from utils.models import language_model
+from utils.rewards import functions as reward_functions
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from step3_ppo import rollout as rollouts
 from step3_ppo.algorithm import ALGORITHMS
 from step3_ppo.checks.probe import AFTER, BEFORE, Fault, FirstSteps, Probe, apart, check, worst
-from step3_ppo.rewards import functions as scoring
 from utils.distributed import process_group
+from utils.rewards import functions as scoring
 
 ROWS_ALONE = 8  # a rank scores so many again
 SLOW = 30.0  # seconds; a --reward_function that may take longer is not asked a second time

@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step3_ppo.rewards import functions as scoring
 from step3_ppo.rewards import shipped
-from step3_ppo.rewards.functions import RewardFunctionError, call, load
+from utils.rewards import functions as scoring
+from utils.rewards.functions import RewardFunctionError, call, load
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["one?", "two?", "three?", "four?"]
@@ -67,11 +67,6 @@ GOOD = "def f(prompts, responses, rows):\n    return [1.0] * len(responses)\n"
 def test_a_module_s_function():
     name = "step3_ppo.rewards.shipped:rouge_l"
     assert load(name) is shipped.rouge_l
-
-
-def test_the_old_name_of_the_shipped_functions_is_told_the_new_one():
-    said = refusal("step3_ppo.reward_functions:rouge_l")
-    assert said.endswith("give step3_ppo.rewards.shipped:rouge_l")
 
 
 @pytest.mark.parametrize("form", ["{}:f", "./{}:f", "{absolute}:f"])
@@ -513,7 +508,7 @@ def test_the_search_for_a_slow_row_ends_in_time(monkeypatch):
 
 HOLDS_THE_LOCK = """
 import re, sys
-from step3_ppo.rewards import functions as scoring
+from utils.rewards import functions as scoring
 scoring.GRACE = 0.5
 def f(prompts, responses, rows):
     return [float(bool(re.match(r"(a+)+$", r))) for r in responses]

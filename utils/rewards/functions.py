@@ -27,7 +27,6 @@ import torch
 
 FORMS = "package.module:function or path/to/file.py:function"
 CALLED_WITH = ("prompts", "responses", "rows")
-RENAMED = {"step3_ppo.reward_functions": "step3_ppo.rewards.shipped"}
 SHOWN_TEXT = 200  # characters of a prompt or response in a message
 SHOWN_NAMES = 20
 SLOW_ROW = 1.0  # seconds; a row that is done sooner is never called slow
@@ -55,8 +54,6 @@ def load(name: str) -> Callable:
     place, _, attribute = name.rpartition(":")
     if not place or not attribute.isidentifier():
         raise refusal(f"names no function; give {FORMS}")
-    if place in RENAMED:
-        raise refusal(f"the module is called otherwise now; give {RENAMED[place]}:{attribute}")
     is_file, path = place.endswith(".py") or os.sep in place, Path(place).expanduser().absolute()
     if is_file and not (path.is_file() and path.suffix == ".py"):
         what = "is a folder" if path.is_dir() else "is not there"
