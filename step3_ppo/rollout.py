@@ -173,7 +173,7 @@ def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config)
                 [p.row for p in prompts],
                 config.reward_function_timeout,
             )
-        except reward_functions.RewardFunctionError as error:
+        except reward_functions.FunctionError as error:
             answer = str(error)
     answer = process_group.gather_objects(answer)[0]
     if isinstance(answer, str):

@@ -77,7 +77,7 @@ def _function_scores(probe: Probe) -> str:
                 [asked[i].row for i in order],
                 config.reward_function_timeout,
             )
-        except scoring.RewardFunctionError as error:
+        except scoring.FunctionError as error:
             raise Fault(f"asked again about the same rows: {error}") from None
         scores = config.reward_function_coef * torch.tensor(scores, dtype=torch.float)
         return apart(rollout.function_scores[order], scores)[1]
