@@ -7,7 +7,7 @@ minibatches through our engine.
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,14 +40,16 @@ class Method:
     trl: str
     theirs: dict
     ours: dict
-    notes: dict[str, str] = field(default_factory=dict)  # what differs by design → why
 
 
-GRPO = dict(algorithm="grpo")
 ONLINE = {
-    "GRPO": Method("grpo", dict(loss_type="grpo"), GRPO),
-    "Dr. GRPO": Method(
-        "grpo", dict(loss_type="dr_grpo", scale_rewards="none"), dict(algorithm="dr_grpo")
+    "GRPO, no KL, mean over tokens": Method(
+        "grpo", dict(loss_type="bnpo", beta=0.0), dict(algorithm="grpo", kl_coef=0.0)
+    ),
+    "GRPO without the deviation, no KL, mean over tokens": Method(
+        "grpo",
+        dict(loss_type="bnpo", scale_rewards="none", beta=0.0),
+        dict(algorithm="dr_grpo", kl_coef=0.0),
     ),
     "RLOO": Method("rloo", {}, dict(algorithm="rloo", action_level="sequence")),
 }
@@ -79,6 +81,7 @@ def run_trl(method: Method, config: PPOConfig, folder: Path) -> dict:
     return found
 
 
+@torch.no_grad()
 def our_rollout(ours: models.Models, found: dict, config: PPOConfig, device) -> rollouts.Rollout:
     """TRL's tokens and rewards as a rollout of step 3, scored by our models."""
     (sampled,) = found["_generate_and_score_completions"]
@@ -88,9 +91,9 @@ def our_rollout(ours: models.Models, found: dict, config: PPOConfig, device) -> 
     reasons = ["stop" if ids[-1] == stop else "length" for ids in answers]
     prompts = [Prompt((), "", {}, ids) for ids in prompts]
     samples = Samples(batch["completion_ids"], mask, None, None, reasons)
-    rollout = rollouts.score(ours, prompts, answered(prompts, samples), config, device, False)
     group = torch.arange(config.prompts_per_rollout).repeat_interleave(config.samples_per_prompt)
-    return dataclasses.replace(rollout, scores=sampled["rewards"], group=group)
+    asked = (prompts, answered(prompts, samples), config, device, False, group)
+    return dataclasses.replace(rollouts.score(ours, *asked), scores=sampled["rewards"])
 
 
 def unpadded(batch: dict, part: str) -> list[tuple[int, ...]]:
@@ -98,18 +101,18 @@ def unpadded(batch: dict, part: str) -> list[tuple[int, ...]]:
     return [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
 
 
-def rollout_rows(rollout, experience, found: dict, notes: dict) -> list[Row]:
+def rollout_rows(rollout, experience, found: dict) -> list[Row]:
     """Rows of the rollout's numbers."""
     batch = found["_generate_and_score_completions"][0]["output"]
     mask = rollout.action_mask
     theirs = batch["advantages"][:, None].expand(mask.shape)
     rows = [compare("response mask", mask, batch["completion_mask"], tolerance=0.0)]
-    for ours, name in (
-        ("logprobs", "old_per_token_logps"),
-        ("ref_logprobs", "ref_per_token_logps"),
+    for title, ours, name in (
+        ("log-probs", rollout.logprobs, "old_per_token_logps"),
+        ("reference log-probs", rollout.ref_logprobs, "ref_per_token_logps"),
     ):
         if name in batch:
-            rows.append(compare(ours, getattr(rollout, ours), batch[name], mask, CLOSE))
+            rows.append(compare(title, ours, batch[name], mask, CLOSE))
     if "old_logps" in batch:
         sums = (rollout.logprobs * mask).sum(1)
         rows.append(compare("log-probs of answers", sums, batch["old_logps"], tolerance=CLOSE))
@@ -161,21 +164,24 @@ def of_norm(quantity: str, ours: dict, theirs: dict, tolerance: float | None, no
     return weight_row(quantity, zero, ours, theirs, tolerance, note)
 
 
-def run(folder: Path) -> dict[str, list[Row]]:
-    """{method: its rows}; `folder` is that of parity_numbers.make_models."""
-    from utils.distributed import process_group
+def record(folder: Path) -> dict[str, dict]:
+    """{method: what TRL computes}, on the models of parity_numbers.make_models in `folder`."""
+    return {name: run_trl(m, our_settings(m, folder), folder) for name, m in ONLINE.items()}
 
-    configs = {name: settings(folder, **ROLLOUT, **m.ours) for name, m in ONLINE.items()}
-    seen = {name: run_trl(m, configs[name], folder) for name, m in ONLINE.items()}
-    # Only now: accelerate, inside TRL, would read the process group's variables as its own.
-    device = process_group.init()
+
+def our_settings(method: Method, folder: Path) -> PPOConfig:
+    return settings(folder, **ROLLOUT, **method.ours)
+
+
+def run(folder: Path, recorded: dict[str, dict], device) -> dict[str, list[Row]]:
+    """{method: its rows}; see parity_numbers.run."""
     tables = {}
-    for name, config in configs.items():
+    for name, found in recorded.items():
+        config = our_settings(ONLINE[name], folder)
         tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
         ours = models.build(config, tokenizer, config.dtype, device)
-        rollout = our_rollout(ours, seen[name], config, device)
+        rollout = our_rollout(ours, found, config, device)
         experience, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
-        rows = rollout_rows(rollout, experience, seen[name], ONLINE[name].notes)
-        tables[name] = rows + update_rows(ours, experience, seen[name], config, device)
-    process_group.shut_down()
+        tables[name] = rollout_rows(rollout, experience, found)
+        tables[name] += update_rows(ours, experience, found, config, device)
     return tables

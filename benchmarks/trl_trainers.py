@@ -86,7 +86,7 @@ def online(name: str, config, prompts: list[str], rewards, folder: str, callback
         processing_class=chat_template.load_tokenizer(config.model_name_or_path),
         callbacks=list(callbacks),
     )
-    if config.reference_model:  # they take the policy's own start
+    if config.reference_model and made.ref_model is not None:  # they take the policy's own start
         made.ref_model.load_state_dict(_load(config.reference_model).state_dict())
     made.remove_callback(PrinterCallback)
     return made
