@@ -16,6 +16,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from tests.helpers.jobs import sft
 from tests.helpers.running import ROOT
 from utils import launch
@@ -102,6 +103,7 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
     assert len(text.splitlines()) <= 10 and os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     config = {"step1_sft": SFTConfig, "step2_reward": RewardConfig, "step3_ppo": PPOConfig}
+    config["step3_preference"] = PreferenceConfig
     known = {f.name for f in fields(config[script.parent.parent.name])}
     scratch = files.read(str(ROOT / "recipes/tiny.yaml"))["scratch"]
     known |= (

@@ -11,6 +11,7 @@ import pytest
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from utils.settings import command_line
 from utils.settings.command_line import build
 from utils.settings.fields import ConfigError
@@ -21,6 +22,7 @@ NEEDED = {
     SFTConfig: [*COMMON, "--sft_data", "d"],
     RewardConfig: [*COMMON, "--preference_data", "d"],
     PPOConfig: [*COMMON, "--reward_model", "r", "--prompt_data", "d"],
+    PreferenceConfig: [*COMMON, "--preference_data", "d"],
 }
 OUTPUT_DIR_HELP = "folder for weights, metrics.jsonl and config.yaml"
 ALL = pytest.mark.parametrize("config_class", NEEDED, ids=lambda c: c.__name__)
