@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from step3_ppo import ptx
-from step3_ppo.rewards import functions as scoring
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import process_group, zero
@@ -15,6 +14,7 @@ from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
+from utils.rewards import functions as scoring
 
 
 @dataclass

@@ -22,7 +22,7 @@ FLOORS = (
         "utils.pretrained",
         "utils.launch",
     ),
-    ("utils.distributed", "utils.data"),
+    ("utils.distributed", "utils.data", "utils.rewards"),
     ("utils.kernels", "utils.models"),
     ("utils.generation", "utils.checkpoints"),
     ("utils.planner", "utils.run", "utils.report", "utils.metrics", "utils.confidence"),

@@ -4,7 +4,7 @@ Each is a plain callable (prompts, responses, rows) -> scores, one float a respo
 prompts[i] is the text of the last user turn, responses[i] the policy's answer to it, rows[i] the
 data row that the prompt came from, as read from disk. A row that lacks what a function needs
 raises ValueError with the columns it has. One's own function looks the same and stands in any file
-or module; `step3_ppo/rewards/functions.py` loads and calls it.
+or module; `utils/rewards/functions.py` loads and calls it.
 """
 
 import functools

@@ -4,10 +4,10 @@ import dataclasses
 
 from step3_ppo import algorithm, rollout, update
 from step3_ppo import main as step3
-from step3_ppo.rewards import functions as scoring
 from tests.helpers.planting import around
 from utils.distributed import zero
 from utils.models import scorer
+from utils.rewards import functions as scoring
 
 
 def scores_of_the_row_before(patch):

@@ -49,6 +49,11 @@ from utils.settings.command_line import build
         (PPOConfig, ["--clip_value", "-1"], "clip_value=-1.0 must be at least 0"),
         (PPOConfig, ["--temperature", "0"], "temperature=0.0 must be above 0"),
         (PPOConfig, ["--ema_decay", "1"], "ema_decay=1.0 must be below 1"),
+        (
+            PPOConfig,
+            ["--reward_function", "step3_ppo.reward_functions:rouge_l"],
+            "otherwise now: step3_ppo.rewards.shipped:rouge_l; set --reward_function",
+        ),
         (PPOConfig, ["--critic_zero_stage", "4"], "critic_zero_stage=4 is not one of -1, 0"),
     ],
 )

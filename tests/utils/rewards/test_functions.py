@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step3_ppo.rewards import functions as scoring
 from step3_ppo.rewards import shipped
-from step3_ppo.rewards.functions import RewardFunctionError, call, load
+from utils.rewards import functions as scoring
+from utils.rewards.functions import FunctionError, call, load
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["one?", "two?", "three?", "four?"]
@@ -67,11 +67,6 @@ GOOD = "def f(prompts, responses, rows):\n    return [1.0] * len(responses)\n"
 def test_a_module_s_function():
     name = "step3_ppo.rewards.shipped:rouge_l"
     assert load(name) is shipped.rouge_l
-
-
-def test_the_old_name_of_the_shipped_functions_is_told_the_new_one():
-    said = refusal("step3_ppo.reward_functions:rouge_l")
-    assert said.endswith("give step3_ppo.rewards.shipped:rouge_l")
 
 
 @pytest.mark.parametrize("form", ["{}:f", "./{}:f", "{absolute}:f"])
@@ -165,7 +160,7 @@ def test_a_module_that_fails_keeps_its_own_words(form, line, said):
     message = refusal(form)
     assert f"importing it failed with {said}" in message
     assert message.endswith(f"({path}:2)")
-    assert not [name for name in set(sys.modules) - loaded if name.startswith("reward_function_")]
+    assert not [name for name in set(sys.modules) - loaded if name.startswith("user_function_")]
 
 
 def test_a_function_that_is_not_there():
@@ -206,7 +201,7 @@ def test_a_function_of_other_parameters(parameters, why):
 
 
 def failure(function, timeout=5.0, prompts=PROMPTS, responses=RESPONSES, rows=ROWS):
-    with pytest.raises(RewardFunctionError) as caught:
+    with pytest.raises(FunctionError) as caught:
         call(function, "my.py:f", prompts, responses, rows, timeout)
     said = str(caught.value)
     assert said.startswith("reward function 'my.py:f' ")
@@ -359,7 +354,7 @@ def test_what_is_told_is_the_row_s_own_exception():
 
 
 def test_the_exception_is_the_cause():
-    with pytest.raises(RewardFunctionError) as caught:
+    with pytest.raises(FunctionError) as caught:
         call(lambda *_: 1 / 0, "my.py:f", PROMPTS, RESPONSES, ROWS, 5.0)
     assert type(caught.value.__cause__) is ZeroDivisionError
 
@@ -513,7 +508,7 @@ def test_the_search_for_a_slow_row_ends_in_time(monkeypatch):
 
 HOLDS_THE_LOCK = """
 import re, sys
-from step3_ppo.rewards import functions as scoring
+from utils.rewards import functions as scoring
 scoring.GRACE = 0.5
 def f(prompts, responses, rows):
     return [float(bool(re.match(r"(a+)+$", r))) for r in responses]

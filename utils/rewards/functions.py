@@ -1,9 +1,10 @@
-"""Finding the function of `--reward_function`, and calling it so that it cannot hang a run.
+"""Finding functions of the user's, and calling them so that they cannot hang a run.
 
-A reward function is user code: it may be slow, fail on one row of a thousand or return what is no
-score. Messages name the row, for the run that ends may be hours old.
+User code (a reward function, an environment) may be slow, fail on one row of a thousand or return
+what nobody can use. Messages name the row, for the run that ends may be hours old.
 """
 
+import copy
 import faulthandler
 import functools
 import hashlib
@@ -26,8 +27,6 @@ import numpy as np
 import torch
 
 FORMS = "package.module:function or path/to/file.py:function"
-CALLED_WITH = ("prompts", "responses", "rows")
-RENAMED = {"step3_ppo.reward_functions": "step3_ppo.rewards.shipped"}
 SHOWN_TEXT = 200  # characters of a prompt or response in a message
 SHOWN_NAMES = 20
 SLOW_ROW = 1.0  # seconds; a row that is done sooner is never called slow
@@ -35,14 +34,28 @@ SEARCH_EXTRA = 10.0  # seconds that the search for a row may take beyond twice t
 GRACE = 10.0  # seconds beyond its time after which a call that blocks Python ends the process
 
 
-class RewardFunctionError(Exception):
-    """A reward function raised, was too slow or returned what is no score."""
+class FunctionError(Exception):
+    """A function of the user's raised, was too slow or returned what it should not."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of function that a user gives: its name in messages, the flag that names it (the one
+    of its time limit is called FLAG_timeout), its arguments, and what each row of them is."""
+
+    noun: str
+    flag: str
+    called_with: tuple[str, ...]
+    row: str
+
+
+REWARD = Kind("reward function", "--reward_function", ("prompts", "responses", "rows"), "response")
 
 
 # Finding it.
 
 
-def load(name: str) -> Callable:
+def load(name: str, kind: Kind = REWARD) -> Callable:
     """The function that `name` means: package.module:function or path/to/file.py:function.
 
     Modules are found as Python finds them and from the current folder, files relative to it; what
@@ -50,13 +63,11 @@ def load(name: str) -> Callable:
     """
 
     def refusal(why: str) -> SystemExit:
-        return SystemExit(f"--reward_function {name!r}: {why}")
+        return SystemExit(f"{kind.flag} {name!r}: {why}")
 
     place, _, attribute = name.rpartition(":")
     if not place or not attribute.isidentifier():
         raise refusal(f"names no function; give {FORMS}")
-    if place in RENAMED:
-        raise refusal(f"the module is called otherwise now; give {RENAMED[place]}:{attribute}")
     is_file, path = place.endswith(".py") or os.sep in place, Path(place).expanduser().absolute()
     if is_file and not (path.is_file() and path.suffix == ".py"):
         what = "is a folder" if path.is_dir() else "is not there"
@@ -79,24 +90,24 @@ def load(name: str) -> Callable:
         raise refusal(f"importing it failed with {_said(error)} ({where})") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        kind = f"{attribute!r} is a value of type {type(function).__name__}, not callable"
-        why = kind if hasattr(module, attribute) else f"there is no {attribute!r} in {place}"
+        value = f"{attribute!r} is a value of type {type(function).__name__}, not callable"
+        why = value if hasattr(module, attribute) else f"there is no {attribute!r} in {place}"
         raise refusal(f"{why}; callable there: {_callables(module)}")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # builtins have none
         return function
     try:
-        signature.bind(*CALLED_WITH)
+        signature.bind(*kind.called_with)
     except TypeError as error:
-        called = ", ".join(CALLED_WITH)
+        called = ", ".join(kind.called_with)
         raise refusal(f"takes {signature}, but is called with ({called}): {error}") from None
     return function
 
 
 def _import_file(path: Path) -> ModuleType:
     """The module in a file, under a name that no other module has."""
-    module_name = f"reward_function_{hashlib.sha1(os.fsencode(path)).hexdigest()[:12]}"
+    module_name = f"user_function_{hashlib.sha1(os.fsencode(path)).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up
@@ -139,22 +150,23 @@ class _Call:
 
 
 @dataclass
-class _Batch:
-    """What a function is called with; all three of one length."""
+class Batch:
+    """What a function is called with, lists of one length, and what a message shows of a row."""
 
-    prompts: list[str]
-    responses: list[str]
-    rows: list[dict]
+    arguments: tuple[list, ...]
+    shown: dict[str, list[str]]
 
     def __len__(self) -> int:
-        return len(self.responses)
+        return len(self.arguments[0])
 
-    def row(self, i: int) -> "_Batch":
-        return _Batch([self.prompts[i]], [self.responses[i]], [self.rows[i]])
+    def row(self, i: int) -> "Batch":
+        shown = {label: [texts[i]] for label, texts in self.shown.items()}
+        return Batch(tuple([column[i]] for column in self.arguments), shown)
 
-    def shown(self, i: int) -> str:
+    def show(self, i: int) -> str:
         """Row i, for a message."""
-        return f"  prompt:   {_short(self.prompts[i])}\n  response: {_short(self.responses[i])}"
+        texts = self.shown.items()
+        return "\n".join(f"  {label + ':':<9} {_short(column[i])}" for label, column in texts)
 
 
 def call(
@@ -167,31 +179,39 @@ def call(
 ) -> list[float]:
     """The scores of a batch by one call of `function`: len(responses) finite floats.
 
-    name is what --reward_function says, for messages. timeout in seconds, 0: none. The function
-    gets copies, and runs in a daemon thread: one that is stuck is left behind, and the caller, who
-    ends the process, does not wait for it. (In that thread signal.alarm does not work.)
-
-    Raises RewardFunctionError, and only then calls the function again, row by row, to name the row
-    that is to blame.
+    name, timeout: see `returned`. Raises FunctionError.
     """
-    batch = _Batch(prompts, responses, rows)
+    batch = Batch((prompts, responses, rows), {"prompt": prompts, "response": responses})
+    return _checked(returned(function, REWARD, name, batch, timeout), name, batch)
+
+
+def returned(function: Callable, kind: Kind, name: str, batch: Batch, timeout: float) -> object:
+    """What one call of `function` with the batch returns.
+
+    name is what the kind's flag says, for messages. timeout in seconds, 0: none. The function gets
+    copies, and runs in a daemon thread: one that is stuck is left behind, and the caller, who ends
+    the process, does not wait for it. (In that thread signal.alarm does not work.)
+
+    Raises FunctionError, and only then calls the function again, row by row, to name the row that
+    is to blame.
+    """
     went = _within(timeout, function, batch)
     if went.running:
-        raise RewardFunctionError(_too_slow(function, name, batch, timeout))
+        raise FunctionError(_too_slow(function, kind, name, batch, timeout))
     if went.error is not None:
-        message = _raised(function, name, batch, timeout, went.error)
-        raise RewardFunctionError(message) from went.error
-    return _checked(went.value, name, batch)
+        message = _raised(function, kind, name, batch, timeout, went.error)
+        raise FunctionError(message) from went.error
+    return went.value
 
 
-def _within(seconds: float, function: Callable, batch: _Batch) -> _Call:
+def _within(seconds: float, function: Callable, batch: Batch) -> _Call:
     """Call `function` in a thread of its own and wait at most so many seconds, 0: for ever."""
     went = _Call()
     # Which GPU is current and whether gradients are kept belong to a thread, not to the process.
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     gradients = torch.is_grad_enabled()
     # Copies: a function that changes its arguments must not change the data of later steps.
-    arguments = list(batch.prompts), list(batch.responses), [dict(row) for row in batch.rows]
+    arguments = [[copy.copy(row) for row in column] for column in batch.arguments]
 
     def work() -> None:
         try:
@@ -219,14 +239,14 @@ def _within(seconds: float, function: Callable, batch: _Batch) -> _Call:
 # What went wrong.
 
 
-def _raised(function: Callable, name: str, batch: _Batch, timeout: float, error) -> str:
+def _raised(function: Callable, kind: Kind, name: str, batch: Batch, timeout: float, error) -> str:
     """The message for an exception, with the first row that raises the same alone, if one does:
     in kind and place, as a function may fail on any single row for a reason of its own (a standard
     deviation over the batch)."""
-    kind = type(error), _place(function, error)
+    fault = type(error), _place(function, error)
 
     def the_same(alone: _Call) -> bool:
-        return alone.error is not None and kind == (
+        return alone.error is not None and fault == (
             type(alone.error),
             _place(function, alone.error),
         )
@@ -234,36 +254,36 @@ def _raised(function: Callable, name: str, batch: _Batch, timeout: float, error)
     i, alone = _first_row(function, batch, timeout, timeout or math.inf, the_same)
     head, shown = "", ""
     if alone is not None:
-        head, shown, error = f" on row {i + 1} of {len(batch)}", batch.shown(i), alone.error
+        head, shown, error = f" on row {i + 1} of {len(batch)}", batch.show(i), alone.error
     elif i == len(batch):
         shown = f"  no row of the {i} fails like this alone, only the batch of them does"
     else:
         shown = f"  which row it is was not found: the search was given up at row {i + 1}"
     place = _place(function, error)
-    lines = [f"reward function {name!r} failed{head}: {_said(error)}"]
+    lines = [f"{kind.noun} {name!r} failed{head}: {_said(error)}"]
     lines += [f"  at {place}"] if place else []
-    advice = "mend the function or its data, or set another --reward_function"
+    advice = f"mend the function or its data, or set another {kind.flag}"
     return "\n".join([*lines, shown, advice])
 
 
-def _too_slow(function: Callable, name: str, batch: _Batch, timeout: float) -> str:
+def _too_slow(function: Callable, kind: Kind, name: str, batch: Batch, timeout: float) -> str:
     """The message for a timeout: with the first row that alone takes more than its share."""
     share = max(timeout / max(len(batch), 1), SLOW_ROW)
     i, alone = _first_row(function, batch, timeout, share, lambda alone: alone.running)
     if alone is not None:
-        shown = f"row {i + 1} alone takes longer than {share:g} s\n{batch.shown(i)}"
+        shown = f"row {i + 1} alone takes longer than {share:g} s\n{batch.show(i)}"
     elif i == len(batch):
         shown = f"no single row is slow: none takes longer than {share:g} s alone"
     else:
         shown = f"no slow row was found: the search was given up at row {i + 1}"
     return (
-        f"reward function {name!r} took longer than {timeout:g} s for {len(batch)} responses\n"
-        f"  {shown}\nmake the function faster, or raise --reward_function_timeout (0: no limit)"
+        f"{kind.noun} {name!r} took longer than {timeout:g} s for {len(batch)} {kind.row}s\n"
+        f"  {shown}\nmake the function faster, or raise {kind.flag}_timeout (0: no limit)"
     )
 
 
 def _first_row(
-    function: Callable, batch: _Batch, timeout: float, limit: float, blamed: Callable
+    function: Callable, batch: Batch, timeout: float, limit: float, blamed: Callable
 ) -> tuple[int, _Call | None]:
     """The first row whose call alone, of at most `limit` seconds, is blamed: (its index, the call).
 
@@ -307,8 +327,8 @@ def _short(text: str) -> str:
     return f"{text[:SHOWN_TEXT]!r}… ({len(text)} characters)"
 
 
-def _checked(result: object, name: str, batch: _Batch) -> list[float]:
-    """What a function returned as floats; RewardFunctionError where it is no score a response."""
+def _checked(result: object, name: str, batch: Batch) -> list[float]:
+    """What a function returned as floats; FunctionError where it is no score a response."""
     advice = f"return a list of {len(batch)} finite numbers, one a response"
     problem = ""
     if isinstance(result, (torch.Tensor, np.ndarray)):
@@ -320,15 +340,15 @@ def _checked(result: object, name: str, batch: _Batch) -> list[float]:
     if not problem and len(result) != len(batch):
         problem = f"{len(result)} scores for {len(batch)} responses"
     if problem:
-        raise RewardFunctionError(f"reward function {name!r} returned {problem}; {advice}")
+        raise FunctionError(f"reward function {name!r} returned {problem}; {advice}")
     scores = []
     for i, value in enumerate(result):
         try:
             scores.append(_score(value))
         except ValueError as problem:
-            raise RewardFunctionError(
+            raise FunctionError(
                 f"reward function {name!r} returned {problem} for row {i + 1} of {len(batch)}\n"
-                f"{batch.shown(i)}\n{advice}"
+                f"{batch.show(i)}\n{advice}"
             ) from None
     return scores
 
