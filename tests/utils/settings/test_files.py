@@ -123,8 +123,8 @@ def test_unknown_sections_and_settings_are_told_together(tmp_path):
     text = "all: {sed: 2}\nsftt: {epochs: 1}\nsft: {max_steps: x}\nepochs: 2\nppo: {a: 1}\n"
     file = write(tmp_path / "c.yaml", text)
     assert problems_of(SFTConfig, [*NEEDED[SFTConfig], "--config", file]) == [
-        f"unknown setting 'sftt' in {file}",
-        f"unknown setting 'sed' in {file}, all",
+        f"unknown setting 'sftt' in {file}; did you mean sft_data?",
+        f"unknown setting 'sed' in {file}, all; did you mean seed?",
         "max_steps='x' is not int",
     ]
 
