@@ -172,10 +172,7 @@ def _keys(batch: dict) -> list[tuple]:
 
 def update_rows(ours: models.Models, experience, found: dict, why: str, config, device):
     """Rows of losses, gradients and weights, update by update. why: they differ by design."""
-    module, gradients, rows, clipped = ours.actor.module, {}, [], []
-    ours.actor.adamw.register_step_pre_hook(
-        lambda *_: gradients.update({n: p.grad.clone() for n, p in module.named_parameters()})
-    )
+    module, gradients, rows, clipped = ours.actor.module, Gradients(ours.actor), [], []
     start = trl_trainers.snapshot(dict(module.named_parameters()))
     for k, ((chosen, loss), theirs) in enumerate(
         zip(minibatches(experience.rollout, found), found["steps"], strict=True), start=1
@@ -183,7 +180,7 @@ def update_rows(ours: models.Models, experience, found: dict, why: str, config, 
         metrics = update.step_actor(ours, experience, chosen, config, device)
         whole = metrics["policy_loss"] + experience.kl_in_loss * metrics.get("kl_in_loss", 0.0)
         rows.append(compare(f"loss, update {k}", whole, loss, None, CLOSE, scale=1.0))
-        rows.append(of_norm(f"gradient, update {k}", gradients, theirs["gradients"], CLOSE))
+        rows.append(of_norm(f"gradient, update {k}", gradients.last, theirs["gradients"], CLOSE))
         now = trl_trainers.snapshot(dict(module.named_parameters()))
         title = f"weights after update {k}"
         rows.append(weight_row(title, start, now, theirs["weights"], WEIGHTS_CLOSE))
@@ -195,6 +192,18 @@ def update_rows(ours: models.Models, experience, found: dict, why: str, config, 
     if why:
         rows = [dataclasses.replace(row, tolerance=None, note=why) for row in rows]
     return rows
+
+
+class Gradients:
+    """last: {name: gradient} that the engine's optimizer stepped on last."""
+
+    def __init__(self, engine):
+        self.last = {}
+        engine.adamw.register_step_pre_hook(
+            lambda *_: self.last.update(
+                {name: p.grad.clone() for name, p in engine.module.named_parameters()}
+            )
+        )
 
 
 def of_norm(quantity: str, ours: dict, theirs: dict, tolerance: float | None, note="") -> Row:
