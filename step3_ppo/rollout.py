@@ -25,7 +25,8 @@ from utils.generation.engine import Request, Sampling, synced
 from utils.generation.sampling import uniform_noise
 from utils.generation.weights import in_eval_mode
 from utils.models import language_model
-from utils.rewards import functions as reward_functions
+from utils.rewards.functions import FunctionError
+from utils.rewards.sums import Answers
 
 
 @dataclass
@@ -62,7 +63,8 @@ def collect(
     `copies` neighbours are one prompt: from here on their `group` says so.
 
     noise_step numbers the call: the same number gives the same samples. Returns (Rollout of all
-    rows on every rank, {"seconds_generate", "seconds_score"}).
+    rows on every rank, {"seconds_generate", "seconds_score"} and the mean score of each of several
+    reward functions).
     """
     started = time.time()
     noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
@@ -78,10 +80,11 @@ def collect(
     episodes = generate(models, own, noise[mine], config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
+    means = {}
     if models.reward_function is not None:
-        add_function_scores(rollout, models, prompts, config)
+        means = add_function_scores(rollout, models, prompts, config)
     seconds = {"seconds_generate": generated - started, "seconds_score": time.time() - generated}
-    return rollout, seconds
+    return rollout, seconds | means
 
 
 def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list[Episode]:
@@ -160,26 +163,27 @@ def texts_of(tokenizer, tokens: Tokens) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> None:
-    """Call --reward_function once, on rank 0, with every row; all ranks get its scores or stop."""
+def answers_of(tokenizer, rollout: Rollout, prompts: list[Prompt]) -> Answers:
+    """The rollout's answers as reward functions see them."""
+    texts, finished = texts_of(tokenizer, rollout), rollout.finished.tolist()
+    return Answers([p.messages for p in prompts], texts, [p.row for p in prompts], finished)
+
+
+def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> dict:
+    """Call each --reward_function once, on rank 0, with every row; all ranks get the scores or
+    stop. Returns the mean of each, where there are several."""
     answer = None
     if process_group.is_main():
         try:
-            answer = reward_functions.call(
-                models.reward_function,
-                config.reward_function,
-                [p.messages[-1]["content"] for p in prompts],
-                texts_of(models.tokenizer, rollout),
-                [p.row for p in prompts],
-                config.reward_function_timeout,
-            )
-        except reward_functions.FunctionError as error:
+            answer = models.reward_function.scores(answers_of(models.tokenizer, rollout, prompts))
+        except FunctionError as error:
             answer = str(error)
     answer = process_group.gather_objects(answer)[0]
     if isinstance(answer, str):
         raise StopRun(answer)
-    rollout.function_scores = config.reward_function_coef * torch.tensor(answer, dtype=torch.float)
+    rollout.function_scores = config.reward_function_coef * models.reward_function.total(answer)
     rollout.scores = rollout.scores + rollout.function_scores
+    return models.reward_function.means(answer)
 
 
 def actor_logprobs(models, tokens: Tokens, config, device) -> list[torch.Tensor]:
