@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.jobs import preference
 from tests.helpers.running import CLOSE, assert_same_path, built_once, metrics_of, run_ranks
+from tests.utils.checkpoints.test_checkpoints import assert_same_end, stopped
 
 # Every way to divide the same rows: (ranks, flags).
 WAYS = {
@@ -41,15 +42,20 @@ def walked(tiny, chain, tmp_path_factory):
         write_comparisons(tiny, root / "comparisons.jsonl")
         data = ["--preference_data", root / "comparisons.jsonl"]
         for ranks in (1, 2):
-            run_ranks(
-                [
-                    preference(tiny, chain / "sft", root / f"{loss} {name}", *data, *flags, *more)
-                    for name, (n, flags) in WAYS.items()
-                    for loss, more in FLAGS.items()
-                    if n == ranks
-                ],
-                ranks,
-            )
+            jobs = [
+                preference(tiny, chain / "sft", root / f"{loss} {name}", *data, *flags, *more)
+                for name, (n, flags) in WAYS.items()
+                for loss, more in FLAGS.items()
+                if n == ranks
+            ]
+            if ranks == 2:
+                again = data + WAYS["two ranks in shards"][1] + FLAGS["kto"]
+                begun = preference(tiny, chain / "sft", root / "asked", *again)
+                resumed = preference(
+                    tiny, chain / "sft", root / "asked", *again, "--resume", "auto"
+                )
+                jobs += [stopped(begun, 3, "SIGTERM"), resumed]
+            (root / f"said {ranks}").write_text(run_ranks(jobs, ranks))
 
     root = built_once(tmp_path_factory, "preferences", build)
     return {loss: {name: root / f"{loss} {name}" for name in WAYS} for loss in FLAGS}
@@ -73,3 +79,11 @@ def test_the_average_follows_the_weights(walked):
         own, average = (load_file(folder / f"{x}model.safetensors") for x in ("", "ema/"))
         gaps = [float((own[name] - average[name]).abs().max()) for name in own]
         assert 1e-5 < max(gaps) < 5e-3
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(walked):
+    """To the last bit, its average too; the reference's numbers are read, not computed again."""
+    whole = walked["kto"]["two ranks in shards"]
+    assert_same_end(whole.parent / "asked", whole)
+    said = (whole.parent / "said 2").read_text()
+    assert said.count(f"read from {whole.parent / 'asked'}") == 1
