@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from step3_preference.losses import LOSSES, NUMBERS, How
 from utils.data.preferences import PAIRS
 from utils.planner.workload import Role, Workload
-from utils.settings.fields import setting
+from utils.settings.fields import free, setting
 from utils.settings.run_config import RunConfig
 
 OWN = -1.0  # of a number: the one that the loss has in LOSSES
@@ -80,6 +80,9 @@ class PreferenceConfig(RunConfig):
         f"what a bad answer's loss weighs; -1: {own('undesirable_weight')}",
         at_least=OWN,
         at_most=1e6,
+    )
+    self_check: str = free(
+        "on", "what must hold before training; warn: say and go on", choices=("on", "warn", "off")
     )
     ema_decay: float = setting(0.0, "of the averaged model, an optimizer step; 0: none", below=1)
 

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from step3_preference import logprobs, losses
+from step3_preference.checks import SelfCheck
 from step3_preference.config import PreferenceConfig
 from step3_preference.losses import LOSSES, Logprobs
+from step3_preference.watch import Watch
 from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, comparisons, preferences
@@ -52,6 +54,12 @@ metrics.register(
     Metric("eval/accuracy_low", "share", "lower end of its 95 % interval, by prompt"),
     Metric("eval/accuracy_high", "share", "upper end"),
     Metric("eval/accuracy_longer_answer", "share", "accuracy of always choosing the longer answer"),
+    Metric(
+        "eval/prefers_longer",
+        "share",
+        "pairs of different length whose longer answer has the higher implied reward",
+        "well above `eval/accuracy_longer_answer`: answers will grow",
+    ),
     Metric("eval/pairs", "", "how many pairs were held out"),
 )
 
@@ -104,6 +112,19 @@ class Rows:
         return max(0.0, sums.over(len(chosen))["kl"])
 
 
+def prefers_longer(scores, lengths) -> float:
+    """Share of pairs of one prompt's answers, of different length, whose longer answer has the
+    higher score; ties count half."""
+    right = [
+        (s > t) + (s == t) / 2
+        for row, sizes in zip(scores, lengths, strict=True)
+        for s, n in zip(row, sizes, strict=True)
+        for t, m in zip(row, sizes, strict=True)
+        if n > m
+    ]
+    return sum(right) / len(right) if right else 0.5
+
+
 def evaluate(engine, held: Rows, config, device) -> dict[str, float]:
     """Metrics of the held-out rows; the accuracy of pairs with its 95 % interval by prompt."""
     from utils.confidence import ranking_accuracy
@@ -123,6 +144,7 @@ def evaluate(engine, held: Rows, config, device) -> dict[str, float]:
         measured |= ranking_accuracy(labels, scores, lengths, prompts) | {
             "margin": measured["margin"]
         }
+        measured["prefers_longer"] = prefers_longer(scores, lengths)
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
@@ -165,8 +187,13 @@ def main() -> None:
     if ema is not None:
         folders["ema"] = ModelFolder(engine.module, tokenizer, run.settings, ema)
         engines["average"] = ema
-    done = run.restore(folders, engines, train.rows.fingerprint())
+    watch = Watch(config, run.say)
+    done = run.restore(folders, engines, train.rows.fingerprint(), watch=watch)
+    check = SelfCheck(config, run, tokenizer, engine, train, held)
+    check.before_the_first_step(done)
     before = run.once("before", measure)
+    if run.resumed_from is None:
+        watch.warn(0, before)
 
     with run:
         for step in range(done, steps):
@@ -186,11 +213,14 @@ def main() -> None:
             run.bad_steps.note(measured["skipped"])
             measured |= losses.means(sums.over(1)) | ({"kl": z0} if train.mismatched else {})
             measured["seconds"] = time.time() - tick
+            check.after_a_step(chosen, z0, measured)
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
                 measured |= measure()
+            watch.warn(step + 1, measured)
             run.after_step(step + 1, measured, SHOWN)
 
     after = measure()
+    watch.warn(steps, after)
     run.save()
     result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
     result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()} | {"steps": steps}
