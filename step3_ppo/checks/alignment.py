@@ -46,7 +46,8 @@ def _model_scores(probe: Probe) -> str:
     for row in rows:
         one = probe.rollout.select([row])
         texts = rollouts.texts_of(models.tokenizer, one)
-        score = models.reward.scores([probe.asked[row]], texts, one.finished, *one.joined(), 1)
+        asked = rollouts.conversations([probe.asked[row]], one)
+        score = models.reward.scores(asked, texts, one.finished, *one.joined(), 1)
         alone.append(score + one.function_scores)
     said = probe.must_agree(
         torch.cat(alone),
@@ -66,6 +67,7 @@ def _function_scores(probe: Probe) -> str:
         long = f"{probe.seconds_score:.0f} s"
         return f"not checked: scoring took {long}, so {name} was not asked again"
     texts = rollouts.texts_of(probe.models.tokenizer, rollout)
+    rows = rollouts.rows_for_functions(asked, rollout, texts)
 
     def gap(order: list[int]) -> float:
         """Between the scores that the rows had and those that they get in this order."""
@@ -75,7 +77,7 @@ def _function_scores(probe: Probe) -> str:
                 config.reward_function,
                 [asked[i].messages[-1]["content"] for i in order],
                 [texts[i] for i in order],
-                [asked[i].row for i in order],
+                [rows[i] for i in order],
                 config.reward_function_timeout,
             )
         except scoring.FunctionError as error:
