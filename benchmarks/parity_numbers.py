@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import trl_runner
-from step3_ppo import algorithm, models, update
+from step3_ppo import advantages, algorithm, models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
 from step3_ppo.state import State
@@ -215,14 +215,15 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         function_scores=none,
         judge_scores=none,
         finished=(responses == ours.tokenizer.eos_token_id).any(1),
+        group=torch.arange(len(ids)),
     )
     return rollout, values * steps, steps
 
 
 def whiten(x, mask, shift_mean=True):
     """Our whitening, and the same with TRL's variance, whose divisor is n−1."""
-    ours, n = algorithm.whiten(x, mask, shift_mean), int(mask.sum())
-    mean = 0.0 if shift_mean else algorithm.masked_mean(x, mask)
+    ours, n = advantages.whiten(x, mask, shift_mean), int(mask.sum())
+    mean = 0.0 if shift_mean else advantages.masked_mean(x, mask)
     return ours, ((ours - mean) * ((n - 1) / n) ** 0.5 + mean) * mask
 
 
@@ -239,8 +240,8 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     if config.whiten_rewards:
         rewards, _ = whiten(rewards, mask, shift_mean=False)
         _, rewards_on = whiten(rewards_on, steps, shift_mean=False)
-    raw, returns = algorithm.gae(rewards, rollout.values, mask, config.gamma, config.lam)
-    raw_on, returns_on = algorithm.gae(rewards_on, values, steps, config.gamma, config.lam)
+    raw, returns = advantages.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+    raw_on, returns_on = advantages.gae(rewards_on, values, steps, config.gamma, config.lam)
     whitened, whitened_on = whiten(theirs["raw_advantages"], mask)
     their_mask, their_steps = ~theirs["padding_mask"], ~theirs["padding_mask_p1"]
     rows = [

@@ -1,4 +1,5 @@
-"""PPO's arithmetic on (B,R) tensors of response tokens, and the algorithms made of it.
+"""Rewards, losses and KL estimates on (B,R) tensors of response tokens, and the algorithms made of
+them and of the estimators in advantages.py.
 
 Imports torch only.
 
@@ -7,20 +8,21 @@ policy chose, which need not be neighbours. Losses are sums over actions: the ca
 their count in the whole optimizer step, over all ranks and micro-batches. Where a whole answer is
 one action (`one_action`), R is 1.
 
-Sources: Schulman et al. 2017 (PPO), 2015 (GAE); Ziegler et al. 2019; Stiennon et al. 2020
+Sources: Schulman et al. 2017 (PPO), Ziegler et al. 2019; Stiennon et al. 2020
 (summarize-from-feedback); Ouyang et al. 2022 (InstructGPT); Schulman 2020, "Approximating KL
 divergence" (k1, k2, k3); Williams 1992 (REINFORCE); Mnih et al. 2016 (A2C); Ye et al. 2020 (dual
 clip); Yu et al. 2025, DAPO (a wider upper clip).
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
+from step3_ppo.advantages import gae, group_differences, grpo, opo, rloo
+
 KL_ESTIMATORS = ("k1", "k2", "k3")
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x where mask is True: a scalar."""
-    return (x * mask).sum() / mask.sum()
 
 
 def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor):
@@ -79,32 +81,6 @@ def one_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def first_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(B,R) → (B,1), at each row's first action: V(prompt), where x are values."""
     return x.gather(1, mask.long().argmax(1, keepdim=True))
-
-
-def gae(rewards, values, mask, gamma: float, lam: float):
-    """Generalised advantage estimation → advantages (B,R), returns (B,R), 0 off the mask.
-
-    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}, with V and A 0 past the last action.
-    t counts actions alone: what an environment says in between is no step, and costs no discount.
-    """
-    advantages = torch.zeros_like(rewards)
-    next_value = following = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        is_action = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(is_action, delta + gamma * lam * following, following)
-        next_value = torch.where(is_action, values[:, t], next_value)
-        advantages[:, t] = following.where(is_action, 0.0)
-    return advantages, (advantages + values) * mask
-
-
-def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """x with mean 0 (or, without `shift_mean`, its own) and variance 1 over the masked tokens,
-    0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean).square(), mask)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
 
 
 def policy_loss(
@@ -167,57 +143,84 @@ def value_loss(new_values, values, returns, mask, clip_value: float):
     return loss, stats
 
 
-def explained_variance(values, returns, mask) -> torch.Tensor:
-    """1 − Var(returns − values) / Var(returns) over the masked tokens; 1 is perfect, 0 useless."""
-    error = returns - values
-
-    def variance(x):
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    return 1 - variance(error) / variance(returns).clamp(min=1e-12)
+# The algorithms' estimators take (advantages.Earned, config), their losses (new_logprobs, logprobs,
+# advantages, mask, config), where config has the fields of PPOConfig.
 
 
-class PPO:
-    """An --algorithm: what it learns from a rollout and how. A new one is a subclass here, and its
-    line in ALGORITHMS. `config` has the fields of PPOConfig."""
+def with_critic(earned, config):
+    return gae(earned.rewards, earned.values, earned.mask, config.gamma, config.lam)
 
-    meaning = "the clipped ratio of PPO, with a critic"
-    critic = True  # is there one to train?
-    one_step = False  # does its loss hold for one optimizer step a rollout only?
-    has_ratio = True  # does an action weigh in the loss advantage × ratio, or the advantage alone?
-    lam: float | None = None  # of its generalised advantages; None: --lam
-    # Whether the self-check may recompute its advantages as GAE's, from `lam` and `has_ratio`.
-    advantages_are_gae = True
 
-    def advantages(self, rewards, values, mask, config):
-        """(B,R) each → advantages and returns (B,R), 0 off the mask, not whitened."""
-        return gae(
-            rewards, values, mask, config.gamma, config.lam if self.lam is None else self.lam
-        )
+def returns_alone(earned, config):
+    return gae(earned.rewards, earned.values, earned.mask, config.gamma, 1.0)
 
-    def policy_loss(self, new_logprobs, logprobs, advantages, mask, config):
-        clips = config.clip_ratio, config.clip_ratio_high, config.dual_clip
-        return policy_loss(new_logprobs, logprobs, advantages, mask, *clips)
+
+def of_group(estimator: Callable) -> Callable:
+    """An estimator of (totals, group) as an algorithm's."""
+    return lambda earned, config: earned.at_every_action(estimator(earned.totals(), earned.group))
+
+
+def of_lengths(earned, config):
+    return earned.at_every_action(opo(earned.totals(), earned.group, earned.lengths))
+
+
+def clipped_ratio(new_logprobs, logprobs, advantages, mask, config):
+    clips = config.clip_ratio, config.clip_ratio_high, config.dual_clip
+    return policy_loss(new_logprobs, logprobs, advantages, mask, *clips)
+
+
+def no_ratio(new_logprobs, logprobs, advantages, mask, config):
+    return policy_gradient_loss(new_logprobs, logprobs, advantages, mask)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An --algorithm: what it learns from a rollout and how. A new one is a line in ALGORITHMS, and
+    one in checks/alignment.py, DEFINITIONS."""
+
+    meaning: str
+    advantages: Callable  # gives advantages and returns (B,A), 0 off the mask, not whitened
+    loss: Callable = clipped_ratio  # gives the sum over actions, and its statistics
+    critic: bool = False  # is there one to train?
+    groups: bool = False  # does it compare several answers to a prompt?
+    one_step: bool = False  # does its loss hold for one optimizer step a rollout only?
+    discounts: bool = False  # does it read --gamma?
+    whitens: bool = False  # does it read --whiten_advantages?
 
     def value_loss(self, new_values, values, returns, mask, config):
-        return value_loss(new_values, values, returns, mask, config.clip_value or torch.inf)
+        clip = math.inf if self.one_step else config.clip_value or math.inf
+        return value_loss(new_values, values, returns, mask, clip)
 
 
-class A2C(PPO):
-    meaning = "no ratio, one optimizer step a rollout"
-    one_step, has_ratio = True, False
-
-    def policy_loss(self, new_logprobs, logprobs, advantages, mask, config):
-        return policy_gradient_loss(new_logprobs, logprobs, advantages, mask)
-
-    def value_loss(self, new_values, values, returns, mask, config):
-        return value_loss(new_values, values, returns, mask, torch.inf)
-
-
-class Reinforce(A2C):
-    meaning = "a2c without a critic"
-    critic = False
-    lam = 1.0  # values are 0: the advantage is the return itself
-
-
-ALGORITHMS = {"ppo": PPO(), "a2c": A2C(), "reinforce": Reinforce()}
+_OF_TOKENS = dict(discounts=True, whitens=True)
+ALGORITHMS = {
+    "ppo": Algorithm(
+        "the clipped ratio of PPO, with a critic", with_critic, critic=True, **_OF_TOKENS
+    ),
+    "a2c": Algorithm(
+        "no ratio, one optimizer step a rollout",
+        with_critic,
+        no_ratio,
+        critic=True,
+        one_step=True,
+        **_OF_TOKENS,
+    ),
+    "reinforce": Algorithm(
+        "a2c without a critic", returns_alone, no_ratio, one_step=True, **_OF_TOKENS
+    ),
+    "reinforce++": Algorithm("ppo without a critic", returns_alone, **_OF_TOKENS),
+    "reinforce++_baseline": Algorithm(
+        "score − mean of the prompt's answers, whitened over the rollout",
+        of_group(group_differences),
+        groups=True,
+        whitens=True,
+    ),
+    "grpo": Algorithm(
+        "(score − mean) / deviation of the prompt's answers", of_group(grpo), groups=True
+    ),
+    "dr_grpo": Algorithm(
+        "score − mean of the prompt's answers", of_group(group_differences), groups=True
+    ),
+    "rloo": Algorithm("score − mean of the prompt's other answers", of_group(rloo), groups=True),
+    "opo": Algorithm("score − mean weighted by length", of_lengths, groups=True),
+}

@@ -9,7 +9,7 @@ from step3_ppo.algorithm import ALGORITHMS
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
-from utils.settings.fields import free, rounding, setting
+from utils.settings.fields import default_of, free, rounding, setting
 from utils.settings.run_config import RunConfig
 
 
@@ -228,8 +228,14 @@ class PPOConfig(RunConfig):
                 f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
                 f"{rollout} (now {size}), one step a rollout"
             )
-        if self.critic_model and not self.has_critic():
-            yield f"algorithm={self.algorithm} has no critic; leave out --critic_model"
+        for name in self.unread():
+            yield f"algorithm={self.algorithm} does not read {name}; leave out --{name}"
+        if ALGORITHMS[self.algorithm].groups and self.samples_per_prompt < 2:
+            yield (
+                f"algorithm={self.algorithm} compares the answers to one prompt and "
+                f"samples_per_prompt={self.samples_per_prompt} gives none to compare with; set "
+                "--samples_per_prompt 8"
+            )
         if 0 < self.dual_clip <= 1:
             yield f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off"
         if bool(self.ptx_coef) != bool(self.ptx_data):
@@ -246,8 +252,11 @@ class PPOConfig(RunConfig):
 
     def shortened(self) -> "PPOConfig":
         """The same run with a first rollout of one optimizer step, for --check_only."""
-        one = dict(samples_per_prompt=1, ppo_epochs=1, sample_answers=0)
-        return dataclasses.replace(self, prompts_per_rollout=self.global_batch_size, **one)
+        samples = self.samples_per_prompt if ALGORITHMS[self.algorithm].groups else 1
+        prompts = -(-self.global_batch_size // samples)
+        one = dict(samples_per_prompt=samples, ppo_epochs=1, sample_answers=0)
+        one |= dict(prompts_per_rollout=prompts, global_batch_size=prompts * samples)
+        return dataclasses.replace(self, **one)
 
     def rollout_size(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt
@@ -268,6 +277,15 @@ class PPOConfig(RunConfig):
 
     def has_critic(self) -> bool:
         return ALGORITHMS[self.algorithm].critic
+
+    def unread(self) -> list[str]:
+        """Settings that are not at their defaults and that this algorithm makes no use of."""
+        method = ALGORITHMS[self.algorithm]
+        names = [] if method.critic else ["critic_model", "critic_learning_rate"]
+        names += [] if method.critic else ["critic_zero_stage", "clip_value", "lam"]
+        names += [] if method.discounts else ["gamma"]
+        fields = self.__dataclass_fields__
+        return [name for name in names if getattr(self, name) != default_of(fields[name])]
 
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate

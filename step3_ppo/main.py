@@ -154,7 +154,9 @@ def main() -> None:
                 step, config.prompts_per_rollout, len(prompts), config.seed
             )
             sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
-            rollout, metrics = rollouts.collect(models, sampled, config, device, noise_step=step)
+            rollout, metrics = rollouts.collect(
+                models, sampled, config, device, noise_step=step, copies=config.samples_per_prompt
+            )
             if watch.may_train_on(rollout, step):
                 experience, measured = rollouts.make_experience(rollout, config, state)
                 metrics |= measured

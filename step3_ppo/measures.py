@@ -5,7 +5,7 @@ A new metric is one more entry here. Where its function returns None there is no
 and the metric is left out.
 """
 
-from step3_ppo import algorithm
+from step3_ppo import advantages, algorithm
 from utils.metrics import Metric, register
 
 PHASES = ("generate", "score", "train")
@@ -32,7 +32,7 @@ def explained_variance(experience, config) -> float | None:
     if not config.has_critic():
         return None
     values, returns, mask = experience.values, experience.returns, experience.action_mask
-    return algorithm.explained_variance(values, returns, mask).item()
+    return advantages.explained_variance(values, returns, mask).item()
 
 
 # Of (rollout, kl_estimator).
@@ -58,7 +58,7 @@ ROLLOUT = {
         "nats a token",
         "mean entropy of the distributions that the responses were sampled from",
         "near 0: collapsed; raise `--kl_coef`, lower `--learning_rate`",
-    ): lambda r, _: algorithm.masked_mean(r.entropies, r.action_mask).item(),
+    ): lambda r, _: advantages.masked_mean(r.entropies, r.action_mask).item(),
     Metric(
         "response_length",
         "tokens",
@@ -121,7 +121,7 @@ EXPERIENCE = {
     Metric("advantage_std", "score", "standard deviation over the actions, before whitening"): (
         lambda e, *_: e.advantages[e.action_mask].std().item()
     ),
-    Metric("return", "score", "mean over the actions"): lambda e, *_: algorithm.masked_mean(
+    Metric("return", "score", "mean over the actions"): lambda e, *_: advantages.masked_mean(
         e.returns, e.action_mask
     ).item(),
     Metric(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
+from step3_ppo import advantages as estimators
 from step3_ppo import algorithm, measures
 from step3_ppo.environments.play import play
 from step3_ppo.episodes import Episode, Tokens, lay_out, numbers_of, rows_of
@@ -42,6 +43,7 @@ class Rollout(Tokens):
     function_scores: torch.Tensor  # (B,) fp32, the reward function's part of them
     judge_scores: torch.Tensor  # (B,) fp32, the judge's, of held-out answers only
     finished: torch.Tensor  # (B,) bool: ended by itself, not cut at a limit
+    group: torch.Tensor  # (B,) int64: number of the row's prompt in the rollout
 
     def not_finite(self) -> list[str]:
         """Names and counts of what is not a finite number."""
@@ -54,8 +56,11 @@ class Rollout(Tokens):
 
 
 @torch.no_grad()
-def collect(models, prompts: list[Prompt], config, device, noise_step: int, judge=False):
-    """Sample and score one response for each of `prompts` (all ranks' rows).
+def collect(
+    models, prompts: list[Prompt], config, device, noise_step: int, judge=False, copies: int = 1
+):
+    """Sample and score one response for each of `prompts` (all ranks' rows), of which each
+    `copies` neighbours are one prompt: from here on their `group` says so.
 
     noise_step numbers the call: the same number gives the same samples. Returns (Rollout of all
     rows on every rank, {"seconds_generate", "seconds_score"}).
@@ -69,11 +74,11 @@ def collect(models, prompts: list[Prompt], config, device, noise_step: int, judg
     rank, world = process_group.rank(), process_group.world_size()
     per_rank = -(-len(order) // world)
     mine = list(itertools.islice(itertools.cycle(order), per_rank * world))[rank::world]
-    own = [prompts[i] for i in mine]
+    own, group = [prompts[i] for i in mine], torch.tensor(mine) // copies
 
     episodes = generate(models, own, noise[mine], config)
     generated = time.time()
-    rollout = gather(score(models, own, episodes, config, device, judge), order)
+    rollout = gather(score(models, own, episodes, config, device, judge, group), order)
     if models.reward_function is not None:
         add_function_scores(rollout, models, prompts, config)
     seconds = {"seconds_generate": generated - started, "seconds_score": time.time() - generated}
@@ -94,7 +99,7 @@ def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list
         return play(engine, prompts, noise, sampling, models.environment)
 
 
-def score(models, prompts, episodes: list[Episode], config, device, judge: bool) -> Rollout:
+def score(models, prompts, episodes: list[Episode], config, device, judge: bool, group) -> Rollout:
     """This rank's episodes with log-probabilities, values and scores, on the CPU."""
     tokens = lay_out(episodes, models.tokenizer.pad_token_id)
     if config.logprobs_from == "decode":
@@ -120,6 +125,7 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool)
         function_scores=zeros,
         judge_scores=models.judge.scores(*asked) if judge and models.judge is not None else zeros,
         finished=finished,
+        group=group,
     )
     if models.frozen_offload is not None:
         models.frozen_offload.park()
@@ -254,6 +260,11 @@ class Experience:
     scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
     rewards: torch.Tensor | None = None  # (B,A), of the whole rollout only too
 
+    @property
+    def group(self) -> torch.Tensor:
+        """(B,) int64: number of the row's prompt in the rollout."""
+        return self.rollout.group
+
 
 def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
     """Scores → rewards → advantages; and the rollout's metrics."""
@@ -266,12 +277,14 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
         rewards, logprobs = (algorithm.one_action(x, mask) for x in (rewards, logprobs))
         values, mask = algorithm.first_action(values, mask), mask.any(1, keepdim=True)
     if config.whiten_rewards:
-        rewards = algorithm.whiten(rewards, mask, shift_mean=False)
+        rewards = estimators.whiten(rewards, mask, shift_mean=False)
     method = algorithm.ALGORITHMS[config.algorithm]
-    advantages, returns = method.advantages(rewards, values, mask, config)
+    lengths = rollout.action_mask.sum(1)
+    earned = estimators.Earned(rewards, values, mask, rollout.group, lengths)
+    advantages, returns = method.advantages(earned, config)
     experience = Experience(rollout, mask, logprobs, values, advantages, returns, scores, rewards)
     metrics = measures.measure_rollout(rollout, config.kl_estimator) | clipped
     metrics |= measures.measure_experience(experience, config, state)
-    if config.whiten_advantages:
-        experience.advantages = algorithm.whiten(advantages, mask)
+    if method.whitens and config.whiten_advantages:
+        experience.advantages = estimators.whiten(advantages, mask)
     return experience, metrics

@@ -72,7 +72,7 @@ def step_actor(
         if config.action_level == "sequence":
             new_logprobs = algorithm.one_action(of_tokens, host_memory.send(actions, device))
         numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
-        loss, stats = method.policy_loss(*numbers, config)
+        loss, stats = method.loss(*numbers, config)
         if follow is not None:
             follow(ids, mask, actions, of_tokens, loss)
         actor.backward(loss, normaliser=count)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from step3_ppo import rollout as rollouts
-from step3_ppo.algorithm import ALGORITHMS
 from step3_ppo.checks.probe import AFTER, BEFORE, Fault, FirstSteps, Probe, apart, check, worst
 from utils.distributed import process_group
 from utils.rewards import functions as scoring
@@ -149,8 +148,8 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
     """From the answers' scores to the loss: the weight that each token's log-probability has in it
     is the advantage that the definitions give this token of this answer."""
     config, experience = steps.probe.config, steps.experience
-    if not ALGORITHMS[config.algorithm].advantages_are_gae:
-        return f"not checked: the advantages of {config.algorithm} are not GAE's"
+    if config.algorithm not in DEFINITIONS:
+        return f"not checked: DEFINITIONS has no second definition of {config.algorithm}"
     _scores_keep_their_order(experience)
     kl_coef, rollout = steps.metrics["kl_coef"], experience.rollout
     expected, scale = advantages_by_definition(experience, config, kl_coef)
@@ -167,7 +166,7 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
         for row in places.get(content, []):  # several, where an answer was drawn twice
             ratio = _ratio(new - old[row, :size], kept, config)
             gap = np.abs(weight - expected[row, :size] * ratio)
-            gap = np.nan_to_num(gap / (scale + np.abs(expected[row, :size])), nan=np.inf)
+            gap = np.nan_to_num(gap / (scale[row] + np.abs(expected[row, :size])), nan=np.inf)
             candidates.append(gap[np.abs(ratio - 1) < narrow])  # beyond it clips may cut it off
         if not candidates:  # in no row of the rollout: a fault, once all ranks have joined
             candidates.append(np.full(1, np.inf))
@@ -200,7 +199,7 @@ def _scores_keep_their_order(experience) -> None:
 
 def _ratio(log_ratio: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
     """(R,) what the policy loss multiplies an advantage by: PPO's ratio, 1 in losses without."""
-    if not ALGORITHMS[config.algorithm].has_ratio:
+    if config.algorithm in ("a2c", "reinforce"):
         return np.ones_like(log_ratio)
     log_ratio = np.where(kept, log_ratio, 0.0)
     if config.action_level == "sequence":
@@ -208,9 +207,9 @@ def _ratio(log_ratio: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
     return np.exp(log_ratio.clip(-80, 80))
 
 
-def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.ndarray, float]:
-    """(B,R) fp64 advantages of actions, 0 elsewhere, and the size of the numbers that
-    they are differences of, which they are rounded by. Not by algorithm.py: to check it."""
+def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.ndarray, np.ndarray]:
+    """(B,R) fp64 advantages of actions, 0 elsewhere, and (B,) the size of the numbers that
+    they are differences of, which they are rounded by. Not by advantages.py: to check it."""
     rollout = experience.rollout
     fields = rollout.action_mask, rollout.logprobs, rollout.ref_logprobs, rollout.values
     tokens, logprobs, references, values = (x.double().numpy() for x in fields)
@@ -227,18 +226,72 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
         mean, spread = rewards[mask > 0].mean(), np.sqrt(rewards[mask > 0].var() + 1e-8)
         size = np.abs(rewards).max() / spread
         rewards = ((rewards - mean) / spread + mean) * mask
-    lam = ALGORITHMS[config.algorithm].lam
+    definition, whitened = DEFINITIONS[config.algorithm]
+    if definition in (_gae, _returns):
+        advantages, deviation = definition(rewards, values, mask, config), np.ones(len(rewards))
+    else:
+        advantages, deviation = np.zeros(len(rewards)), np.ones(len(rewards))
+        totals, lengths = rewards.sum(1), tokens.sum(1)
+        groups = rollout.group.numpy()
+        for one in np.unique(groups):
+            own = np.flatnonzero(groups == one)
+            advantages[own], deviation[own] = definition(totals[own], lengths[own])
+        size = max(size, np.abs(totals).max())
+        advantages = advantages[:, None] * mask
+    if whitened and config.whiten_advantages:
+        counted = advantages[mask > 0]
+        spread = np.sqrt(counted.var() + 1e-8)
+        advantages, deviation = (advantages - counted.mean()) / spread, deviation * spread
+    size = max(size, np.abs(rewards).max(), np.abs(values).max())
+    return advantages * tokens, 1 + size / deviation
+
+
+def _gae(rewards, values, mask, config, lam=None) -> np.ndarray:
+    advantages = np.zeros_like(rewards)
     decay = config.gamma * (config.lam if lam is None else lam)
-    advantages, deviation = np.zeros_like(rewards), 1.0
     for row, acts in enumerate(mask > 0):
         value = following = 0.0  # of the action after
         for t in reversed(np.flatnonzero(acts)):
             error = rewards[row, t] + config.gamma * value - values[row, t]
             advantages[row, t] = following = error + decay * following
             value = values[row, t]
-    if config.whiten_advantages:
-        counted = advantages[mask > 0]
-        deviation = np.sqrt(counted.var() + 1e-8)
-        advantages = (advantages - counted.mean()) / deviation
-    size = max(size, np.abs(rewards).max(), np.abs(values).max())
-    return advantages * tokens, 1 + size / deviation
+    return advantages
+
+
+def _returns(*arguments) -> np.ndarray:
+    return _gae(*arguments, lam=1.0)
+
+
+# Of one prompt's answers: (n,) totals and lengths → (n,) advantages, and what they were divided by.
+
+
+def _grpo(totals, lengths):
+    deviation = totals.std(ddof=1) + 1e-4
+    return (totals - totals.mean()) / deviation, deviation
+
+
+def _dr_grpo(totals, lengths):
+    return totals - totals.mean(), 1.0
+
+
+def _rloo(totals, lengths):
+    others = [np.delete(totals, i).mean() for i in range(len(totals))]
+    return totals - others, 1.0
+
+
+def _opo(totals, lengths):
+    return totals - np.average(totals, weights=lengths), 1.0
+
+
+# By --algorithm: its advantages, and whether --whiten_advantages is for it.
+DEFINITIONS = {
+    "ppo": (_gae, True),
+    "a2c": (_gae, True),
+    "reinforce": (_returns, True),
+    "grpo": (_grpo, False),
+    "dr_grpo": (_dr_grpo, False),
+    "rloo": (_rloo, False),
+    "reinforce++": (_returns, True),
+    "reinforce++_baseline": (_dr_grpo, True),
+    "opo": (_opo, False),
+}

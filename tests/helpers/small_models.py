@@ -73,8 +73,8 @@ def config_of(**settings) -> PPOConfig:
 
 def rollout_of(rows: list[dict]) -> Rollout:
     """Rows {prompt, response: ids; logprobs, ref_logprobs, values: one a response token; score;
-    finished; actions: for each response token whether it is the policy's, by default all} → a
-    Rollout, padded as rollout.collect pads."""
+    finished; actions: for each response token whether it is the policy's, by default all; group: by
+    default its own} → a Rollout, padded as rollout.collect pads."""
     left = max(len(row["prompt"]) for row in rows)
     right = max(len(row["response"]) for row in rows)
 
@@ -99,6 +99,7 @@ def rollout_of(rows: list[dict]) -> Rollout:
         function_scores=torch.zeros(len(rows)),
         judge_scores=torch.zeros(len(rows)),
         finished=torch.tensor([r["finished"] for r in rows]),
+        group=torch.tensor([r.get("group", i) for i, r in enumerate(rows)]),
     )
 
 

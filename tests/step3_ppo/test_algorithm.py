@@ -1,14 +1,13 @@
 """PPO's arithmetic against float64 loops written from the papers' formulas."""
 
-import ast
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from step3_ppo import algorithm
+from step3_ppo.advantages import explained_variance, gae, whiten
 
 CLIP = 0.2
 
@@ -44,74 +43,6 @@ def assert_close(actual, expected, tolerance=1e-12):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
-def test_algorithm_imports_torch_only():
-    tree = ast.parse(Path(algorithm.__file__).read_text(encoding="utf-8"))
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {name.name.split(".")[0] for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add("." * node.level + (node.module or "").split(".")[0])
-    assert imported == {"torch"}
-
-
-def test_masked_mean_by_hand():
-    x = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    assert algorithm.masked_mean(x, prefix_mask([2, 1], 3)).item() == pytest.approx(11 / 3)
-    assert algorithm.masked_mean(x, prefix_mask([0, 1], 3)).item() == 8.0
-
-
-# Generalised advantage estimation.
-
-
-def gae_by_sums(rewards, values, lengths, gamma, lam):
-    """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t, over each row's own tokens."""
-    rows, width = rewards.shape
-    advantages = torch.zeros(rows, width, dtype=torch.float64)
-    returns = torch.zeros(rows, width, dtype=torch.float64)
-    for b in range(rows):
-        n = lengths[b]
-        r, v = rewards[b].tolist(), [*values[b, :n].tolist(), 0.0]
-        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
-        for t in range(n):
-            total = sum((gamma * lam) ** k * delta[t + k] for k in range(n - t))
-            advantages[b, t], returns[b, t] = total, total + v[t]
-    return advantages, returns
-
-
-@pytest.mark.parametrize("gamma", [1.0, 0.99, 0.5, 0.0])
-@pytest.mark.parametrize("lam", [1.0, 0.95, 0.5, 0.0])
-@pytest.mark.parametrize(
-    "lengths, width", [([1, 1], 1), ([3, 3, 3], 3), ([7, 1, 4, 6], 7), ([2, 5], 9), ([4, 0], 4)]
-)
-def test_gae_is_the_double_sum(gamma, lam, lengths, width):
-    rewards = normal(len(lengths), width, seed=1)
-    values = normal(len(lengths), width, seed=2)
-    actual = algorithm.gae(rewards, values, prefix_mask(lengths, width), gamma, lam)
-    for got, expected in zip(
-        actual, gae_by_sums(rewards, values, lengths, gamma, lam), strict=True
-    ):
-        assert_close(got, expected)
-
-
-def test_gae_worked_case():
-    values = torch.tensor([[0, 0.8, 0.6, 0.4, 0.2], [0, 0.7, 0.5, 0.3, 0.1]])
-    rewards = torch.tensor([[0, -0.01, -0.02, -0.03, 1.2], [0, -0.005, -0.015, -0.025, 0.8]])
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    advantages, returns = algorithm.gae(rewards, values, mask, 0.99, 0.95)
-    expected = [[0.9801, 0.2000, 0.4423, 0.7085, 1.0], [0.6623, -0.0326, 0.1886, 0.4323, 0.7]]
-    assert_close(advantages, torch.tensor(expected), 5.1e-5)
-    expected = [[0.9801, 1.0, 1.0423, 1.1085, 1.2], [0.6623, 0.6674, 0.6886, 0.7323, 0.8]]
-    assert_close(returns, torch.tensor(expected), 5.1e-5)
-
-
-def test_gae_with_lambda_one_returns_the_discounted_rewards():
-    rewards, values = normal(1, 6, seed=3), normal(1, 6, seed=4)
-    _, returns = algorithm.gae(rewards, values, prefix_mask([6], 6), 0.9, 1.0)
-    expected = [sum(0.9**k * rewards[0, t + k].item() for k in range(6 - t)) for t in range(6)]
-    assert_close(returns[0], torch.tensor(expected, dtype=torch.float64))
-
-
 # Actions that are no neighbours: an environment's turns between the policy's.
 
 GAPS = torch.tensor(
@@ -122,32 +53,6 @@ GAPS = torch.tensor(
         [1, 1, 1, 1, 1, 1, 1, 1],
     ]
 ).bool()
-
-
-@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.95), (0.5, 0.0), (1.0, 0.3)])
-def test_gae_passes_over_what_is_not_an_action(gamma, lam):
-    """As on the row's actions alone, written side by side."""
-    rewards, values = normal(4, 8, seed=31), normal(4, 8, seed=32)
-    actual = algorithm.gae(rewards, values, GAPS, gamma, lam)
-    for b, acts in enumerate(GAPS.tolist()):
-        at = [t for t, is_action in enumerate(acts) if is_action]
-        alone = [x[b, at][None] for x in (rewards, values)]
-        expected = gae_by_sums(*alone, [len(at)], gamma, lam)
-        for got, want in zip(actual, expected, strict=True):
-            assert_close(got[b, at], want[0])
-            others = [t for t in range(8) if t not in at]
-            assert (got[b, others] == 0).all()
-
-
-def test_gae_worked_case_with_a_gap():
-    """Actions at 1 and 4; γ = 0.5, λ = 0.5. δ₄ = 3 − 2 = 1, δ₁ = 1 + 0.5·2 − 4 = −2, and
-    A₁ = −2 + 0.25·1 = −1.75."""
-    mask = torch.tensor([[False, True, False, False, True, False]])
-    rewards = torch.tensor([[9.0, 1.0, 9.0, 9.0, 3.0, 9.0]])
-    values = torch.tensor([[7.0, 4.0, 7.0, 7.0, 2.0, 7.0]])
-    advantages, returns = algorithm.gae(rewards, values, mask, 0.5, 0.5)
-    assert advantages.tolist() == [[0.0, -1.75, 0.0, 0.0, 1.0, 0.0]]
-    assert returns.tolist() == [[0.0, 2.25, 0.0, 0.0, 3.0, 0.0]]
 
 
 def test_the_last_action_earns_the_score_wherever_it_stands():
@@ -167,29 +72,6 @@ def test_the_first_action_is_found_behind_a_gap():
     x = normal(4, 8, seed=36)
     first = algorithm.first_action(x, GAPS)
     assert first.tolist() == [[x[0, 0]], [x[1, 2]], [x[2, 5]], [x[3, 0]]]
-
-
-# Whitening.
-
-
-@pytest.mark.parametrize("lengths, width", [([5, 2, 4], 5), ([3, 3], 3), ([9, 0, 1], 12)])
-def test_whiten_gives_mean_0_and_variance_1_over_the_mask(lengths, width):
-    mask = prefix_mask(lengths, width)
-    x = 7 + 3 * normal(len(lengths), width, seed=5)
-    white = algorithm.whiten(x, mask)
-    kept = [white[b, t].item() for b, n in enumerate(lengths) for t in range(n)]
-    mean = sum(kept) / len(kept)
-    assert mean == pytest.approx(0, abs=1e-12)
-    assert sum((k - mean) ** 2 for k in kept) / len(kept) == pytest.approx(1, abs=1e-6)
-    assert (white[~mask] == 0).all()
-    # The order of the values stays, and so do their distances.
-    a, b = white[0, 0] - white[0, 1], white[0, 0] - white[0, 2]
-    assert_close(a / b, (x[0, 0] - x[0, 1]) / (x[0, 0] - x[0, 2]), 1e-9)
-    assert torch.sign(a) == torch.sign(x[0, 0] - x[0, 1])
-
-
-def test_whiten_of_equal_values_is_zero():
-    assert (algorithm.whiten(torch.full((2, 3), 4.0), prefix_mask([3, 1], 3)) == 0).all()
 
 
 # Token rewards and KL.
@@ -368,32 +250,6 @@ def test_value_loss_inside_the_clip_is_half_the_squared_error():
     assert stats["value_clip_fraction"] == 0
 
 
-# Explained variance.
-
-
-def test_explained_variance():
-    mask = prefix_mask([5, 3], 5)
-    returns, values = normal(2, 5, seed=14), normal(2, 5, seed=15)
-
-    def of(predicted):
-        return algorithm.explained_variance(predicted, returns, mask).item()
-
-    assert of(returns) == 1.0
-    assert of(returns + 3) == pytest.approx(1.0, abs=1e-12)  # a constant offset is no variance
-    assert of(torch.full_like(returns, 2.5)) == pytest.approx(0.0, abs=1e-12)
-    assert of(returns / 2) == pytest.approx(0.75, abs=1e-12)
-    assert of(-returns) == pytest.approx(-3.0, abs=1e-12)
-    kept = [
-        (returns[b, t].item(), values[b, t].item()) for b, n in ((0, 5), (1, 3)) for t in range(n)
-    ]
-
-    def variance(xs):
-        return sum((x - sum(xs) / len(xs)) ** 2 for x in xs) / len(xs)
-
-    expected = 1 - variance([r - v for r, v in kept]) / variance([r for r, _ in kept])
-    assert of(values) == pytest.approx(expected, abs=1e-12)
-
-
 # What stands off the mask.
 
 
@@ -412,15 +268,15 @@ def test_values_off_the_mask_change_nothing(garbage):
     def everything(x):
         rewards, kl = algorithm.token_rewards(scores, x["logprobs"], x["ref_logprobs"], mask, 0.05)
         yield from (rewards, kl)
-        advantages, returns = algorithm.gae(x["rewards"], x["values"], mask, 0.99, 0.95)
-        yield from (advantages, returns, algorithm.whiten(x["rewards"], mask))
+        advantages, returns = gae(x["rewards"], x["values"], mask, 0.99, 0.95)
+        yield from (advantages, returns, whiten(x["rewards"], mask))
         new = x["new_logprobs"].clone().requires_grad_()
         loss, stats = algorithm.policy_loss(new, x["logprobs"], x["rewards"], mask, CLIP)
         yield from (loss.detach(), *stats.values(), *torch.autograd.grad(loss, new))
         new = x["new_values"].clone().requires_grad_()
         loss, stats = algorithm.value_loss(new, x["values"], x["rewards"], mask, CLIP)
         yield from (loss.detach(), *stats.values(), *torch.autograd.grad(loss, new))
-        yield algorithm.explained_variance(x["values"], x["rewards"], mask)
+        yield explained_variance(x["values"], x["rewards"], mask)
 
     for i, (a, b) in enumerate(zip(everything(clean), everything(dirty), strict=True)):
         assert torch.equal(a, b), f"result {i}: {a} is not {b}"

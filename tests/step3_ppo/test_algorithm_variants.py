@@ -162,49 +162,7 @@ def test_one_action_sums_the_answer_s_own_tokens():
         assert summed[b, 0].item() == pytest.approx(sum(x[b, :n].tolist()), abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.0), (0.5, 1.0)])
-def test_gae_of_one_action_is_reward_minus_value(gamma, lam):
-    """No step follows the only one, so neither γ nor λ counts."""
-    rewards, values = normal(5, 1, seed=2), normal(5, 1, seed=3)
-    advantages, returns = algorithm.gae(rewards, values, prefix_mask([1] * 5, 1), gamma, lam)
-    assert_close(advantages, rewards - values)
-    assert_close(returns, rewards)
-
-
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.99, 0.9)])
-def test_gae_of_long_rows_solves_the_definition(gamma, lam):
-    """(1 − λ) Σ_n λ^(n−1) A^(n) over n-step advantages: Schulman et al. 2015, equation 16."""
-    lengths, width = [40, 1, 23], 40
-    rewards, values = normal(3, width, seed=4), normal(3, width, seed=5)
-    actual, _ = algorithm.gae(rewards, values, prefix_mask(lengths, width), gamma, lam)
-    for b, n in enumerate(lengths):
-        r, v = rewards[b].tolist(), values[b].tolist()
-        for t in range(n):
-            left, found, discounted = n - t, 0.0, 0.0
-            for k in range(1, left + 1):
-                discounted += gamma ** (k - 1) * r[t + k - 1]
-                k_steps = discounted + (gamma**k * v[t + k] if k < left else 0.0) - v[t]
-                # After the end all further n-step advantages are the last one.
-                weight = (1 - lam) * lam ** (k - 1) if k < left else lam ** (k - 1)
-                found += weight * k_steps
-            assert actual[b, t].item() == pytest.approx(found, abs=1e-11)
-
-
-# Whitening that keeps the mean, and values without a clip.
-
-
-@pytest.mark.parametrize("lengths, width", [([5, 2, 4], 5), ([3, 3], 3), ([9, 0, 1], 12)])
-def test_whiten_can_keep_the_mean(lengths, width):
-    mask = prefix_mask(lengths, width)
-    x = 7 + 3 * normal(len(lengths), width, seed=6)
-    white = algorithm.whiten(x, mask, shift_mean=False)
-    places = [(b, t) for b, n in enumerate(lengths) for t in range(n)]
-    mean = sum(x[p].item() for p in places) / len(places)
-    deviation = math.sqrt(sum((x[p].item() - mean) ** 2 for p in places) / len(places))
-    for p in places:
-        expected = (x[p].item() - mean) / deviation + mean
-        assert white[p].item() == pytest.approx(expected, rel=1e-7)
-    assert (white[~mask] == 0).all()
+# Values without a clip.
 
 
 def test_value_loss_without_a_clip_is_half_the_squared_error():

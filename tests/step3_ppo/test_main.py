@@ -129,6 +129,16 @@ def states_are_saved(a2c, reinforce, sequence, added):
             {"algorithm": "reinforce", "prompts_per_rollout": 128},
             "--global_batch_size 128 (now 64), one step a rollout",
         ),
+        ({"algorithm": "grpo"}, "samples_per_prompt=1 gives none to compare with; set --samples"),
+        (
+            {"algorithm": "reinforce++", "lam": 0.9},
+            "reinforce++ does not read lam; leave out --lam",
+        ),
+        (
+            {"algorithm": "opo", "gamma": 0.9, "samples_per_prompt": 2},
+            "algorithm=opo does not read gamma; leave out --ga",
+        ),
+        ({"algorithm": "reinforce++", "clip_value": 0.2}, "reinforce++ does not read clip_value"),
         ({"dual_clip": 1.0}, "dual_clip=1.0 must be above 1 (3 is usual), or 0 for off"),
         ({"dual_clip": 0.5}, "dual_clip=0.5 must be above 1"),
         ({"dual_clip": -3.0}, "dual_clip=-3.0 must be at least 0; set --dual_clip"),

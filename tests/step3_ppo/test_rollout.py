@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from step3_ppo import rollout
-from tests.helpers.small_models import Engine, config_of
+from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
 from tests.utils.generation.test_decoder import stop_of
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded, tiny
+from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.generation.engines.native import NativeEngine
 from utils.models import language_model
@@ -48,7 +49,9 @@ def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monk
     prompts = [prompts[i] for i in (0, 0, 3, 1, 5, 3, 2, 4)]
     config = config_of(max_response_length=NEW, temperature=1.3, micro_batch_size=8)
     config.logprobs_from = source
-    found, _ = rollout.collect(models, prompts, config, torch.device("cpu"), noise_step=0)
+    device = torch.device("cpu")
+    found, _ = rollout.collect(models, prompts, config, device, noise_step=0, copies=2)
+    assert found.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3], "by their place, whatever the prompt"
     assert len(asked) == passes
     noise = generation.uniform_noise(len(prompts), NEW, config.seed, 0)
     for row, prompt in enumerate(prompts):
@@ -77,3 +80,20 @@ def test_a_rollout_scores_with_the_actor_only_where_it_must(source, passes, monk
     )[1]
     expected = entropies * found.response_mask
     torch.testing.assert_close(found.entropies, expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_groups_survive_the_way_over_ranks_and_micro_batches(world, monkeypatch):
+    """Rows dealt by the length of their prompts, gathered, and selected again, with their group."""
+    rows = [row | {"group": i // 2} for i, row in enumerate(drawn_rows(8, 12, seed=1))]
+    whole = rollout_of(rows)
+    order = [5, 0, 7, 2, 4, 1, 3, 6]
+    dealt = (order + order[: -len(order) % world])[: -(-len(order) // world) * world]
+    own = [len(order[rank::world]) for rank in range(world)]
+    parts = [whole.select(dealt[rank::world][: own[rank]]) for rank in range(world)]
+    monkeypatch.setattr(process_group, "world_size", lambda: world)
+    monkeypatch.setattr(process_group, "gather_objects", lambda part: parts)
+    found = rollout.gather(whole.select(dealt[::world]), order)
+    assert found.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.equal(found.scores, whole.scores)
+    assert found.select([6, 1, 3]).group.tolist() == [3, 0, 1]

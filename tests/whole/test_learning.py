@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from step3_ppo import algorithm, update
+from step3_ppo.advantages import gae
 from step3_ppo.checks.watch import Watch
 from step3_ppo.rollout import make_experience
 from step3_ppo.state import State
@@ -35,7 +36,7 @@ def test_the_critic_reaches_the_sum_of_discounted_rewards(gamma, length, lam):
     optimizer = torch.optim.SGD([values], lr=0.5)
     for _ in range(60):
         before = values.detach().clone()
-        _, returns = algorithm.gae(rewards, before, mask, gamma, lam)
+        _, returns = gae(rewards, before, mask, gamma, lam)
         for _ in range(4):
             loss, _ = algorithm.value_loss(values, before, returns, mask, 0.5)
             optimizer.zero_grad()

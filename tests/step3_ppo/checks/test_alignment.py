@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from step3_ppo import update
+from step3_ppo.algorithm import ALGORITHMS
 from step3_ppo.checks import alignment
 from step3_ppo.checks.probe import Fault, Probe
 from step3_ppo.rollout import Prompt, make_experience
@@ -24,6 +25,13 @@ SETTINGS = {
     "sequences": {"action_level": "sequence", "whiten_rewards": True},
     "sequences of a2c": {"algorithm": "a2c", "action_level": "sequence"},
     "shaped, k3": {"score_normalisation": "running", "score_clip": 0.4, "kl_estimator": "k3"},
+    "grpo": {"algorithm": "grpo"},
+    "dr_grpo, k3": {"algorithm": "dr_grpo", "kl_estimator": "k3"},
+    "rloo": {"algorithm": "rloo"},
+    "sequences of rloo": {"algorithm": "rloo", "action_level": "sequence"},
+    "opo": {"algorithm": "opo"},
+    "reinforce++": {"algorithm": "reinforce++", "gamma": 0.9},
+    "reinforce++_baseline": {"algorithm": "reinforce++_baseline"},
     "cut answers": {"missing_eos_penalty": 2.0, "dual_clip": 3.0, "clip_ratio_high": 0.3},
 }
 RULES = [pytest.param(settings, id=name) for name, settings in SETTINGS.items()]
@@ -32,9 +40,10 @@ RULES = [pytest.param(settings, id=name) for name, settings in SETTINGS.items()]
 def experience_of(**settings):
     """(config, Experience of a rollout by a TableActor of zeros, metrics)"""
     rows = drawn_rows(ROWS, VOCABULARY, seed=3)
-    for row in rows:  # what a table of zeros says of each token
+    for i, row in enumerate(rows):  # what a table of zeros says of each token
+        row["group"] = i % 7
         row["logprobs"] = [-float(np.log(VOCABULARY))] * len(row["response"])
-        if settings.get("algorithm") == "reinforce":
+        if not ALGORITHMS[settings.get("algorithm", "ppo")].critic:
             row["values"] = [0.0] * len(row["response"])
     config = config_of(
         prompts_per_rollout=ROWS, global_batch_size=ROWS, micro_batch_size=5, **settings
@@ -89,7 +98,9 @@ def possible(settings, what: str) -> bool:
     """An answer that is one action has no second token; only PPO's loss has a ratio."""
     if what == "tokens":
         return settings.get("action_level") != "sequence"
-    return what != "old log-probabilities" or settings.get("algorithm", "ppo") == "ppo"
+    if what == "tokens" and ALGORITHMS[settings.get("algorithm", "ppo")].groups:
+        return False  # an answer's tokens all have its advantage
+    return what != "old log-probabilities" or settings.get("algorithm") not in ("a2c", "reinforce")
 
 
 @pytest.mark.parametrize(

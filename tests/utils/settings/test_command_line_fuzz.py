@@ -194,7 +194,7 @@ CONTRADICTIONS = [
     (CollectConfig, "--output_file /tmp", "is a folder"),
     (PPOConfig, "--kl_target 3 --kl_coef 0", "kl_coef=0, which stays 0"),
     (PPOConfig, "--kl_horizon -1", "kl_horizon=-1.0"),
-    (PPOConfig, "--algorithm reinforce --critic_model c", "reinforce has no critic"),
+    (PPOConfig, "--algorithm reinforce --critic_model c", "reinforce does not read critic_model"),
     (
         PPOConfig,
         "--reward_function_coef 2",
