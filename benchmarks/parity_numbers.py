@@ -232,7 +232,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     mask, logprobs = rollout.response_mask, rollout.logprobs
     shipped, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
     parts = (rollout.scores, logprobs, rollout.ref_logprobs)
-    price = (config.kl_coef, config.kl_estimator)
+    price = (config.kl_coef, config.estimator_of_kl())
     penalties, kl = algorithm.token_rewards(torch.zeros_like(parts[0]), *parts[1:], mask, *price)
     rewards, _ = algorithm.token_rewards(*parts, mask, *price)
     # The same functions on TRL's trajectory, where the score's step is one past the stop token.
@@ -265,7 +265,9 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         compare("  whitening × √((n−1)/n)", whitened_on, theirs["advantages"], mask),
     ]
     _, advantages_on = whiten(raw_on, mask)
-    on = rollouts.Experience(rollout, mask, logprobs, rollout.values, advantages_on, returns_on)
+    on = rollouts.Experience(
+        rollout, mask, logprobs, rollout.values, advantages_on, returns_on, mask.float()
+    )
     # The extra step's column stays when a minibatch is cut to its longest response.
     longer = dataclasses.replace(rollout, response_mask=steps)
     return rows, {

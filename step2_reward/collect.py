@@ -15,15 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from step2_reward.labellers import LABELLERS, Sampled
+from step2_reward.kept_answers import KEEP, Sampled, rows_of
+from step2_reward.labellers import LABELLERS
 from utils import whole_files
 from utils.checkpoints import resuming
-from utils.data import batches, chat_template, comparisons, rows, splits, tables, toy_tasks
+from utils.data import batches, chat_template, comparisons, splits, tables, toy_tasks
 from utils.data import prompts as prompt_data
 from utils.data.loading import DataSettings
 from utils.distributed import process_group, program, zero
-from utils.generation import sampling as generation
-from utils.generation.decoder import Decoder
+from utils.generation import engines
+from utils.generation.engine import Request, Sampling, Setup, Untrained, synced
+from utils.generation.sampling import uniform_noise
 from utils.models import language_model, scalar_model
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer
@@ -31,6 +33,14 @@ from utils.run import join, output_of
 from utils.settings import command_line
 from utils.settings.fields import free, setting
 from utils.settings.run_config import RunConfig, check_folder, columns_of
+
+
+def part_of(text: str) -> tuple[float, float]:
+    """2/3 → (1/3, 2/3). ValueError for what is no part."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ValueError("not NUMBER/PARTS with 1 ≤ NUMBER ≤ PARTS, e.g. 2/3")
+    return (int(number) - 1) / int(parts), int(number) / int(parts)
 
 
 @dataclass
@@ -47,6 +57,11 @@ class CollectConfig(RunConfig):
     policy: str = setting("", "folder or hub name of the model to sample from")
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names")
     num_prompts: int = setting(0, "how many prompts, a seeded choice; 0: all")
+    prompt_part: str = setting(
+        "",
+        "2/3: only the second of three disjoint parts of the prompts, e.g. one for each round",
+        check=part_of,
+    )
     answers_per_prompt: int = setting(
         4, "K, answers sampled a prompt (InstructGPT: 4 to 9)", at_least=2, at_most=64
     )
@@ -78,7 +93,13 @@ class CollectConfig(RunConfig):
     rankings: str = setting(
         "", "rows of prompt, responses, and ranks or scores", only_with="labeller=file"
     )
-    output_file: str = setting("", "where the comparisons go, JSON Lines", needed=True)
+    keep: str = setting(
+        "ranking",
+        "ranking: all answers with their scores, for step 2; best: each prompt's best whole answer "
+        "as a demonstration for step 1 (best-of-n, RAFT)",
+        choices=tuple(KEEP),
+    )
+    output_file: str = setting("", "where they go, JSON Lines", needed=True)
 
     @classmethod
     def completed(cls, values: dict) -> dict:
@@ -91,6 +112,8 @@ class CollectConfig(RunConfig):
         for name in needed.get(self.labeller, ["policy", "prompt_data"]):
             if not getattr(self, name):
                 yield f"labeller={self.labeller} needs --{name}, which is empty"
+        if self.keep == "best" and self.labeller == "none":
+            yield "keep=best needs scores and labeller=none gives none; set --labeller"
         if self.output_file and os.path.isdir(self.output_file):
             yield f"output_file={self.output_file!r} is a folder; name a file in it"
 
@@ -98,73 +121,25 @@ class CollectConfig(RunConfig):
 def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampled]]:
     """K answers to each prompt of `encoded` (id lists), on every rank, in that order."""
     k, length = config.answers_per_prompt, config.max_response_length
-    noise = generation.uniform_noise(len(encoded) * k, length, config.seed, 0)
-    ranks = process_group.rank(), process_group.world_size()
-    lengths = list(map(len, encoded))
-    sampled, decoder = {}, Decoder()
-    for chosen in batches.deal(range(len(encoded)), lengths, *ranks, config.micro_batch_size):
-        if not chosen:
-            continue  # the other ranks have a prompt more
-        ids, mask = batches.prompt_batch(
-            [encoded[i] for i in chosen for _ in range(k)], tokenizer.pad_token_id
-        )
-        responses = generation.generate(
-            model,
-            ids.to(device),
-            mask.to(device),
-            max_new_tokens=length,
-            stop_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            temperature=config.temperature,
-            noise=noise[[i * k + j for i in chosen for j in range(k)]],
-            decoder=decoder,
-        )
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        finished = (responses == tokenizer.eos_token_id).any(1).tolist()
-        answers = list(zip(texts, finished, strict=True))
-        sampled |= {i: answers[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
-    parts = process_group.gather_objects(sampled)
-    everything = {i: answers for part in parts for i, answers in part.items()}
-    return [[Sampled(*one) for one in everything[i]] for i in range(len(encoded))]
-
-
-# Rows of the output.
-
-
-def rows_of(config, prompts, answers: list[list[Sampled]]) -> list[dict]:
-    """Comparisons that nobody has ranked, with their provenance."""
-    names = ("policy", "labeller", "seed", "temperature", "agreement")
-    provenance = {name: getattr(config, name) for name in names}
-    return [
-        {
-            "prompt": list(prompt.messages),
-            "responses": [a.text for a in group],
-            "finished": [a.finished for a in group],
-            "provenance": provenance | {"prompt": prompt.where},
-        }
-        for prompt, group in zip(prompts, answers, strict=True)
-    ]
-
-
-def ranked(row: dict, scores: list[float] | None) -> dict | None:
-    """A row with its scores, answers that say the same once; None where nothing is to be compared.
-
-    scores: None where people shall rank.
-    """
-    # A tiny policy samples control bytes now and then, which no data file should hold.
-    kept = list(
-        {
-            text: k
-            for k, text in enumerate(row["responses"])
-            if text.strip() and not rows.text_problem(text)
-        }.values()
-    )
-    columns = {name: row[name] for name in ("responses", "finished")}
-    columns |= {} if scores is None else {"scores": scores}
-    columns = {name: [values[k] for k in kept] for name, values in columns.items()}
-    if len(kept) < 2 or len(set(columns.get("scores", kept))) < 2:
-        return None
-    return row | columns
+    stop_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    noise = uniform_noise(len(encoded) * k, length, config.seed, 0)
+    sampling = Sampling(length, stop_id, pad_id, config.temperature)
+    policy = Untrained(model.to(device))
+    mine, sampled = batches.dealt(list(map(len, encoded))), {}
+    with synced(engines.build("native", Setup(policy, tokenizer)), policy) as engine:
+        for start in range(0, len(mine), config.micro_batch_size):
+            chosen = mine[start : start + config.micro_batch_size]
+            rows = [i * k + j for i in chosen for j in range(k)]
+            prompts = batches.prompt_batch([encoded[row // k] for row in rows], pad_id)
+            samples = engine.generate(Request(*prompts, noise[rows]), sampling)
+            texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
+            finished = [reason == "stop" for reason in samples.finish_reasons]
+            answers = list(map(Sampled, texts, finished))
+            sampled |= {i: answers[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
+    everything = {
+        i: found for part in process_group.gather_objects(sampled) for i, found in part.items()
+    }
+    return [everything[i] for i in range(len(encoded))]
 
 
 def write_sampled(path: Path, lines: list[dict]) -> None:
@@ -173,21 +148,31 @@ def write_sampled(path: Path, lines: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in lines)
 
 
-def write(config, lines: list[dict], labels: list[list[float]] | None) -> None:
-    """The comparisons, and beside them the settings that they were made with."""
-    path = Path(config.output_file)
-    labels = labels or [None] * len(lines)
-    kept = [row for pair in zip(lines, labels, strict=True) if (row := ranked(*pair))]
+def write(config, lines: list[dict], labels: list[list[float]] | None, seconds: float = 0) -> None:
+    """What is kept; beside it the settings that it was made with, and figures (.result.json)."""
+    path, (form, what, why_not) = Path(config.output_file), KEEP[config.keep]
+    every = zip(lines, labels or [None] * len(lines), strict=True)
+    kept = [row for pair in every if (row := form(*pair))]
     if not kept:
-        raise SystemExit("no comparison left: raise --temperature or --answers_per_prompt")
+        raise SystemExit(f"no {what} left: raise --temperature or --answers_per_prompt")
+    finished = [mark for row in lines for mark in row["finished"]]
+    figures = {"prompts": len(lines), "kept": len(kept), "seconds": seconds}
+    figures["finished_share"] = sum(finished) / len(finished)
+    if labels:
+        figures["score"] = sum(map(sum, labels)) / sum(map(len, labels))
+        figures["best_score"] = sum(map(max, labels)) / len(labels)
     settings = settings_of(config)
     with whole_files.writing(path, "--output_file") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         command_line.save(config, settings.parent, process_group.world_size(), name=settings.name)
+        whole_files.write_text(path.with_suffix(".result.json"), json.dumps(figures, indent=2))
     process_group.say(
-        f"{path}: {len(kept)} comparisons; {len(lines) - len(kept)} prompts left "
-        "out, whose answers were all alike or equally good"
+        f"{path}: {len(kept)} {what}; {len(lines) - len(kept)} prompts left out, {why_not}"
     )
+    if labels:
+        process_group.say(
+            f"mean score {figures['score']:.3f}, of each prompt's best {figures['best_score']:.3f}"
+        )
 
 
 def settings_of(config) -> Path:
@@ -213,6 +198,10 @@ def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.P
     train, _ = splits.train_and_held_out(
         prompt_data.PROMPTS, config.prompt_data, None, settings, 2, bad
     )
+    if config.prompt_part:
+        low, high = part_of(config.prompt_part)
+        places = train.places("prompt_part")  # by prompt: one that stands twice is in one part
+        train = train.take((low <= places) & (places < high))
     order = list(range(len(train)))
     random.Random(config.seed).shuffle(order)
     encode = prompt_data.Encode(
@@ -247,7 +236,7 @@ def collect(config, device) -> None:
         model = scalar_model.load(how, reader.name, dtype=dtype, tokenizer=reader.tokenizer)
         reward = Scorer(model, reader, True, device)
     model = language_model.load(how, config.policy, dtype=dtype)
-    answers = sample_answers(config, encoded, tokenizer, model.to(device).eval(), device)
+    answers = sample_answers(config, encoded, tokenizer, model.eval(), device)
     lines = rows_of(config, prompts, answers)
     # As people would be given it: whatever goes wrong now, the hours of sampling are not lost.
     kept = Path(config.output_file).with_suffix(".sampled.jsonl")
@@ -257,7 +246,7 @@ def collect(config, device) -> None:
 
     labels = LABELLERS[config.labeller](config, prompts, answers, reward)
     if process_group.is_main():
-        write(config, lines, labels)
+        write(config, lines, labels, time.time() - started)
         kept.unlink()
     characters = sum(len(a.text) for group in answers for a in group)
     process_group.say(

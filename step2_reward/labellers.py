@@ -6,18 +6,13 @@ rank; None where people shall say. answers: each prompt's K. reward: the run's S
 """
 
 import random
-from typing import NamedTuple
 
 import numpy as np
 
+from step2_reward.kept_answers import Sampled
 from utils.data import toy_tasks
 from utils.distributed import process_group
 from utils.models import scorer
-
-
-class Sampled(NamedTuple):
-    text: str
-    finished: bool  # ended with the stop token, not cut at --max_response_length
 
 
 def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:

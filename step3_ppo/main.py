@@ -49,7 +49,7 @@ def evaluate(models, prompts, config, device, report, when: str, facts: dict) ->
     each prompt is written to `facts`, as "scores_before" or "scores_after"."""
     rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
-    measured = measures.measure_rollout(rollout, config.kl_estimator)
+    measured = measures.measure_rollout(rollout, config.estimator_of_kl())
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):
@@ -168,7 +168,7 @@ def main() -> None:
                 if config.check_only:
                     break
             else:
-                metrics |= measures.measure_rollout(rollout, config.kl_estimator)
+                metrics |= measures.measure_rollout(rollout, config.estimator_of_kl())
             state.rollouts = step + 1
             stop = watch.reason_to_stop(metrics)
 

@@ -2,10 +2,15 @@
 
 import json
 
+import pytest
+
+from step2_reward import collect as program
 from step2_reward.collect import write_sampled
 from tests.helpers.jobs import collect
 from tests.helpers.running import run_ranks
+from utils.data import chat_template
 from utils.data.comparisons import load_comparisons
+from utils.data.demonstrations import load_conversations
 from utils.data.rows import BadRows
 
 
@@ -31,16 +36,29 @@ def test_samples_that_utf_8_cannot_hold_are_kept(tmp_path):
 
 def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):
     scored, unranked = tmp_path / "scored.jsonl", tmp_path / "unranked.jsonl"
+    best = tmp_path / "best.jsonl"
     asked = ["--labeller", "reward_model", "--reward_model", chain / "reward"]
     run_ranks(
         [
             collect(tiny, chain / "sft", *asked, "--output_file", scored),
+            collect(tiny, chain / "sft", *asked, "--keep", "best", "--output_file", best),
             collect(tiny, chain / "sft", "--labeller", "none", "--output_file", unranked),
         ],
         1,
     )
     found = load_comparisons([str(scored)], bad=BadRows())
     assert len(found) > 50 and all(len(set(c.scores)) > 1 for c in found)
+    # The same samples, of which step 1 is to learn the best that ended.
+    demonstrations = load_conversations([str(best)], bad=BadRows())
+    shown = {str(d.prompt): d.messages[-1]["content"] for d in demonstrations}
+    for c in found:
+        answers = zip(c.scores, c.finished, c.responses, strict=True)
+        whole = [(score, text) for score, done, text in answers if done]
+        assert shown.get(str(c.prompt)) == (max(whole)[1] if whole else None)
+    figures = json.loads(best.with_suffix(".result.json").read_text())
+    assert figures["kept"] == len(shown) > 50 and figures["prompts"] == 100
+    assert figures["best_score"] > figures["score"] and 0.5 < figures["finished_share"] < 1
+
     rows = [json.loads(line) for line in unranked.read_text().splitlines()]
     assert rows and all("scores" not in row for row in rows)
 
@@ -56,3 +74,26 @@ def test_a_reward_model_or_people_may_rank(tiny, chain, tmp_path):
     for c in load_comparisons([str(people)], bad=BadRows()):
         best = max(range(len(c.scores)), key=lambda k, c=c: c.scores[k])
         assert len(c.responses[best]) == min(map(len, c.responses))
+
+
+def test_parts_of_the_prompts_are_disjoint_and_all_of_them(tiny, chain, tmp_path):
+    """Also where a prompt stands in two files."""
+    tokenizer = chat_template.load_tokenizer(str(chain / "sft"))
+    file, again = tiny / "data/prompts.jsonl", tmp_path / "again.jsonl"
+    again.write_text("".join(file.read_text().splitlines(keepends=True)[:200]))
+
+    def prompts(part):
+        config = program.CollectConfig(
+            prompt_data=[str(file), str(again)],
+            prompt_part=part,
+            output_dir=str(tmp_path),
+            max_prompt_length=64,
+        )
+        return [str(p.messages) for p in program.load_prompts(config, tokenizer, None)]
+
+    parts = [set(prompts(f"{n}/3")) for n in (1, 2, 3)]
+    assert sum(map(len, parts)) == len(set.union(*parts)), "one prompt in two parts"
+    assert set.union(*parts) == set(prompts("")) and min(map(len, parts)) > 30
+    for wrong in ("3/2", "0/2", "1", "a/b", "1/0"):
+        with pytest.raises(ValueError, match="not NUMBER/PARTS"):
+            program.part_of(wrong)

@@ -5,6 +5,7 @@ rank or 8, today or after a resume, and no loader state needs saving.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -75,6 +76,15 @@ def share(
     --micro_batch_tokens. See deal."""
     ranks = process_group.rank(), process_group.world_size()
     return deal(indices, lengths, *ranks, rows, tokens, counts)
+
+
+def dealt(lengths: Sequence[int]) -> list[int]:
+    """This rank's rows of those that every rank holds: sorted by length and dealt like cards, as
+    many to every rank. Where they do not divide, the first come again."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    rank, world = process_group.rank(), process_group.world_size()
+    everywhere = -(-len(order) // world) * world
+    return list(itertools.islice(itertools.cycle(order), everywhere))[rank::world]
 
 
 def in_step(lengths: Sequence[int], micro: int, tokens: int = 0) -> list[list[int]]:

@@ -74,10 +74,22 @@ class RolloutEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class Untrained:
+    """A whole model that nobody trains, in the place of an actor."""
+
+    module: nn.Module
+    zero_stage: int = 0
+
+    @property
+    def engine(self) -> nn.Module:
+        return self.module
+
+
+@dataclass(frozen=True)
 class Setup:
     """What an engine is built with, once every model of the run is loaded."""
 
-    actor: object  # zero.TrainEngine, whose weights `sync` will bring
+    actor: object  # zero.TrainEngine or Untrained, whose weights `sync` will bring
     tokenizer: object
     others: tuple = ()  # the run's other zero.TrainEngines
     gather: str = "auto"  # --rollout_gather

@@ -49,6 +49,20 @@ def test_order_is_a_function_of_the_seed():
     ]
 
 
+@pytest.mark.parametrize("lengths", [[], [3], [5, 1, 4, 1, 3], list(range(8, 0, -1))])
+def test_every_rank_is_dealt_as_many_rows_and_none_is_missing(lengths, monkeypatch):
+    for world in (1, 2, 3, 8):
+        monkeypatch.setattr(batches.process_group, "world_size", lambda world=world: world)
+        hands = []
+        for rank in range(world):
+            monkeypatch.setattr(batches.process_group, "rank", lambda rank=rank: rank)
+            hands.append(batches.dealt(lengths))
+        assert {len(hand) for hand in hands} == {-(-len(lengths) // world)}
+        assert set(chain(*hands)) == set(range(len(lengths)))
+        for hand in hands if world == 1 else []:
+            assert [lengths[i] for i in hand] == sorted(lengths)
+
+
 def test_rows_move_between_epochs():
     """Each row lands in every third of the epoch about equally often."""
     n, epochs = 9, 600
