@@ -36,6 +36,7 @@ SHOWN = (
     "eval/verifier",
     "entropy",
     "response_length",
+    "turns",
     "eos_share",
     "explained_variance",
     "seconds",

@@ -84,13 +84,12 @@ def _reply(
     """Ask the environment about the episodes `rows`, whose policy has ended its turn, and add what
     it replies; → those that go on. One that has no room for the reply within `limit` tokens behind
     the prompt and a token after it is cut there: without the reply, and not finished."""
-    texts = environment.tokenizer.batch_decode(
-        [episodes[i].segments[-1].ids for i in rows], skip_special_tokens=True
-    )
-    said = [
-        [*prompts[i].messages, *episodes[i].earlier, {"role": "assistant", "content": text}]
-        for i, text in zip(rows, texts, strict=True)
-    ]
+    said = []
+    for i in rows:
+        spoken = episodes[i].segments[-1].ids
+        text = environment.tokenizer.decode(spoken, skip_special_tokens=True)
+        turn = {"role": "assistant", "content": text}
+        said.append([*prompts[i].messages, *episodes[i].earlier, turn])
     replies = environment.replies([list(turns) for turns in said], [prompts[i].row for i in rows])
     going = []
     for i, turns, reply in zip(rows, said, replies, strict=True):

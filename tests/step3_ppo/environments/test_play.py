@@ -218,6 +218,14 @@ def test_without_an_environment_the_first_turn_is_all(model, tokenizer, prompts,
         assert episode.finished == (int(only.ids[-1]) == tokenizer.eos_token_id)
 
 
+def test_nobody_is_asked_where_no_turn_has_ended(model, tokenizer, prompts, noise):
+    def never(conversations, rows):
+        raise AssertionError
+
+    found, engine = played(model, tokenizer, prompts[:2], noise[:2, :1], never)
+    assert not any(e.finished or e.earlier for e in found) and engine.asked == [(2, 1)]
+
+
 def test_greedy_turns_need_no_noise(model, tokenizer, prompts):
     environment = Environment(says, "says", tokenizer, "tool", TURNS, 60.0)
     sampling = Sampling(LIMIT, tokenizer.eos_token_id, tokenizer.pad_token_id)
