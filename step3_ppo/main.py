@@ -71,13 +71,14 @@ def load(run: Run):
     config, say = run.config, run.say
     length = config.max_prompt_length + config.max_response_length
     tokenizer = run.load_tokenizer(length, "--max_prompt_length, --max_response_length")
+    of_scorers = readers(config)
     prompts, held = prompt_data.load(
         config.prompt_data,
         tokenizer,
         config.pick(DataSettings),
         config.max_prompt_length,
         # Prompts that a reward model with another template refuses are left out.
-        [r for r in readers(config).values() if reads_text(r, tokenizer)],
+        [r for r in of_scorers.values() if reads_text(r, tokenizer)],
         say,
     )
     critic = f", critic {config.rate_of_critic():g}" if config.has_critic() else ""
@@ -90,7 +91,7 @@ def load(run: Run):
         f"epochs; an action is a {config.action_level}",
         config.max_steps,
     )
-    models = build(config, tokenizer, run.dtype, run.device)
+    models = build(config, tokenizer, run.dtype, run.device, of_scorers)
     say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")

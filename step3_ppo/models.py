@@ -59,12 +59,13 @@ def readers(config) -> dict[str, Reader]:
     }
 
 
-def build(config, tokenizer, dtype: str, device) -> Models:
+def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
+    """of_scorers: what `readers` gave, where that was asked before."""
     reward_function = scoring.load(config.reward_function) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)
-    of_scorers = readers(config)
+    of_scorers = readers(config) if of_scorers is None else of_scorers
     by_text = [r for r in of_scorers.values() if reads_text(r, tokenizer)]
     environment = environments.load(config, tokenizer, by_text)
     settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
