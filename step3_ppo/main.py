@@ -48,9 +48,10 @@ EVALUATION_NOISE = 2**31
 def evaluate(models, prompts, config, device, report, when: str, facts: dict) -> dict:
     """Metrics of sampled answers to the held-out prompts; shows people a few of them. The score of
     each prompt is written to `facts`, as "scores_before" or "scores_after"."""
-    rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
+    rollout, found = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
     measured = measures.measure_rollout(rollout, config.estimator_of_kl())
+    measured |= {name: value for name, value in found.items() if name.startswith("score_")}
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):

@@ -143,6 +143,13 @@ ELSEWHERE = (
         "scores beyond `--score_clip`",
         "above 0.1: normalise the scores, or raise `--score_clip`",
     ),
+    Metric(
+        "score_function/…",
+        "score",
+        "mean of each `--reward_function` by its name, without its weight, where there are several",
+        "one rises while another falls: the first is bought with the second; change "
+        "`--reward_weights`",
+    ),
     Metric("ratio", "", "mean probability ratio of new and old policy over the actions"),
     Metric("approx_kl", "nats an action", "how far an update moved the policy: KL(old ‖ new)"),
     Metric(

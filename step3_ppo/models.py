@@ -1,6 +1,5 @@
 """Actor, critic, reference, reward model, judge and EMA, each built once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from step3_ppo import ptx
@@ -15,7 +14,7 @@ from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
-from utils.rewards import functions as scoring
+from utils.rewards import sums
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Models:
     critic: zero.TrainEngine | None
     reference: object
     reward: Scorer | None
-    reward_function: Callable | None
+    reward_function: sums.WeightedSum | None
     environment: environments.Environment | None
     judge: Scorer | None
     ema: EMA | None
@@ -61,7 +60,8 @@ def readers(config) -> dict[str, Reader]:
 
 def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     """of_scorers: what `readers` gave, where that was asked before."""
-    reward_function = scoring.load(config.reward_function) if config.reward_function else None
+    asked = config.reward_function, config.reward_weights, config.reward_function_timeout
+    reward_function = sums.load(*asked) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)

@@ -26,7 +26,8 @@ from utils.generation.engine import Sampling, synced
 from utils.generation.sampling import uniform_noise
 from utils.generation.weights import in_eval_mode
 from utils.models import language_model
-from utils.rewards import functions as reward_functions
+from utils.rewards.functions import FunctionError
+from utils.rewards.sums import Answers
 
 
 @dataclass
@@ -63,7 +64,8 @@ def collect(
     `copies` neighbours are one prompt: from here on their `group` says so.
 
     noise_step numbers the call: the same number gives the same samples. Returns (Rollout of all
-    rows on every rank, {"seconds_generate", "seconds_score"}).
+    rows on every rank, {"seconds_generate", "seconds_score"} and the mean score of each of several
+    reward functions).
     """
     started = time.time()
     noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
@@ -79,10 +81,11 @@ def collect(
     episodes = generate(models, own, noise[mine], config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
+    means = {}
     if models.reward_function is not None:
-        add_function_scores(rollout, models, prompts, config)
+        means = add_function_scores(rollout, models, prompts, config)
     seconds = {"seconds_generate": generated - started, "seconds_score": time.time() - generated}
-    return rollout, seconds
+    return rollout, seconds | means
 
 
 def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list[Episode]:
@@ -169,36 +172,33 @@ def conversations(prompts: list[Prompt], tokens: Tokens) -> list[Prompt]:
     return [replace(p, messages=(*p.messages, *turns)) if turns else p for p, turns in said]
 
 
-def rows_for_functions(prompts: list[Prompt], tokens: Tokens, texts: list[str]) -> list[dict]:
-    """The prompts' rows. Where turns precede the last, `episode` holds all behind the prompt."""
-    rows = []
-    for prompt, turns, text in zip(prompts, tokens.earlier, texts, strict=True):
-        whole = [*turns, {"role": "assistant", "content": text}]
-        rows.append({**prompt.row, "episode": whole} if turns else prompt.row)
-    return rows
+def answers_of(tokenizer, rollout: Rollout, prompts: list[Prompt]) -> Answers:
+    """The rollout's answers as reward functions see them: each the policy's last turn. Where turns
+    precede it, `episode` in the row holds all behind the prompt."""
+    texts, finished = texts_of(tokenizer, rollout), rollout.finished.tolist()
+    messages = [p.messages for p in conversations(prompts, rollout)]
+    rows = [
+        {**p.row, "episode": [*turns, {"role": "assistant", "content": text}]} if turns else p.row
+        for p, turns, text in zip(prompts, rollout.earlier, texts, strict=True)
+    ]
+    return Answers(messages, texts, rows, finished)
 
 
-def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> None:
-    """Call --reward_function once, on rank 0, with every row; all ranks get its scores or stop."""
+def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> dict:
+    """Call each --reward_function once, on rank 0, with every row; all ranks get the scores or
+    stop. Returns the mean of each, where there are several."""
     answer = None
     if process_group.is_main():
-        texts = texts_of(models.tokenizer, rollout)
         try:
-            answer = reward_functions.call(
-                models.reward_function,
-                config.reward_function,
-                [p.messages[-1]["content"] for p in prompts],
-                texts,
-                rows_for_functions(prompts, rollout, texts),
-                config.reward_function_timeout,
-            )
-        except reward_functions.FunctionError as error:
+            answer = models.reward_function.scores(answers_of(models.tokenizer, rollout, prompts))
+        except FunctionError as error:
             answer = str(error)
     answer = process_group.gather_objects(answer)[0]
     if isinstance(answer, str):
         raise StopRun(answer)
-    rollout.function_scores = config.reward_function_coef * torch.tensor(answer, dtype=torch.float)
+    rollout.function_scores = config.reward_function_coef * models.reward_function.total(answer)
     rollout.scores = rollout.scores + rollout.function_scores
+    return models.reward_function.means(answer)
 
 
 def actor_logprobs(models, tokens: Tokens, config, device) -> list[torch.Tensor]:
