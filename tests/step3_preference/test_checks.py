@@ -85,7 +85,7 @@ def step(given, optimizer, sign: int):
     total, sums = losses.batch_loss(loss, *given.train.of(chosen, policy), given.config.how())
     (sign * total / 4).backward()
     optimizer.step()
-    measured = losses.means({k: float(v) for k, v in sums.items()})
+    measured = losses.means({k: v.item() if torch.is_tensor(v) else v for k, v in sums.items()})
     given.after_a_step(chosen, 0.0, measured)
 
 
