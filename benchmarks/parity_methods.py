@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 
 from benchmarks import trl_trainers
-from benchmarks.parity_numbers import WEIGHTS_CLOSE, Row, compare, settings, weight_row
+from benchmarks.parity_numbers import settings
+from benchmarks.parity_rows import CLOSE, WEIGHTS_CLOSE, Row, compare, of_norm, weight_row
 from step3_ppo import models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
-from step3_ppo.episodes import answered
+from step3_ppo.episodes import Episode, Segment
 from step3_ppo.state import State
 from utils.data import chat_template
 from utils.data.prompts import Prompt
-from utils.generation.engine import Samples
 
-CLOSE = 1e-5  # of the spread, of the norm for gradients; fp32 in another order of summing
 # Eight prompts with four answers each, two epochs of two minibatches.
 ROLLOUT = dict(
     prompts_per_rollout=8,
@@ -119,13 +118,15 @@ def our_rollout(ours: models.Models, found: dict, config: PPOConfig, device) -> 
     """TRL's tokens and rewards as a rollout of step 3, scored by our models."""
     (sampled,) = found["_generate_and_score_completions"]
     batch = sampled["output"]
-    stop, mask = ours.tokenizer.eos_token_id, batch["completion_mask"].bool()
-    prompts, answers = (unpadded(batch, part) for part in ("prompt", "completion"))
-    reasons = ["stop" if ids[-1] == stop else "length" for ids in answers]
-    prompts = [Prompt((), "", {}, ids) for ids in prompts]
-    samples = Samples(batch["completion_ids"], mask, None, None, reasons)
+    stop = ours.tokenizer.eos_token_id
+    both = zip(unpadded(batch, "prompt"), unpadded(batch, "completion"), strict=True)
+    episodes = [
+        Episode(list(ids), [Segment(torch.tensor(answer))], answer[-1] == stop)
+        for ids, answer in both
+    ]
+    prompts = [Prompt((), "", {}, episode.prompt_ids) for episode in episodes]
     group = torch.arange(config.prompts_per_rollout).repeat_interleave(config.samples_per_prompt)
-    asked = (prompts, answered(prompts, samples), config, device, False, group)
+    asked = (prompts, episodes, config, device, False, group)
     return dataclasses.replace(rollouts.score(ours, *asked), scores=sampled["rewards"])
 
 
@@ -204,12 +205,6 @@ class Gradients:
                 {name: p.grad.clone() for name, p in engine.module.named_parameters()}
             )
         )
-
-
-def of_norm(quantity: str, ours: dict, theirs: dict, tolerance: float | None, note="") -> Row:
-    """Row of two {name: tensor}, by the norm of their difference."""
-    zero = {name: torch.zeros_like(x) for name, x in theirs.items()}
-    return weight_row(quantity, zero, ours, theirs, tolerance, note)
 
 
 def record(folder: Path) -> dict[str, dict]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import trl_trainers
-from benchmarks.parity_methods import CLOSE, Gradients, of_norm
-from benchmarks.parity_numbers import WEIGHTS_CLOSE, Row, compare, weight_row
+from benchmarks.parity_methods import Gradients
+from benchmarks.parity_rows import CLOSE, WEIGHTS_CLOSE, Row, compare, of_norm, weight_row
 from step3_preference import logprobs, losses
 from step3_preference.config import PreferenceConfig
 from utils.data import chat_template, toy_tasks
