@@ -55,6 +55,27 @@ class PPOConfig(RunConfig):
         only_with="reward_function",
     )
     reward_function_timeout: float = free(60.0, "seconds each of them may take a rollout; 0: any")
+    environment: str = setting(
+        "",
+        "package.module:name or FILE.py:name of a callable (conversations, rows) → texts that the "
+        "policy's turns are replied with, or None where the episode ends (docs/environments.md)",
+    )
+    environment_role: str = setting(
+        "auto",
+        "whose turn its text is in the chat template; auto: a tool's where it has such, else a "
+        "user's",
+        ("auto", "tool", "user"),
+        only_with="environment",
+    )
+    environment_timeout: float = free(
+        60.0, "seconds it may take for the turns of a rollout; 0: any", only_with="environment"
+    )
+    max_turns: int = setting(
+        4,
+        "turns of the policy in an episode; all turns and replies share --max_response_length",
+        at_least=1,
+        only_with="environment",
+    )
     judge_model: str = setting("", "another reward model that only judges held-out answers")
     reference_model: str = setting("", "what the KL is measured to (default: the SFT model)")
     critic_model: str = setting(

@@ -36,6 +36,7 @@ SHOWN = (
     "eval/verifier",
     "entropy",
     "response_length",
+    "turns",
     "eos_share",
     "explained_variance",
     "seconds",
@@ -56,11 +57,11 @@ def evaluate(models, prompts, config, device, report, when: str, facts: dict) ->
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
-    shown = zip(prompts[: config.sample_answers], texts, rollout.scores, strict=False)
-    lines = [
-        f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:120]!r}  (score {score:.2f})"
-        for p, text, score in shown
-    ]
+    lines = []
+    for i, prompt in enumerate(prompts[: config.sample_answers]):
+        said = [turn["content"] for turn in (prompt.messages[-1], *rollout.earlier[i])] + [texts[i]]
+        whole = "\n    → ".join(f"{text[:120]!r}" for text in said)
+        lines.append(f"  {whole}  (score {rollout.scores[i]:.2f})")
     if lines:
         report.say("\n".join([f"answers {when}:", *lines]))
     return metrics

@@ -74,6 +74,15 @@ ROLLOUT = {
         "`--score_normalisation running` makes a cut answer cost a deviation more than the mean "
         "finished one",
     ): lambda r, _: r.finished.float().mean().item(),
+    Metric(
+        "turns",
+        "turns",
+        "of the policy, mean over the episodes; where an environment has replied to any",
+        "at `--max_turns`: the policy never ends; let the environment end, or raise it",
+    ): lambda r, _: 1 + sum(map(len, r.earlier)) / 2 / len(r.earlier) if any(r.earlier) else None,
+    Metric("reply_tokens", "tokens", "of the environment, mean over the episodes"): lambda r, _: (
+        (r.response_mask & ~r.action_mask).sum(1).float().mean().item() if any(r.earlier) else None
+    ),
     Metric("score_function", "score", "the part of `score` from `--reward_function`"): (
         lambda r, _: mean_unless_zero(r.function_scores)
     ),

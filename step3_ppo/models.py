@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from step3_ppo import ptx
+from step3_ppo.environments import environment as environments
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import process_group, zero
@@ -28,6 +29,7 @@ class Models:
     reference: object
     reward: Scorer | None
     reward_function: sums.WeightedSum | None
+    environment: environments.Environment | None
     judge: Scorer | None
     ema: EMA | None
     ptx: ptx.Examples | None
@@ -64,6 +66,8 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)
     of_scorers = readers(config) if of_scorers is None else of_scorers
+    by_text = [r for r in of_scorers.values() if reads_text(r, tokenizer)]
+    environment = environments.load(config, tokenizer, by_text)
     settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
@@ -111,6 +115,7 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         reference=reference,
         reward=reward,
         reward_function=reward_function,
+        environment=environment,
         judge=judge,
         ema=ema,
         ptx=examples,

@@ -45,7 +45,8 @@ def _model_scores(probe: Probe) -> str:
     for row in rows:
         one = probe.rollout.select([row])
         texts = rollouts.texts_of(models.tokenizer, one)
-        score = models.reward.scores([probe.asked[row]], texts, one.finished, *one.joined(), 1)
+        asked = rollouts.conversations([probe.asked[row]], one)
+        score = models.reward.scores(asked, texts, one.finished, *one.joined(), 1)
         alone.append(score + one.function_scores)
     said = probe.must_agree(
         torch.cat(alone),

@@ -55,7 +55,9 @@ class Function:
     timeout: float
 
     def __call__(self, answers: Answers) -> list[float]:
-        prompts = [turns[-1]["content"] for turns in answers.messages]
+        # The last turn before an answer may be a tool's.
+        asked = [[t for t in turns if t["role"] == "user"][-1] for turns in answers.messages]
+        prompts = [turn["content"] for turn in asked]
         said = self.function, self.name, prompts, answers.texts, answers.rows
         return functions.call(*said, self.timeout)
 
