@@ -207,6 +207,7 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         response_mask=mask,
         action_mask=mask,
         logprobs=logprobs * mask,
+        engine_logprobs=logprobs * mask,
         ref_logprobs=ref_logprobs * mask,
         entropies=entropies * mask,
         values=values * mask,
