@@ -40,13 +40,23 @@ def draw(models, prompts, config, device, step: int):
         noise = AGAIN * again + step
         new, more = rollouts.collect(models, new_asked, config, device, noise_step=noise, **copies)
         found, asked = in_place_of(found, asked, slots, new, new_asked)
-        metrics = {name: value + more.get(name, 0.0) for name, value in metrics.items()}
+        metrics = added(metrics, more, len(slots) / (metrics["groups_drawn"] + len(slots)))
         metrics["groups_drawn"] += len(slots)
     if not ALGORITHMS[config.algorithm].greedy:
         return found, asked, None, metrics
     once = asked[:: config.samples_per_prompt]
     greedy, more = rollouts.collect(models, once, config, device, noise_step=step, greedy=True)
-    return found, asked, greedy, {name: value + more[name] for name, value in metrics.items()}
+    return found, asked, greedy, added(metrics, more, 0.0)
+
+
+def added(metrics: dict[str, float], more: dict[str, float], share: float) -> dict[str, float]:
+    """Both calls' seconds, and the means of their scores, in which the second has this share."""
+    both = {}
+    for name, value in metrics.items():
+        other = more.get(name, 0.0)
+        sums = name.startswith("seconds_") or name not in more
+        both[name] = value + other if sums else (1 - share) * value + share * other
+    return both
 
 
 def in_place_of(

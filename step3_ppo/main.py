@@ -36,6 +36,7 @@ SHOWN = (
     "eval/verifier",
     "entropy",
     "response_length",
+    "turns",
     "eos_share",
     "explained_variance",
     "seconds",
@@ -47,19 +48,20 @@ EVALUATION_NOISE = 2**31
 def evaluate(models, prompts, config, device, report, when: str, facts: dict) -> dict:
     """Metrics of sampled answers to the held-out prompts; shows people a few of them. The score of
     each prompt is written to `facts`, as "scores_before" or "scores_after"."""
-    rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
+    rollout, found = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
     measured = measures.measure_rollout(rollout, config.estimator_of_kl())
+    measured |= {name: value for name, value in found.items() if name.startswith("score_")}
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
-    shown = zip(prompts[: config.sample_answers], texts, rollout.scores, strict=False)
-    lines = [
-        f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:120]!r}  (score {score:.2f})"
-        for p, text, score in shown
-    ]
+    lines = []
+    for i, prompt in enumerate(prompts[: config.sample_answers]):
+        said = [turn["content"] for turn in (prompt.messages[-1], *rollout.earlier[i])] + [texts[i]]
+        whole = "\n    → ".join(f"{text[:120]!r}" for text in said)
+        lines.append(f"  {whole}  (score {rollout.scores[i]:.2f})")
     if lines:
         report.say("\n".join([f"answers {when}:", *lines]))
     return metrics
@@ -70,13 +72,14 @@ def load(run: Run):
     config, say = run.config, run.say
     length = config.max_prompt_length + config.max_response_length
     tokenizer = run.load_tokenizer(length, "--max_prompt_length, --max_response_length")
+    of_scorers = readers(config)
     prompts, held = prompt_data.load(
         config.prompt_data,
         tokenizer,
         config.pick(DataSettings),
         config.max_prompt_length,
         # Prompts that a reward model with another template refuses are left out.
-        [r for r in readers(config).values() if reads_text(r, tokenizer)],
+        [r for r in of_scorers.values() if reads_text(r, tokenizer)],
         say,
     )
     critic = f", critic {config.rate_of_critic():g}" if config.has_critic() else ""
@@ -89,7 +92,7 @@ def load(run: Run):
         f"epochs; an action is a {config.action_level}",
         config.max_steps,
     )
-    models = build(config, tokenizer, run.dtype, run.device)
+    models = build(config, tokenizer, run.dtype, run.device, of_scorers)
     say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")

@@ -83,7 +83,7 @@ class State:
             shaped = algorithm.penalise_cut(shaped, finished, penalty, stand_in)
         if config.overlong_penalty > 0:
             sizes = config.max_response_length, config.overlong_buffer
-            share = algorithm.overlong(rollout.action_mask.sum(1), *sizes)
+            share = algorithm.overlong(rollout.response_mask.sum(1), *sizes)
             shaped = shaped - config.overlong_penalty * share
             metrics["overlong"] = share.mean().item()
         return shaped, metrics

@@ -34,7 +34,8 @@ class Sampler:
             row |= {"prompt": prompt.ids, "group": i // copies}
             row["score"] = 100.0 + prompt.ids[0] if greedy else row["score"]
             row["score"] = 1.0 if alike[i // copies] and not greedy else row["score"]
-        return rollout_of(rows), {"seconds_generate": 1.0, "seconds_score": 2.0}
+        means = {"score_function/a": float(len(self.calls))}
+        return rollout_of(rows), {"seconds_generate": 1.0, "seconds_score": 2.0} | means
 
 
 def drawn(lively, monkeypatch, step=5, **settings):
@@ -75,6 +76,8 @@ def test_groups_alike_give_way_to_others_so_many_times(rounds, lively, monkeypat
     assert [is_alike(found, g) for g in range(EACH)] == alike
     assert [n for _, n, _ in sampler.calls] == [COPIES * n for n in sizes]
     assert metrics["seconds_generate"] == len(sizes)
+    mean = sum(n * call for call, n in enumerate(sizes, 1)) / sum(sizes)
+    assert metrics["score_function/a"] == pytest.approx(mean), "over all that was sampled"
     assert metrics.get("groups_drawn") == (sum(sizes) if rounds else None)
     # No column that is padding in every row, as where nothing was drawn again.
     assert found.response_mask.any(0).all() and found.prompt_mask.any(0).all()
@@ -114,7 +117,8 @@ def test_what_is_no_number_is_left_for_the_watch(monkeypatch):
 def test_each_prompt_has_one_greedy_answer_and_its_rows_its_score(monkeypatch):
     sampler, found, asked, greedy, metrics = drawn(1.0, monkeypatch, algorithm="remax")
     assert [call[1:] for call in sampler.calls] == [(EACH * COPIES, False), (EACH, True)]
-    assert metrics == {"seconds_generate": 2.0, "seconds_score": 4.0}
+    sampled_alone = {"score_function/a": 1.0}
+    assert metrics == {"seconds_generate": 2.0, "seconds_score": 4.0} | sampled_alone
     config = config_of(algorithm="remax", samples_per_prompt=COPIES, prompts_per_rollout=EACH)
     config.score_clip, state = 120.0, State(kl_coef=0.2)
     experience, _ = make_experience(found, config, state, greedy)
