@@ -82,6 +82,8 @@ def on_policy_at_the_first_update(steps: FirstSteps) -> str:
     first = {n: metrics[f"first_{n}"] for n in allowed if f"first_{n}" in metrics}
     if "ratio" not in first:
         raise Doubt("the first optimizer step was skipped; see the lines above")
+    if first["ratio"] == 0:  # the mean over no action
+        raise Doubt("every answer of the first minibatch is cut, and --mask_cut_answers is set")
     text = ", ".join(f"{name} {value:.3g}" for name, value in first.items())
     for name, value in first.items():
         expected, limit = allowed[name]
