@@ -98,7 +98,7 @@ class PreferenceConfig(RunConfig):
         entry = LOSSES[self.loss]
         for name in NUMBERS:
             value = getattr(self, name)
-            if value == OWN:
+            if value <= OWN:  # the bounds refuse what is below
                 continue
             if value < 0 or (name == "beta" and value == 0):
                 bound = "above 0" if name == "beta" else "at least 0"
