@@ -142,6 +142,11 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
             f"logprobs_from=decode: the {engine.name} engine returns no log-probabilities; "
             "set --logprobs_from auto or --hybrid_engine native"
         )
+    if config.importance_cap and not engine.returns_logprobs:
+        raise SystemExit(
+            f"importance_cap={config.importance_cap}: the {engine.name} engine returns no "
+            "log-probabilities to compare with; leave it out or set --hybrid_engine native"
+        )
     return engine
 
 

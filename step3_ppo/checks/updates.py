@@ -2,9 +2,10 @@
 
 import torch
 
-from step3_ppo.checks.probe import AFTER, Doubt, Fault, FirstSteps, check
+from step3_ppo.checks.probe import AFTER, FirstSteps, check
 from utils.checkpoints import engine_state
 from utils.distributed import process_group, zero
+from utils.verdicts import Doubt, Fault
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 CHECKSUM_CHUNK = 2**22  # weights summed at once: 32 MB of positions
@@ -80,6 +81,8 @@ def on_policy_at_the_first_update(steps: FirstSteps) -> str:
     first = {n: metrics[f"first_{n}"] for n in allowed if f"first_{n}" in metrics}
     if "ratio" not in first:
         raise Doubt("the first optimizer step was skipped; see the lines above")
+    if first["ratio"] == 0:  # the mean over no action
+        raise Doubt("every answer of the first minibatch is cut, and --mask_cut_answers is set")
     text = ", ".join(f"{name} {value:.3g}" for name, value in first.items())
     for name, value in first.items():
         expected, limit = allowed[name]
