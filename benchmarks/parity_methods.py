@@ -15,7 +15,15 @@ import torch
 
 from benchmarks import trl_trainers
 from benchmarks.parity_numbers import settings
-from benchmarks.parity_rows import CLOSE, WEIGHTS_CLOSE, Row, compare, of_norm, weight_row
+from benchmarks.parity_rows import (
+    CLOSE,
+    GRADIENTS_CLOSE,
+    WEIGHTS_CLOSE,
+    Row,
+    compare,
+    of_norm,
+    weight_row,
+)
 from step3_ppo import models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
@@ -181,7 +189,8 @@ def update_rows(ours: models.Models, experience, found: dict, why: str, config, 
         metrics = update.step_actor(ours, experience, chosen, config, device)
         whole = metrics["policy_loss"] + experience.kl_in_loss * metrics.get("kl_in_loss", 0.0)
         rows.append(compare(f"loss, update {k}", whole, loss, None, CLOSE, scale=1.0))
-        rows.append(of_norm(f"gradient, update {k}", gradients.last, theirs["gradients"], CLOSE))
+        close = GRADIENTS_CLOSE[k > 1]
+        rows.append(of_norm(f"gradient, update {k}", gradients.last, theirs["gradients"], close))
         now = trl_trainers.snapshot(dict(module.named_parameters()))
         title = f"weights after update {k}"
         rows.append(weight_row(title, start, now, theirs["weights"], WEIGHTS_CLOSE))

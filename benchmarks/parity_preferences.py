@@ -12,7 +12,15 @@ import torch
 
 from benchmarks import trl_trainers
 from benchmarks.parity_methods import Gradients
-from benchmarks.parity_rows import CLOSE, WEIGHTS_CLOSE, Row, compare, of_norm, weight_row
+from benchmarks.parity_rows import (
+    CLOSE,
+    GRADIENTS_CLOSE,
+    WEIGHTS_CLOSE,
+    Row,
+    compare,
+    of_norm,
+    weight_row,
+)
 from step3_preference import logprobs, losses
 from step3_preference.config import PreferenceConfig
 from utils.data import chat_template, toy_tasks
@@ -45,11 +53,6 @@ class Method:
     ours: dict
     likelihood_of_all: bool = False
     by_design: str = ""
-
-    def folders(self, folder: Path) -> tuple[str, str]:
-        """Of policy and reference; KTO's exchanged: its KL shall be above 0, where it counts."""
-        names = ("reference", "actor") if self.trl == "kto" else ("actor", "reference")
-        return tuple(str(folder / name) for name in names)
 
 
 # ORPO's paper has the likelihood of the answer; its authors' code and TRL's that of the prompt too.
@@ -122,7 +125,7 @@ def texts(tokenizer, rows: list[Answers]) -> dict[str, list[str]]:
 
 def run_trl(method: Method, folder: Path) -> dict:
     """What TRL's trainer computes in one pass over the data."""
-    policy, reference = method.folders(folder)
+    policy, reference = str(folder / "actor"), str(folder / "reference")
     _, columns = data_of(method, chat_template.load_tokenizer(policy))
     given = trl_trainers.settings(str(folder / "trl"), BATCH, BATCH, RATE, "fp32")
     given |= dict(max_steps=PAIRS // BATCH, max_grad_norm=0.0, max_length=LENGTH) | method.theirs
@@ -172,20 +175,20 @@ def logprobs_of(call: dict) -> torch.Tensor:
 
 def method_rows(method: Method, found: dict, folder: Path, device) -> list[Row]:
     """Rows of log-probabilities, losses, gradients and weights, update by update."""
-    start_from, reference = method.folders(folder)
+    start_from = str(folder / "actor")
     config = PreferenceConfig(model_name_or_path=start_from, **method.ours)
     loss, how = losses.LOSSES[config.loss], config.how()
     tokenizer = chat_template.load_tokenizer(start_from)
     data, _ = data_of(method, tokenizer)
     place = {tuple(map(tuple, row.answers)): i for i, row in enumerate(data)}
     loading = dict(dtype="fp32", tokenizer=tokenizer)
-    reference = language_model.load(Loading(), reference, **loading).eval()
+    reference = language_model.load(Loading(), str(folder / "reference"), **loading).eval()
     model = language_model.load(Loading(), start_from, **loading)
     training = zero.Training(RATE, "constant", 0.0, 0.0, 0.95, 0.0, "none")
     engine = zero.TrainEngine(
         model, training, dtype="fp32", zero_stage=0, total_steps=PAIRS // BATCH
     )
-    gradients, rows = Gradients(engine), []
+    gradients, rows, above = Gradients(engine), [], []
     start = trl_trainers.snapshot(dict(engine.module.named_parameters()))
     for k, (call, theirs) in enumerate(zip(found["calls"], found["steps"], strict=True), start=1):
         some = [data[place[key]] for key in keys(call)]  # KeyError: other tokens than ours
@@ -200,6 +203,7 @@ def method_rows(method: Method, found: dict, folder: Path, device) -> list[Row]:
                 both = (logprobs.of_answers(m, others, device) for m in (engine, reference))
                 z0 = max(0.0, torch.sub(*both).mean().item())
                 rows.append(compare(f"KL, update {k}", z0, call["kl"], None, CLOSE, scale=1.0))
+                above.append(z0 > 0)
         x = losses.Logprobs(policy, of_reference, lengths)
         labels = [row.labels for row in some]
         total, _ = losses.batch_loss(loss, x, labels, how, z0)
@@ -217,10 +221,13 @@ def method_rows(method: Method, found: dict, folder: Path, device) -> list[Row]:
             rows.append(compare(title, *both, tolerance=CLOSE))
         value, mean = call["loss"].item(), total.item() / len(some)
         rows.append(compare(f"loss, update {k}", mean, value, None, CLOSE, scale=abs(mean)))
-        rows.append(of_norm(f"gradient, update {k}", gradients.last, theirs["gradients"], CLOSE))
+        close = GRADIENTS_CLOSE[k > 1]
+        rows.append(of_norm(f"gradient, update {k}", gradients.last, theirs["gradients"], close))
         now = trl_trainers.snapshot(dict(engine.module.named_parameters()))
         title = f"weights after update {k}"
         rows.append(weight_row(title, start, now, theirs["weights"], WEIGHTS_CLOSE))
+    if above and not any(above):
+        raise RuntimeError("the KL was 0 in every update: it is not compared")
     if method.by_design:
         rows = [
             dataclasses.replace(row, tolerance=None, note=method.by_design)

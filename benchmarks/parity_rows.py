@@ -9,6 +9,8 @@ KINDS = ("log-probs", "reference log-probs", "KL", "advantages", "loss", "gradie
 # fp32 in another order of summing differs in the seventh digit. Relative to the spread; of
 # gradients to their norm.
 CLOSE = 1e-5
+# From the second update on the gradients are taken at weights that differ by what follows.
+GRADIENTS_CLOSE = (1e-5, 1e-4)  # of the first update, of later ones
 # Adam's first steps move a weight by the learning rate however small its gradient is. Where that
 # is below 1e-8 rounding shows in full, so weights are held to the norm of all moves together.
 WEIGHTS_CLOSE = 5e-3
