@@ -134,7 +134,9 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
             samples = engine.generate(Request(*prompts, noise[rows]), sampling)
             texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
             finished = [reason == "stop" for reason in samples.finish_reasons]
-            answers = list(map(Sampled, texts, finished))
+            kept = zip(samples.response_ids, samples.response_mask, strict=True)
+            ids = [tuple(row[mask].tolist()) for row, mask in kept]
+            answers = list(map(Sampled, texts, finished, ids))
             sampled |= {i: answers[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
     everything = {
         i: found for part in process_group.gather_objects(sampled) for i, found in part.items()

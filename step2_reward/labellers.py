@@ -34,7 +34,7 @@ def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[l
 def by_reward_model(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
     """Scores as PPO would give them."""
     groups = [
-        [reward.reader.encode(prompt.messages, *answer) for answer in group]
+        [reward.reader.encode(prompt.messages, a.text, a.finished) for a in group]
         for prompt, group in zip(prompts, answers, strict=True)
     ]
     prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)

@@ -146,8 +146,12 @@ def test_sampled_answers_say_whether_they_were_cut(chain, monkeypatch):
         [(tokenizer.decode(r, skip_special_tokens=True), tokenizer.eos_token_id in r) for r in rows]
         for rows in (drawn[tuple(ids)] for ids in encoded)
     ]
-    assert [list(map(tuple, group)) for group in answers] == expected
-    assert {done for group in answers for _, done in group} == {True, False}
+    assert [[(a.text, a.finished) for a in group] for group in answers] == expected
+    assert {a.finished for group in answers for a in group} == {True, False}
+    stop = tokenizer.eos_token_id
+    for a in (a for group in answers for a in group):
+        assert tokenizer.decode(a.ids, skip_special_tokens=True) == a.text
+        assert a.ids.count(stop) == a.finished == (a.ids[-1] == stop)
 
 
 def test_comparisons_carry_the_mark_to_people_and_back(tmp_path):
