@@ -61,6 +61,9 @@ class Job:
             problems.append(str(error))
         if problems:
             end("these settings cannot work:\n" + "\n".join(problems))
+        if "seed" not in own:  # the steps read it in `all` too
+            for _, values in (x for p in self.configs for x in files.layers(p, "all", "run")):
+                self.settings.seed = values.get("seed", self.settings.seed)
         self.flags = {n: v for n, v in self.flags.items() if n not in own or n == "seed"}
         self.name, self.began = recipe.stem, time.monotonic()
         self.output = Path(self.settings.output_dir or f"output/{self.name}")
@@ -114,14 +117,23 @@ class Job:
         """A flag that step 3 does not know should not cost the hours of steps 1 and 2."""
         environment = os.environ | {"WORLD_SIZE": str(ranks or 1)}
         last = {(stage.script, stage.sections): stage for stage in self.all_stages()}
+        shown = dict(env=environment, stderr=subprocess.PIPE, text=True)
         checks = [  # at once: each is a second or two of imports
             subprocess.Popen(
                 [launch.PYTHON, ROOT / stage.script, "--check_config", *self.words_for(stage)],
-                env=environment,
+                **shown,
             )
             for stage in last.values()
         ]
-        if any([check.wait() for check in checks]):
+        told: dict[str, list[str]] = {}  # what several programs say is said once
+        for (program, _), check in zip(last, checks, strict=True):
+            for line in check.communicate()[1].splitlines():
+                told[line] = [p for p in told.get(line, []) if p != program] + [program]
+        problems = [f"{p} ({', '.join(of)})" for p, of in told.items() if p.startswith("  - ")]
+        if problems:
+            end("these settings cannot work:\n" + "\n".join(problems))
+        print(*(f"{line}\n" for line in told), sep="", end="", file=sys.stderr)
+        if any(check.returncode for check in checks):
             raise SystemExit(2)
 
     def begin(self) -> None:

@@ -19,7 +19,6 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
 from step3_ppo.state import State
 from utils.data import chat_template, toy_tasks
-from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import from_scratch, language_model, scorer
 
@@ -40,8 +39,8 @@ BOOTSTRAP = "TRL's stop token earns γ((1−λ)V' + λ·score), V' read at it; o
 BESSEL = "TRL divides the variance by n−1 tokens, ours by n"
 FILL = "never used; ours 0, TRL 1.0"
 VARIANTS = {
-    "KL by k1": {},
-    "KL by k3, rewards whitened": {"kl_estimator": "k3", "whiten_rewards": True},
+    "PPO, KL by k1": {},
+    "PPO, KL by k3, rewards whitened": {"kl_estimator": "k3", "whiten_rewards": True},
 }
 
 
@@ -54,7 +53,9 @@ class Row:
     scale: float  # standard deviation of ours; of losses and weights see update_rows
     tolerance: float | None  # of the relative error
     note: str = ""
-    norms: float | None = None  # ‖ours − theirs‖ / ‖ours − start‖, of weights
+    norms: float | None = (
+        None  # ‖ours − theirs‖ / ‖ours − start‖, of weights; of gradients / ‖ours‖
+    )
 
     @property
     def agrees(self) -> bool:
@@ -65,7 +66,7 @@ class Row:
         return self.difference <= self.tolerance * self.scale
 
     def cells(self) -> tuple[str, ...]:
-        of = "scale" if self.norms is None else "‖moves‖"
+        of = "scale" if self.norms is None else "its norm"
         if self.tolerance is None:
             verdict = f"by design: {self.note}"
         elif self.agrees:
@@ -231,7 +232,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     mask, logprobs = rollout.response_mask, rollout.logprobs
     shipped, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
     parts = (rollout.scores, logprobs, rollout.ref_logprobs)
-    price = (config.kl_coef, config.kl_estimator)
+    price = (config.kl_coef, config.estimator_of_kl())
     penalties, kl = algorithm.token_rewards(torch.zeros_like(parts[0]), *parts[1:], mask, *price)
     rewards, _ = algorithm.token_rewards(*parts, mask, *price)
     # The same functions on TRL's trajectory, where the score's step is one past the stop token.
@@ -264,7 +265,9 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         compare("  whitening × √((n−1)/n)", whitened_on, theirs["advantages"], mask),
     ]
     _, advantages_on = whiten(raw_on, mask)
-    on = rollouts.Experience(rollout, mask, logprobs, rollout.values, advantages_on, returns_on)
+    on = rollouts.Experience(
+        rollout, mask, logprobs, rollout.values, advantages_on, returns_on, mask.float()
+    )
     # The extra step's column stays when a minibatch is cut to its longest response.
     longer = dataclasses.replace(rollout, response_mask=steps)
     return rows, {
@@ -332,21 +335,23 @@ def update_rows(ours, again, experiences, updates: list[dict], config, device) -
     return rows
 
 
-def run(folder: Path) -> dict[str, list[Row]]:
-    """{variant: its rows}. Makes the models under `folder` first."""
-    make_models(folder)
-    configs = {name: settings(folder, **changes) for name, changes in VARIANTS.items()}
-    captures = {name: run_trl(config, folder) for name, config in configs.items()}
-    # Only now: accelerate, inside TRL, would read the process group's variables as its own.
-    device = process_group.init()
+def record(folder: Path) -> dict[str, trl_runner.Capture]:
+    """{variant: what TRL computes}, on the models of make_models in `folder`."""
+    return {
+        name: run_trl(settings(folder, **changes), folder) for name, changes in VARIANTS.items()
+    }
+
+
+def run(folder: Path, recorded: dict[str, trl_runner.Capture], device) -> dict[str, list[Row]]:
+    """{variant: its rows}. The process group has begun, after which no trainer of TRL may:
+    accelerate, inside it, would read the group's variables as its own."""
     tables = {}
-    for name, config in configs.items():
-        capture = captures[name]
+    for name, capture in recorded.items():
+        config = settings(folder, **VARIANTS[name])
         tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
         ours, again = (models.build(config, tokenizer, config.dtype, device) for _ in range(2))
         rollout, values, steps = our_rollout(ours, capture.rollout, config)
         rows, experiences = rollout_rows(rollout, values, steps, capture.rollout, config)
         rows += update_rows(ours, again, experiences, capture.updates, config, device)
         tables[name] = rows
-    process_group.shut_down()
     return tables

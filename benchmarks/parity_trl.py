@@ -1,9 +1,10 @@
-"""Parity of step 3 with TRL 1.12's PPOTrainer: every number of one rollout, and learning curves.
+"""Parity with TRL 1.12: every number of one rollout of PPO, GRPO, Dr. GRPO and RLOO and of the
+optimizer steps on it, and PPO's learning curves.
 
     python benchmarks/parity_trl.py [--output_dir output/parity_trl] [--skip_learning]
 
 Any Python 3.10 to 3.13 with venv will do: the benchmark makes benchmarks/.venv_trl (1.7 GB) from
-benchmarks/requirements_trl.txt and goes on in there, on the CPU. Prints two tables, writes
+benchmarks/requirements_trl.txt and goes on in there, on the CPU. Prints tables, writes
 results.json and learning.png. Exit code 1: a number differs that should not.
 """
 
@@ -56,14 +57,22 @@ def main() -> int:
     if Path(sys.prefix).resolve() != trl_environment.VENV.resolve():
         go_on_inside(trl_environment.make_environment())
 
-    from benchmarks import parity_numbers
+    from benchmarks import parity_methods, parity_numbers
+    from utils.distributed import process_group
     from utils.distributed.program import quiet_libraries
     from utils.report import table
 
     quiet_libraries()
     output = Path(arguments.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    tables = parity_numbers.run(output / "numbers")
+    numbers = output / "numbers"
+    parity_numbers.make_models(numbers)
+    parts = (parity_numbers, parity_methods)
+    recorded = [part.record(numbers) for part in parts]
+    device, tables = process_group.init(), {}
+    for part, found in zip(parts, recorded, strict=True):
+        tables |= part.run(numbers, found, device)
+    process_group.shut_down()
     header = ("quantity", "max |difference|", "scale (std of ours)", "verdict")
     failed, results = [], {"numbers": {}}
     for name, rows in tables.items():

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.ppo import ppo_trainer
 
-from benchmarks import trl_runner
+from benchmarks import trl_runner, trl_trainers
 from step3_ppo.config import PPOConfig
 from utils.data import chat_template
 from utils.distributed import program
@@ -24,16 +24,17 @@ from utils.settings import command_line
 
 
 class TakeTurns(TrainerCallback):
-    """Each step of the trainer is a turn; `measured()` is told with it."""
+    """Every `steps` of the trainer are a turn; `measured()` is told with it."""
 
-    def __init__(self, turns, measured=dict):
-        self.turns, self.measured = turns, measured
+    def __init__(self, turns, measured=dict, steps: int = 1):
+        self.turns, self.measured, self.steps = turns, measured, steps
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.turns.ready()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.turns.done(**self.measured())
+        if state.global_step % self.steps == 0:
+            self.turns.done(**self.measured())
 
 
 def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
@@ -42,11 +43,6 @@ def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
     program.quiet_libraries()
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     clock = {"generated": 0.0, "began": 0.0, "scored": 0.0}
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     generate, whiten = ppo_trainer.batch_generation, ppo_trainer.masked_whiten
 
@@ -75,37 +71,64 @@ def ppo(turns, argv: list[str], prompts: list[list[int]]) -> None:
     trl_runner.build_trainer(config, prompts, tokenizer, config.output_dir, callbacks).train()
 
 
-def trainer_settings(output_dir: str, rows: int, micro: int, learning_rate: float, dtype: str):
-    """What our SFT and reward steps do, in their words. Their defaults stay where speed is meant:
-    only gradient checkpointing is off, as in ours."""
-    return dict(
-        output_dir=output_dir,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=rows // micro,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        max_steps=100_000,
-        bf16=dtype == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
-        max_length=None,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+def online(turns, name: str, argv: list[str], prompts: list[list[int]]) -> None:
+    """GRPOTrainer or RLOOTrainer: one rollout and one optimizer step a minibatch are a turn. Its
+    reward model is given texts, as it asks for."""
+    config = command_line.build(PPOConfig, argv, world_size=1)
+    program.quiet_libraries()
+    tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
+    seconds = {}
+
+    def timed(trainer, method: str) -> None:
+        plain = getattr(trainer, method)
+
+        def call(*args, **kwargs):
+            started = now()
+            found = plain(*args, **kwargs)
+            seconds[method] = now() - started
+            return found
+
+        setattr(trainer, method, call)
+
+    def measured() -> dict[str, float]:
+        whole = seconds["_generate_and_score_completions"]
+        return {
+            "seconds_generate": seconds["_generate"],
+            "seconds_score": whole - seconds["_generate"],
+            "seconds_train": now() - turns.started - whole,
+            "tokens": sum(int(part["completion_mask"].sum()) for part in trainer._buffered_inputs),
+        }
+
+    reward_model = AutoModelForSequenceClassification.from_pretrained(
+        config.reward_model, num_labels=1, dtype=torch.float32
     )
+    trainer = trl_trainers.online(
+        name,
+        config,
+        [tokenizer.decode(ids) + " " for ids in prompts],
+        reward_model,
+        config.output_dir,
+        [TakeTurns(turns, measured, steps=config.minibatches())],
+        max_steps=100_000,
+    )
+    timed(trainer, "_generate")
+    timed(trainer, "_generate_and_score_completions")
+    trainer.train()
 
 
-def sft(turns, folder: str, rows: str, dtype: str, **settings) -> None:
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def sft(turns, folder: str, rows: str, **settings) -> None:
     """SFTTrainer. rows: a file of [prompt, answer] token ids; loss on the answers."""
     program.quiet_libraries()
     rows = json.loads(Path(rows).read_text(encoding="utf-8"))
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        args=SFTConfig(**trainer_settings(rows=len(rows), dtype=dtype, **settings)),
+        args=SFTConfig(**trl_trainers.settings(rows=len(rows), **settings), max_length=None),
         processing_class=chat_template.load_tokenizer(folder),
         train_dataset=Dataset.from_dict(
             {
@@ -119,7 +142,7 @@ def sft(turns, folder: str, rows: str, dtype: str, **settings) -> None:
     trainer.train()
 
 
-def reward(turns, folder: str, rows: str, dtype: str, **settings) -> None:
+def reward(turns, folder: str, rows: str, **settings) -> None:
     """RewardTrainer. rows: a file of [prompt, preferred answer, other answer] token ids."""
     program.quiet_libraries()
     rows = json.loads(Path(rows).read_text(encoding="utf-8"))
@@ -128,7 +151,7 @@ def reward(turns, folder: str, rows: str, dtype: str, **settings) -> None:
     )
     trainer = RewardTrainer(
         model=model,
-        args=RewardConfig(**trainer_settings(rows=len(rows), dtype=dtype, **settings)),
+        args=RewardConfig(**trl_trainers.settings(rows=len(rows), **settings), max_length=None),
         processing_class=chat_template.load_tokenizer(folder),
         train_dataset=Dataset.from_dict(
             {
@@ -140,3 +163,19 @@ def reward(turns, folder: str, rows: str, dtype: str, **settings) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+
+
+def dpo(turns, folder: str, rows: str, cached: bool, **settings) -> None:
+    """DPOTrainer. rows: as `reward`. cached: the reference's log-probabilities are computed once
+    before training, which is not its default."""
+    program.quiet_libraries()
+    rows = json.loads(Path(rows).read_text(encoding="utf-8"))
+    tokenizer = chat_template.load_tokenizer(folder)
+    given = trl_trainers.settings(rows=len(rows), **settings)
+    given |= {"max_length": None, "precompute_ref_log_probs": cached}
+    columns = {
+        name: [tokenizer.decode(row[i]) + " " * (i == 0) for row in rows]
+        for i, name in enumerate(("prompt", "chosen", "rejected"))
+    }
+    callbacks = [TakeTurns(turns)]
+    trl_trainers.offline("dpo", folder, None, columns, callbacks, **given).train()

@@ -155,8 +155,9 @@ def train_sft(config, dtype: str, device) -> None:
     ids = torch.randint(10, 300, shape, device=device)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask[0, -1] = False  # rows of one length would need no attention mask
+    together = config.micro_batch_size * process_group.world_size()
     for _ in range(2):
-        for _ in range(config.accumulation(process_group.world_size())):
+        for _ in range(config.global_batch_size // together):
             loss, count = response_loss(engine, ids, mask, mask)
             engine.backward(loss, normaliser=count)
         engine.step()

@@ -1,12 +1,14 @@
-"""Step 3 against TRL 1.12's PPO on the common work W: response tokens a second, phase by phase.
+"""Step 3 against TRL 1.12 on the common work W: response tokens a second, phase by phase.
 
-    python benchmarks/ppo_throughput.py                          # W and W-var: about 8 minutes
+    python benchmarks/ppo_throughput.py                          # PPO, W and W-var: about 8 minutes
+    python benchmarks/ppo_throughput.py --algorithm grpo         # or rloo
     python benchmarks/ppo_throughput.py --sweep vocabulary       # or batch, length, model, ranks
     python benchmarks/ppo_throughput.py --device cuda --shape qwen2.5-0.5b
 
 W: benchmarks/workload.py. Ours is step3_ppo/main.py as it is, through DeepSpeed engines; TRL's is
-PPOTrainer with one optimizer step a minibatch (the first run makes its environment, some minutes).
-One core, one thread, all sides in turn. Prints tables, writes OUTPUT/ppo_throughput.json.
+PPOTrainer with one optimizer step a minibatch, or its GRPOTrainer or RLOOTrainer, where the 32 rows
+are 8 answers to each of 4 prompts (the first run makes its environment, some minutes). One core,
+one thread, all sides in turn. Prints tables, writes OUTPUT/ALGORITHM_throughput.json.
 """
 
 import sys
@@ -22,6 +24,13 @@ from benchmarks.workload import Shape
 PHASES = ("generate", "score", "train")
 ON_CPU = ("ours-fp32", "ours-bf16", "trl-fp32", "generate-fp32", "generate-bf16")
 ON_GPU = ("ours-bf16", "generate-bf16", "compiled-bf16")
+# Flags of ours that make the algorithm what TRL's trainer of this name does.
+ALGORITHMS = {
+    "ppo": [],
+    "grpo": ["--algorithm", "grpo"],
+    "rloo": ["--algorithm", "rloo", "--action_level", "sequence"],  # its ratio is of whole answers
+}
+SAMPLES = 8  # answers to a prompt, where they are compared with each other
 W = workload.Work()
 SWEEPS = {
     "batch": {n: replace(W, prompts=n) for n in (8, 16, 32, 64)},
@@ -51,7 +60,8 @@ def flags(
         overwrite=True,
         max_prompt_length=work.prompt_length,
         max_response_length=work.new_tokens,
-        prompts_per_rollout=work.prompts,
+        prompts_per_rollout=work.asked(),
+        samples_per_prompt=work.samples,
         global_batch_size=minibatch,
         micro_batch_size=minibatch // ranks,
         ppo_epochs=1,
@@ -79,17 +89,23 @@ def sides(names, work, models: Path, output: Path, arguments, ranks=(1,)) -> lis
         for count in ranks if who == "ours" else (1,):
             called = name if len(ranks) == 1 else f"{name}, {count} rank{'s'[: count > 1]}"
             folder = output / "runs" / called.replace(", ", "-").replace(" ", "")
-            argv = flags(work, models, file, folder, dtype, count) + arguments.flags
+            argv = flags(work, models, file, folder, dtype, count)
+            argv += ALGORITHMS[arguments.algorithm] + arguments.flags
             python = sys.executable
             if who == "ours":
                 function = "benchmarks.sides:step"
                 given = {"module": "step3_ppo.main", "argv": argv}
             elif who == "trl":
-                function, python = "benchmarks.peers_trl:ppo", trl_environment.make_environment()
+                python = trl_environment.make_environment()
                 given = {"argv": argv, "prompts": prompts}
+                function = "benchmarks.peers_trl:ppo"
+                if arguments.algorithm != "ppo":
+                    function = "benchmarks.peers_trl:online"
+                    given["name"] = arguments.algorithm
             else:
                 function = "benchmarks.sides:generate"
-                given = {"folder": str(models / "policy"), "prompts": prompts, "dtype": dtype}
+                repeated = [ids for ids in prompts for _ in range(work.samples)]
+                given = {"folder": str(models / "policy"), "prompts": repeated, "dtype": dtype}
                 given["new_tokens"] = work.new_tokens
                 given["cache"] = "static" if who == "compiled" else None
             cores = measure.cores_of(arguments, count)
@@ -115,9 +131,11 @@ def numbers(system: System, work: workload.Work) -> dict[str, list[float]]:
     return found
 
 
-def floors(work: workload.Work, dtype: str, rate: dict[str, float]) -> dict[str, float]:
+def floors(
+    work: workload.Work, dtype: str, rate: dict[str, float], critic: bool
+) -> dict[str, float]:
     """Least seconds of each phase by the GEMM rate of the run, and on a GPU by its memory."""
-    found = {phase: f / rate[dtype] for phase, f in workload.ppo_flops(work).items()}
+    found = {phase: f / rate[dtype] for phase, f in workload.ppo_flops(work, critic).items()}
     if "memory" in rate:
         least = workload.decode_bytes(work, 4 if dtype == "fp32" else 2) / rate["memory"]
         found["generate"] = max(found["generate"], least)
@@ -141,6 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--work", nargs="+", choices=("W", "W-var"), default=["W", "W-var"])
     parser.add_argument("--sweep", choices=SWEEPS, help="instead: growth with one size, ours alone")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="ppo")
     parser.add_argument("--shape", choices=workload.SHAPES, default="w")
     arguments = parser.parse_args()
     output = Path(arguments.output_dir).resolve()
@@ -148,7 +167,9 @@ def main() -> None:
     names = arguments.systems or (("ours-fp32", "ours-bf16") if arguments.sweep else usual)
     ranks = (1, 2) if arguments.sweep == "ranks" else (1,)
     shape = workload.SHAPES[arguments.shape]
-    works = {"W": workload.Work(shape=shape), "W-var": workload.Work(shape=shape, shortest=16)}
+    critic = arguments.algorithm == "ppo"
+    grouped = dict(shape=shape, samples=1 if critic else SAMPLES)
+    works = {"W": workload.Work(**grouped), "W-var": workload.Work(**grouped, shortest=16)}
     chosen = {name: works[name] for name in arguments.work}
     if arguments.sweep:
         chosen = {f"{arguments.sweep} {label}": w for label, w in SWEEPS[arguments.sweep].items()}
@@ -162,13 +183,13 @@ def main() -> None:
             title,
             sides(names, work, models, output, arguments, ranks),
             lambda system, work=work: numbers(system, work),
-            lambda dtype, rate, work=work: floors(work, dtype, rate),
+            lambda dtype, rate, work=work: floors(work, dtype, rate, critic),
             peers_of,
             sum(work.answers()),
             arguments,
         )
         results.append(found | {"work": asdict(work)})
-    name = "ppo_throughput" + (f"_{arguments.sweep}" if arguments.sweep else "")
+    name = f"{arguments.algorithm}_throughput" + (f"_{arguments.sweep}" if arguments.sweep else "")
     print(f"\nwritten: {figures.write(name, arguments, here, results)}")
 
 

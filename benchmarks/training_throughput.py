@@ -1,5 +1,5 @@
-"""What sft_throughput.py and reward_throughput.py share: a step of ours against a trainer of TRL,
-on the same model, rows, batch and optimizer, in turns on one core."""
+"""What sft_throughput.py, reward_throughput.py and dpo_throughput.py share: a step of ours against
+a trainer of TRL, on the same model, rows, batch and optimizer, in turns on one core."""
 
 import json
 import sys
@@ -10,7 +10,6 @@ from pathlib import Path
 from benchmarks import figures, measure, trl_environment, workload
 from benchmarks.measure import System
 
-SYSTEMS = ("ours-fp32", "ours-bf16", "trl-fp32", "trl-bf16")
 # 32 rows of 80 to 256 tokens: 64 of prompt, the rest answer.
 ROWS = dict(prompts=32, prompt_length=64, new_tokens=192, shortest=16)
 MICRO = 8  # rows of data a forward pass
@@ -47,24 +46,29 @@ def run(
     to_row: Callable[[tuple], dict],
     peer_rows: Callable[[tuple], tuple],
     flops_of: Callable[[workload.Shape, list[tuple]], tuple[float, int]],
+    size: dict = ROWS,
+    peers: dict[str, dict] | None = None,
 ) -> None:
     """The whole command. extra_flags(data file) → the step's own flags; to_row, peer_rows: a row of
     workload.answered_rows as data of ours and of TRL's; flops_of(shape, rows) → (least arithmetic
-    of one optimizer step, tokens in it)."""
+    of one optimizer step, tokens in it). size: of the work; peers: name → arguments of TRL's sides.
+    """
+    peers = peers or {"trl": {}}
+    names = [f"{who}-{dtype}" for who in ("ours", *peers) for dtype in ("fp32", "bf16")]
     parser = measure.parser(description, repeats=6)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", choices=names, default=names)
     parser.add_argument("--shape", choices=workload.SHAPES, default="w")
     arguments = parser.parse_args()
     output = Path(arguments.output_dir).resolve()
     here = figures.machine(measure.cores_of(arguments), arguments.device)
     print(figures.described(here))
-    work = workload.Work(shape=workload.SHAPES[arguments.shape], **ROWS)
+    work = workload.Work(shape=workload.SHAPES[arguments.shape], **size)
     models = workload.save_models(work, output / "models")
     rows = workload.answered_rows(work)
     data = output / "data" / f"{name}.jsonl"
     workload.write_rows(data, [to_row(r) for r in rows], work.shape, seed=42)
-    peers = output / "data" / f"{name}_peers.json"
-    peers.write_text(json.dumps([peer_rows(r) for r in rows]), encoding="utf-8")
+    for_peers = output / "data" / f"{name}_peers.json"
+    for_peers.write_text(json.dumps([peer_rows(r) for r in rows]), encoding="utf-8")
     where = (output / "logs", measure.cores_of(arguments), arguments.device)
     systems = []
     for called in arguments.systems:
@@ -75,8 +79,12 @@ def run(
             given = {"module": f"{module}.main", "argv": argv}
             systems.append(System(called, "benchmarks.sides:step", given, *where))
             continue
-        given = {"folder": str(models / "policy"), "rows": str(peers), "dtype": dtype}
-        given |= {"output_dir": str(folder), "micro": MICRO, "learning_rate": LEARNING_RATE}
+        given = {"folder": str(models / "policy"), "rows": str(for_peers), "dtype": dtype}
+        given |= peers[who] | {
+            "output_dir": str(folder),
+            "micro": MICRO,
+            "learning_rate": LEARNING_RATE,
+        }
         function, python = f"benchmarks.peers_trl:{name}", str(trl_environment.make_environment())
         systems.append(System(called, function, given, *where, python=python))
     flops, tokens = flops_of(work.shape, rows)
@@ -85,7 +93,7 @@ def run(
         systems,
         lambda system: {"total": [t["seconds"] for t in system.turns]},
         lambda dtype, rate: {"total": flops / rate[dtype]},
-        lambda called: [f"trl-{figures.dtype_of(called)}"],
+        lambda called: [f"{peer}-{figures.dtype_of(called)}" for peer in peers],
         tokens,
         arguments,
     )

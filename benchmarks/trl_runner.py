@@ -46,8 +46,8 @@ def trl_settings(config, output_dir: str) -> TRLConfig:
         # Ours replaces the score of an unfinished response, theirs subtracts from it: left off.
         missing_eos_penalty=None,
         kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        cliprange=config.clip_ratio,
+        kl_estimator=config.estimator_of_kl(),
+        cliprange=config.clips()[0],
         cliprange_value=config.clip_value or math.inf,
         # Policy and value model share no weight and Adam divides by the gradient's own size, so
         # this coefficient only scales the printed loss. 1: the critic's gradient is ours.

@@ -20,7 +20,7 @@ class Turns:
     def __init__(self):
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._started = self._cpu = 0.0
+        self.started = self._cpu = 0.0
 
     def ready(self, **facts) -> None:
         """Built; `facts` about it. Returns when the first turn begins."""
@@ -31,7 +31,7 @@ class Turns:
         """A turn is over; `measured` beside its seconds. Returns when the next one begins."""
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
             sys.modules["torch"].cuda.synchronize()
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self.started
         # Below 1 on one thread means that something else had the core meanwhile.
         share = (time.process_time() - self._cpu) / seconds
         self._say(measured | {"seconds": seconds, "core": share, "peak_memory": peak_memory()})
@@ -44,7 +44,7 @@ class Turns:
     def _wait(self) -> None:
         if sys.stdin.readline().strip() != "go":
             os._exit(0)  # no more turns; destructors of engines and process groups can wait
-        self._started, self._cpu = time.perf_counter(), time.process_time()
+        self.started, self._cpu = time.perf_counter(), time.process_time()
 
 
 def memory_now() -> int:

@@ -69,25 +69,31 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """prompts rows of prompt_length tokens; answers as long as `answers` says."""
+    """prompts rows of prompt_length tokens, each `samples` of them the same; answers as long as
+    `answers` says."""
 
     shape: Shape = SHAPES["w"]
     prompts: int = 32
     prompt_length: int = 64
     new_tokens: int = 128
     shortest: int = 0  # 0: nobody stops before new_tokens
+    samples: int = 1
+
+    def asked(self) -> int:
+        """How many different prompts there are."""
+        return self.prompts // self.samples
 
     def answers(self) -> list[int]:
         """How many tokens each row answers with, the stop token included."""
         if not self.shortest:
             return [self.new_tokens] * self.prompts
-        steps = max(1, self.prompts - 1)
+        steps = max(1, self.asked() - 1)
         spread = [
             self.shortest + round(i * (self.new_tokens - self.shortest) / steps)
-            for i in range(self.prompts)
+            for i in range(self.asked())
         ]
         random.Random(1).shuffle(spread)
-        return spread
+        return [length for length in spread for _ in range(self.samples)]
 
     def levels(self) -> int:
         return self.new_tokens + 64  # more than any answer counts down
@@ -106,8 +112,9 @@ def flops(shape: Shape, rows: list[int], head_tokens: int) -> float:
     )
 
 
-def ppo_flops(work: Work) -> dict[str, float]:
-    """Least arithmetic of one PPO iteration, one epoch, by phase.
+def ppo_flops(work: Work, critic: bool = True) -> dict[str, float]:
+    """Least arithmetic of one iteration of PPO, or of an algorithm without a critic, one epoch, by
+    phase.
 
     generate: each token once through the model (the last one need not go in). score: reference,
     critic and reward model; old log-probabilities come out of the decode. train: actor and critic,
@@ -119,8 +126,8 @@ def ppo_flops(work: Work) -> dict[str, float]:
     headless = flops(work.shape, rows, 0)
     return {
         "generate": flops(work.shape, [t - 1 for t in rows], sum(answers)),
-        "score": whole + 2 * headless,
-        "train": 3 * (whole + headless),
+        "score": whole + (1 + critic) * headless,
+        "train": 3 * (whole + critic * headless),
     }
 
 
@@ -250,9 +257,10 @@ def words(ids: list[int]) -> str:
 
 
 def prompt_rows(work: Work) -> list[list[int]]:
-    """Token ids of each prompt; its last one is of the level that the answer counts down from."""
+    """Token ids of each different prompt; its last one is of the level that the answer counts down
+    from."""
     draw, levels = random.Random(0), work.levels()
-    starts = work.answers() if work.shortest else [levels - 1] * work.prompts
+    starts = work.answers()[:: work.samples] if work.shortest else [levels - 1] * work.asked()
     return [
         [*some_words(draw, work.prompt_length - 1, work.shape), FIRST_WORD + level - 1]
         for level in starts
@@ -299,7 +307,7 @@ def write_rows(path: Path, rows: list[dict], shape: Shape, seed: int) -> None:
 
 def write_prompts(work: Work, folder: Path) -> Path:
     """The prompts of `work` as data for --prompt_data; returns the file."""
-    file = folder / f"prompts_{work.prompts}_{work.new_tokens}_{work.shortest}.jsonl"
+    file = folder / f"prompts_{work.asked()}_{work.new_tokens}_{work.shortest}.jsonl"
     rows = [{"prompt": words(ids)} for ids in prompt_rows(work)]
     write_rows(file, rows, work.shape, seed=42)
     return file

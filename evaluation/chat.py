@@ -6,6 +6,7 @@ python evaluation/chat.py --checkpoint output/step3_ppo/actor
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,12 @@ class ChatConfig(checkpoints.Answering):
         0.95, "share of the probability that is sampled from", above=0, at_most=1
     )
 
-    def problems(self, world_size: int) -> list[str]:
-        problems = super().problems(world_size)
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        yield from super().contradictions(world_size)
         if world_size > 1:
-            problems.append(f"{world_size} processes were started; start one, with python")
+            yield f"{world_size} processes were started; start one, with python"
         if self.checkpoint:
-            problems += checkpoints.folder_problems(self.checkpoint, "checkpoint")
-        return problems
+            yield from checkpoints.folder_problems(self.checkpoint, "checkpoint")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,9 @@ class Answering(Settings):
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with a model (a risk)")
 
-    def problems(self, world_size: int) -> list[str]:
-        problems = super().problems(world_size)
+    def contradictions(self, world_size: int) -> Iterator[str]:
         if self.dtype == "fp16" and not torch.cuda.is_available():
-            problems.append("dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32")
-        return problems
+            yield "dtype=fp16 has no CPU kernels worth using; --dtype bf16 or fp32"
 
 
 def looks_local(name: str) -> bool:

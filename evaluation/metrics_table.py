@@ -9,6 +9,7 @@ from pathlib import Path
 import step1_sft.main  # noqa: F401
 import step2_reward.main  # noqa: F401
 import step3_ppo.main  # noqa: F401
+import step3_preference.main  # noqa: F401
 from utils import metrics, whole_files
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/metrics.md"

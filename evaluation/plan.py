@@ -15,6 +15,7 @@ import torch
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from utils import report
 from utils.distributed import program, zero
 from utils.planner import plan as planner
@@ -27,6 +28,7 @@ from utils.settings.fields import ConfigError
 STEPS = {
     "sft": (SFTConfig, ["--sft_data", "-"]),
     "reward": (RewardConfig, ["--preference_data", "-"]),
+    "preference": (PreferenceConfig, ["--preference_data", "-"]),
     "ppo": (PPOConfig, ["--prompt_data", "-", "--reward_function", "-"]),
 }
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,25 +71,22 @@ class PromptEvalConfig(checkpoints.Answering):
         names = [f.name for f in dataclasses.fields(self) if f.metadata["only_with"] == read_with]
         return {name: getattr(self, name) for name in names}
 
-    def problems(self, world_size: int) -> list[str]:
-        problems = super().problems(world_size)
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        yield from super().contradictions(world_size)
         if world_size > 1:
-            problems.append(f"{world_size} ranks; start one process (many GPUs: --device_map auto)")
+            yield f"{world_size} ranks; start one process (many GPUs: --device_map auto)"
         for path in sorted({p for p in self.checkpoints if self.checkpoints.count(p) > 1}):
-            problems.append(f"checkpoints names {path!r} twice; name it once in --checkpoints")
+            yield f"checkpoints names {path!r} twice; name it once in --checkpoints"
         for path in dict.fromkeys(self.checkpoints):
-            problems += checkpoints.folder_problems(path, "checkpoints")
+            yield from checkpoints.folder_problems(path, "checkpoints")
         if self.reward_model:
-            problems += checkpoints.folder_problems(self.reward_model, "reward_model")
+            yield from checkpoints.folder_problems(self.reward_model, "reward_model")
         for name in self.prompts:
             unsplit = name.rpartition(":")[0] or name  # NAME:SPLIT
             if checkpoints.looks_local(unsplit) and not any(
                 Path(n).exists() for n in (name, unsplit)
             ):
-                problems.append(
-                    f"prompts: {name!r} does not exist; set --prompts to files or folders"
-                )
-        return problems
+                yield f"prompts: {name!r} does not exist; set --prompts to files or folders"
 
     def shown(self) -> dict:
         """What the page says of how the answers came about."""

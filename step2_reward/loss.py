@@ -6,24 +6,6 @@ import torch
 from torch.nn import functional as F
 
 
-def ranked_pairs(labels: Sequence[Sequence[float]]) -> tuple[list[int], list[int], list[float]]:
-    """Indices of (winner, loser) over all prompts' answers laid end to end, and pair weights.
-
-    labels[p][k]: how good answer k of prompt p is. Ties make no pair. The pairs of one prompt
-    weigh 1 together (1/C(K,2) each without ties): were they separate examples, each answer would
-    be trained on K−1 times an epoch and overfit.
-    """
-    winners, losers, weights = [], [], []
-    start = 0
-    for group in labels:
-        pairs = [(i, j) for i, a in enumerate(group) for j, b in enumerate(group) if a > b]
-        winners += [start + i for i, _ in pairs]
-        losers += [start + j for _, j in pairs]
-        weights += [1.0 / max(len(pairs), 1)] * len(pairs)
-        start += len(group)
-    return winners, losers, weights
-
-
 def ranking_loss(
     scores: torch.Tensor,
     winners: Sequence[int],

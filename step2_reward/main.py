@@ -47,7 +47,7 @@ metrics.register(
 
 def batch_loss(engine, ranked: list[Ranked], config, device) -> torch.Tensor:
     """Summed loss of the prompts in `ranked` (each weighs 1)."""
-    winners, losers, weights = losses.ranked_pairs([r.labels for r in ranked])
+    winners, losers, weights = comparisons.ranked_pairs([r.labels for r in ranked])
     margins = None
     if config.score_margin:
         labels = torch.tensor([label for r in ranked for label in r.labels], device=device)

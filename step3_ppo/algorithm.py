@@ -4,14 +4,16 @@ them and of the estimators in advantages.py.
 Imports torch only.
 
 Every per-token tensor is (B,R) fp32; `mask` (B,R) bool is True on actions: the tokens that the
-policy chose, which need not be neighbours. Losses are sums over actions: the caller divides by
-their count in the whole optimizer step, over all ranks and micro-batches. Where a whole answer is
-one action (`one_action`), R is 1.
+policy chose, which need not be neighbours. Losses are sums over actions, of which each counts by
+its `weights` (B,R) fp32, 1 where they are not given: the caller divides by what they add up to in
+the whole optimizer step, over all ranks and micro-batches. Where a whole answer is one action
+(`one_action`), R is 1.
 
 Sources: Schulman et al. 2017 (PPO), Ziegler et al. 2019; Stiennon et al. 2020
 (summarize-from-feedback); Ouyang et al. 2022 (InstructGPT); Schulman 2020, "Approximating KL
 divergence" (k1, k2, k3); Williams 1992 (REINFORCE); Mnih et al. 2016 (A2C); Ye et al. 2020 (dual
-clip); Yu et al. 2025, DAPO (a wider upper clip).
+clip); Yu et al. 2025, DAPO (a wider upper clip); Zheng et al. 2025 (GSPO); MiniMax 2025,
+MiniMax-M1 (CISPO).
 """
 
 import math
@@ -23,6 +25,7 @@ import torch
 from step3_ppo.advantages import gae, group_differences, grpo, opo, rloo
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+NORMALISATIONS = ("token", "sequence", "constant")
 
 
 def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor):
@@ -83,6 +86,23 @@ def first_action(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x.gather(1, mask.long().argmax(1, keepdim=True))
 
 
+def loss_weights(mask: torch.Tensor, normalisation: str, longest: int) -> torch.Tensor:
+    """(B,R) fp32, what each action counts in the loss: 1; 1 / its answer's actions; or 1 / longest,
+    the limit of an answer. 0 off the mask."""
+    if normalisation == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    return mask / (longest if normalisation == "constant" else 1.0)
+
+
+def loss_normaliser(mask: torch.Tensor, normalisation: str) -> int:
+    """What the weighted sum over the rows of an optimizer step is divided by: actions (the mean
+    over all of them); answers that have any (the mean over answers of the mean over each one's
+    actions: Shao et al. 2024); or all answers (Liu et al. 2025: how long an answer is changes what
+    its actions count no more, nor do the other answers' lengths)."""
+    of_each = {"token": mask.sum(), "sequence": mask.any(1).sum(), "constant": len(mask)}
+    return max(int(of_each[normalisation]), 1)  # where nothing is learned from
+
+
 def policy_loss(
     new_logprobs,
     logprobs,
@@ -91,42 +111,74 @@ def policy_loss(
     clip_ratio: float,
     clip_ratio_high: float = 0.0,
     dual_clip: float = 0.0,
+    weights=None,
+    of_answers: bool = False,
 ):
     """Clipped surrogate, summed over tokens, and its statistics (sums over tokens too).
 
     −Σ min(ρ A, clip(ρ, 1−ε, 1+ε') A) with ρ = exp(new − old); ε' is `clip_ratio_high`, or ε where
     that is 0. With dual_clip c > 1 a token with A < 0 counts at most as c·A: without it a ratio
-    that has exploded makes the loss unbounded there.
+    that has exploded makes the loss unbounded there. of_answers: ρ is GSPO's, exp of the mean of
+    new − old over the answer's actions, the same for all of them.
     """
-    ratio, stats = _ratio_statistics(new_logprobs, logprobs, mask)
+    ratio, stats = _ratio_statistics(new_logprobs, logprobs, mask, of_answers)
     high = clip_ratio_high or clip_ratio
     clipped = ratio.clamp(1 - clip_ratio, 1 + high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip:
         floor = torch.maximum(objective, dual_clip * advantages)
         objective = torch.where(advantages < 0, floor, objective)
-    loss = -(objective * mask).sum()
+    loss = -(objective * (mask if weights is None else weights)).sum()
     outside = (ratio < 1 - clip_ratio) | (ratio > 1 + high)
     return loss, stats | {"policy_loss": loss.detach(), "clip_fraction": (outside & mask).sum()}
 
 
-def policy_gradient_loss(new_logprobs, logprobs, advantages, mask):
+def clipped_weight_loss(
+    new_logprobs, logprobs, advantages, mask, clip_ratio: float, clip_ratio_high: float, weights
+):
+    """CISPO: −Σ clip(ρ, 1−ε, 1+ε') A log p, where the clipped ratio is a constant: a token beyond
+    the clip counts less and still learns, while in PPO's loss its gradient is cut off."""
+    ratio, stats = _ratio_statistics(new_logprobs, logprobs, mask)
+    clipped = ratio.detach().clamp(1 - clip_ratio, 1 + clip_ratio_high)
+    loss = -(clipped * advantages * new_logprobs * weights).sum()
+    outside = (ratio < 1 - clip_ratio) | (ratio > 1 + clip_ratio_high)
+    return loss, stats | {"policy_loss": loss.detach(), "clip_fraction": (outside & mask).sum()}
+
+
+def policy_gradient_loss(new_logprobs, logprobs, advantages, mask, weights=None):
     """−Σ A log p, the loss of REINFORCE and A2C, and its statistics. It has no ratio, so it holds
     for one optimizer step on samples of this very policy; there its gradient is PPO's."""
     _, stats = _ratio_statistics(new_logprobs, logprobs, mask)
-    loss = -(new_logprobs * advantages * mask).sum()
+    loss = -(new_logprobs * advantages * (mask if weights is None else weights)).sum()
     return loss, stats | {"policy_loss": loss.detach()}
 
 
-def _ratio_statistics(new_logprobs, logprobs, mask):
+def kl_loss(new_logprobs, ref_logprobs, mask, kl_estimator: str) -> torch.Tensor:
+    """(B,R), the estimate of each token as a loss that is differentiated, 0 off the mask.
+
+    On samples of the policy as it is, which the first optimizer step has, the mean gradient E[∇kl]
+    is: for k3 that of KL(reference ‖ policy), as E[(1 − q/p) ∇log p] = −Σ q ∇log p, although its
+    value is KL(policy ‖ reference); GRPO's term (Shao et al. 2024). For k2 it is that of KL(policy
+    ‖ reference), as E[k1 ∇log p] is. For k1 it is 0: noise that holds nothing back. Later steps
+    go on with samples of the policy as it was, which are not weighed by the ratio, as in GRPO.
+    """
+    new_logprobs = new_logprobs.where(mask, 0.0)
+    estimates = kl_estimates(new_logprobs, ref_logprobs.where(mask, 0.0))
+    return estimates[KL_ESTIMATORS.index(kl_estimator)]
+
+
+def _ratio_statistics(new_logprobs, logprobs, mask, of_answers: bool = False):
     """ρ (B,R), and sums over tokens of ρ and of KL(old ‖ new) by k3: how far an update moved."""
     log_ratio = (new_logprobs - logprobs) * mask
     # Beyond e^88 fp32 is infinite, and the gradient of a ratio that a clip cuts off 0 × ∞ = NaN.
     log_ratio = log_ratio.clamp(max=80.0)
-    ratio = log_ratio.exp()
     with torch.no_grad():
         moved = ((torch.expm1(log_ratio) - log_ratio) * mask).sum()
-        return ratio, {"ratio": (ratio * mask).sum().detach(), "approx_kl": moved}
+    if of_answers:
+        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean * mask
+    ratio = log_ratio.exp()
+    return ratio, {"ratio": (ratio * mask).sum().detach(), "approx_kl": moved}
 
 
 def value_loss(new_values, values, returns, mask, clip_value: float):
@@ -143,8 +195,8 @@ def value_loss(new_values, values, returns, mask, clip_value: float):
     return loss, stats
 
 
-# The algorithms' estimators take (advantages.Earned, config), their losses (new_logprobs, logprobs,
-# advantages, mask, config), where config has the fields of PPOConfig.
+# An algorithm's estimator takes (advantages.Earned, config), its loss (new_logprobs (B,A), the
+# update.Experience of these rows, config), where config has the fields of PPOConfig.
 
 
 def with_critic(earned, config):
@@ -164,13 +216,24 @@ def of_lengths(earned, config):
     return earned.at_every_action(opo(earned.totals(), earned.group, earned.lengths))
 
 
-def clipped_ratio(new_logprobs, logprobs, advantages, mask, config):
-    clips = config.clip_ratio, config.clip_ratio_high, config.dual_clip
-    return policy_loss(new_logprobs, logprobs, advantages, mask, *clips)
+def clipped_ratio(new_logprobs, part, config, of_answers: bool = False):
+    numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
+    clips = *config.clips(), config.dual_clip
+    return policy_loss(*numbers, *clips, part.weights, of_answers)
 
 
-def no_ratio(new_logprobs, logprobs, advantages, mask, config):
-    return policy_gradient_loss(new_logprobs, logprobs, advantages, mask)
+def clipped_ratio_of_answers(new_logprobs, part, config):
+    return clipped_ratio(new_logprobs, part, config, of_answers=True)
+
+
+def clipped_weight(new_logprobs, part, config):
+    numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
+    return clipped_weight_loss(*numbers, *config.clips(), part.weights)
+
+
+def no_ratio(new_logprobs, part, config):
+    numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
+    return policy_gradient_loss(*numbers, part.weights)
 
 
 @dataclass(frozen=True)
@@ -180,47 +243,64 @@ class Algorithm:
 
     meaning: str
     advantages: Callable  # gives advantages and returns (B,A), 0 off the mask, not whitened
-    loss: Callable = clipped_ratio  # gives the sum over actions, and its statistics
+    loss: Callable = clipped_ratio  # gives the weighted sum over actions, and its statistics
     critic: bool = False  # is there one to train?
     groups: bool = False  # does it compare several answers to a prompt?
     one_step: bool = False  # does its loss hold for one optimizer step a rollout only?
-    discounts: bool = False  # does it read --gamma?
-    whitens: bool = False  # does it read --whiten_advantages?
+    reads: tuple[str, ...] = ()  # settings that not every algorithm makes use of
+    # What settings are where the user leaves them to the algorithm.
+    clips: tuple[float, float] = (0.2, 0.2)  # ε, ε'
+    loss_normalisation: str = "token"
+    kl_in: str = "reward"
+    kl_in_loss: str = "k3"  # the estimator there
 
     def value_loss(self, new_values, values, returns, mask, config):
         clip = math.inf if self.one_step else config.clip_value or math.inf
         return value_loss(new_values, values, returns, mask, clip)
 
 
-_OF_TOKENS = dict(discounts=True, whitens=True)
+CRITIC = ("critic_model", "critic_learning_rate", "critic_zero_stage", "clip_value", "lam")
+CLIPS = ("clip_ratio", "clip_ratio_high")
+PPO_CLIPS = (*CLIPS, "dual_clip")
+OF_TOKENS = ("gamma", "whiten_advantages")
+
+_PPO = dict(critic=True, reads=(*CRITIC, *OF_TOKENS, *PPO_CLIPS))
+_A2C = dict(critic=True, one_step=True, reads=(*CRITIC, *OF_TOKENS))
+_REINFORCE = dict(one_step=True, reads=OF_TOKENS)
+_GROUP = dict(groups=True, reads=PPO_CLIPS)
+_GRPO = dict(groups=True, loss_normalisation="sequence", kl_in="loss")
+_BASELINE = dict(reads=("whiten_advantages", *PPO_CLIPS), kl_in="loss", kl_in_loss="k2")
+_CISPO = dict(loss_normalisation="token", reads=CLIPS, clips=(1.0, 4.0))  # 1 − ε = 0: no lower one
+_GSPO = dict(reads=PPO_CLIPS, clips=(3e-4, 4e-4))
+_DIFFERENCES = of_group(group_differences)
 ALGORITHMS = {
-    "ppo": Algorithm(
-        "the clipped ratio of PPO, with a critic", with_critic, critic=True, **_OF_TOKENS
-    ),
-    "a2c": Algorithm(
-        "no ratio, one optimizer step a rollout",
-        with_critic,
-        no_ratio,
-        critic=True,
-        one_step=True,
-        **_OF_TOKENS,
-    ),
-    "reinforce": Algorithm(
-        "a2c without a critic", returns_alone, no_ratio, one_step=True, **_OF_TOKENS
-    ),
-    "reinforce++": Algorithm("ppo without a critic", returns_alone, **_OF_TOKENS),
+    "ppo": Algorithm("the clipped ratio of PPO, with a critic", with_critic, **_PPO),
+    "a2c": Algorithm("no ratio, one optimizer step a rollout", with_critic, no_ratio, **_A2C),
+    "reinforce": Algorithm("a2c without a critic", returns_alone, no_ratio, **_REINFORCE),
+    "reinforce++": Algorithm("ppo without a critic", returns_alone, reads=(*OF_TOKENS, *PPO_CLIPS)),
     "reinforce++_baseline": Algorithm(
         "score − mean of the prompt's answers, whitened over the rollout",
-        of_group(group_differences),
-        groups=True,
-        whitens=True,
+        _DIFFERENCES,
+        **_GROUP | _BASELINE,
     ),
     "grpo": Algorithm(
-        "(score − mean) / deviation of the prompt's answers", of_group(grpo), groups=True
+        "(score − mean) / deviation of the prompt's answers", of_group(grpo), **_GROUP | _GRPO
     ),
     "dr_grpo": Algorithm(
-        "score − mean of the prompt's answers", of_group(group_differences), groups=True
+        "score − mean of the prompt's answers, over a constant length",
+        _DIFFERENCES,
+        **_GROUP | _GRPO | {"loss_normalisation": "constant"},
     ),
-    "rloo": Algorithm("score − mean of the prompt's other answers", of_group(rloo), groups=True),
-    "opo": Algorithm("score − mean weighted by length", of_lengths, groups=True),
+    "rloo": Algorithm("score − mean of the prompt's other answers", of_group(rloo), **_GROUP),
+    "opo": Algorithm("score − mean weighted by length", of_lengths, **_GROUP),
+    "gspo": Algorithm(
+        "grpo with one ratio for an answer",
+        of_group(grpo),
+        clipped_ratio_of_answers,
+        **_GRPO | _GSPO,
+    ),
+    "cispo": Algorithm(
+        "grpo with the clipped ratio as a weight", of_group(grpo), clipped_weight, **_GRPO | _CISPO
+    ),
 }
+NOT_FOR_ALL = sorted({name for method in ALGORITHMS.values() for name in method.reads})

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from step3_ppo.algorithm import ALGORITHMS
+from step3_ppo.algorithm import ALGORITHMS, KL_ESTIMATORS, NORMALISATIONS, NOT_FOR_ALL
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
@@ -126,15 +126,35 @@ class PPOConfig(RunConfig):
     reference_zero_stage: int = rounding(
         -1, "3: reference and reward model sharded; -1: where the actor is", (-1, 0, 3)
     )
+    loss_normalisation: str = setting(
+        "auto",
+        "the policy's loss is the mean over all tokens (token), the mean over answers of the mean "
+        "over their tokens (sequence), or the sum over tokens divided by answers × "
+        "max_response_length (constant); auto: as the algorithm's paper",
+        ("auto", *NORMALISATIONS),
+    )
     kl_coef: float = setting(0.05, "cost of one nat of KL to the reference, on every token")
+    kl_in: str = setting(
+        "auto",
+        "where it is charged; auto: as the algorithm's paper",
+        choices=("auto", "reward", "loss"),
+    )
     kl_estimator: str = setting(
-        "k1", "of what is charged; only k1's policy gradient is that of the KL", ("k1", "k2", "k3")
+        "auto",
+        "of what is charged; in the reward only k1's policy gradient is that of the KL, in the "
+        "loss k2's, while k3's is that of KL(reference ‖ policy); auto: k1 in the reward, k3 in "
+        "the loss (k2 with reinforce++_baseline)",
+        choices=("auto", *KL_ESTIMATORS),
     )
     kl_target: float = setting(0.0, "nats a response that kl_coef is adapted to; 0: it stays fixed")
     kl_horizon: float = setting(10_000.0, "sequences over which kl_coef adapts", above=0)
     gamma: float = setting(1.0, "discount", at_most=1)
     lam: float = setting(0.95, "λ of generalised advantage estimation", at_most=1)
-    clip_ratio: float = setting(0.2, "PPO's ε: how far the probability ratio may move", above=0)
+    clip_ratio: float = setting(
+        0.0,
+        "PPO's ε: how far the probability ratio may move; 0: as the algorithm's paper, which is "
+        "0.2, of gspo 3e-4 down and 4e-4 up, of cispo 4 up and not limited down",
+    )
     clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
     dual_clip: float = setting(0.0, "a token of advantage A < 0 counts at most as this × A; 0: off")
     clip_value: float = setting(
@@ -209,6 +229,16 @@ class PPOConfig(RunConfig):
             )
         for name in self.unread():
             yield f"algorithm={self.algorithm} does not read {name}; leave out --{name}"
+        if self.algorithm == "gspo" and self.action_level == "sequence":
+            yield (
+                "action_level=sequence: gspo's ratio is by the mean over the answer's tokens, not "
+                "by their sum; leave out --action_level, or set --algorithm grpo"
+            )
+        if self.place_of_kl() == "loss" and self.estimator_of_kl() == "k1":
+            yield (
+                "kl_estimator=k1 with kl_in=loss: its gradient is 0 on average and holds nothing "
+                "back; set --kl_estimator k3 or k2, or --kl_in reward"
+            )
         if ALGORITHMS[self.algorithm].groups and self.samples_per_prompt < 2:
             yield (
                 f"algorithm={self.algorithm} compares the answers to one prompt and "
@@ -258,13 +288,28 @@ class PPOConfig(RunConfig):
         return ALGORITHMS[self.algorithm].critic
 
     def unread(self) -> list[str]:
-        """Settings that are not at their defaults and that this algorithm makes no use of."""
-        method = ALGORITHMS[self.algorithm]
-        names = [] if method.critic else ["critic_model", "critic_learning_rate"]
-        names += [] if method.critic else ["critic_zero_stage", "clip_value", "lam"]
-        names += [] if method.discounts else ["gamma"]
+        """Settings that this algorithm makes no use of, and that are not at their defaults."""
+        names = [x for x in NOT_FOR_ALL if x not in ALGORITHMS[self.algorithm].reads]
         fields = self.__dataclass_fields__
-        return [name for name in names if getattr(self, name) != default_of(fields[name])]
+        return [x for x in names if getattr(self, x) != default_of(fields[x])]
+
+    def clips(self) -> tuple[float, float]:
+        """How far the ratio may move down and up."""
+        low, high = ALGORITHMS[self.algorithm].clips
+        return self.clip_ratio or low, self.clip_ratio_high or self.clip_ratio or high
+
+    def normalisation(self) -> str:
+        own = ALGORITHMS[self.algorithm].loss_normalisation
+        return own if self.loss_normalisation == "auto" else self.loss_normalisation
+
+    def place_of_kl(self) -> str:
+        return ALGORITHMS[self.algorithm].kl_in if self.kl_in == "auto" else self.kl_in
+
+    def estimator_of_kl(self) -> str:
+        """Of the KL that is charged, and told as `kl`."""
+        if self.kl_estimator != "auto":
+            return self.kl_estimator
+        return ALGORITHMS[self.algorithm].kl_in_loss if self.place_of_kl() == "loss" else "k1"
 
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate

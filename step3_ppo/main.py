@@ -49,7 +49,7 @@ def evaluate(models, prompts, config, device, report, when: str, facts: dict) ->
     each prompt is written to `facts`, as "scores_before" or "scores_after"."""
     rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
-    measured = measures.measure_rollout(rollout, config.kl_estimator)
+    measured = measures.measure_rollout(rollout, config.estimator_of_kl())
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):
@@ -70,13 +70,14 @@ def load(run: Run):
     config, say = run.config, run.say
     length = config.max_prompt_length + config.max_response_length
     tokenizer = run.load_tokenizer(length, "--max_prompt_length, --max_response_length")
+    of_scorers = readers(config)
     prompts, held = prompt_data.load(
         config.prompt_data,
         tokenizer,
         config.pick(DataSettings),
         config.max_prompt_length,
         # Prompts that a reward model with another template refuses are left out.
-        [r for r in readers(config).values() if reads_text(r, tokenizer)],
+        [r for r in of_scorers.values() if reads_text(r, tokenizer)],
         say,
     )
     critic = f", critic {config.rate_of_critic():g}" if config.has_critic() else ""
@@ -89,7 +90,7 @@ def load(run: Run):
         f"epochs; an action is a {config.action_level}",
         config.max_steps,
     )
-    models = build(config, tokenizer, run.dtype, run.device)
+    models = build(config, tokenizer, run.dtype, run.device, of_scorers)
     say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")
@@ -168,7 +169,7 @@ def main() -> None:
                 if config.check_only:
                     break
             else:
-                metrics |= measures.measure_rollout(rollout, config.kl_estimator)
+                metrics |= measures.measure_rollout(rollout, config.estimator_of_kl())
             state.rollouts = step + 1
             stop = watch.reason_to_stop(metrics)
 

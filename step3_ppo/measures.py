@@ -50,7 +50,8 @@ ROLLOUT = {
     Metric(
         "kl",
         "nats a response",
-        "KL to the reference by the estimate that the reward is charged for (`--kl_estimator`)",
+        "KL to the reference by the estimate that is charged, in the reward or in the loss "
+        "(`--kl_estimator`)",
         "above 10, or above `--kl_limit`: raise `--kl_coef` or set `--kl_target`",
     ): kl_of,
     Metric(
@@ -106,9 +107,12 @@ EXPERIENCE = {
     Metric("kl_coef", "score a nat", "what a nat of KL costs; moves with `--kl_target`"): (
         lambda e, config, state: state.kl_coef
     ),
-    Metric("reward", "score", "mean over the responses of score − kl_coef × kl, as trained on"): (
-        lambda e, *_: e.rewards.sum(1).mean().item()
-    ),
+    Metric(
+        "reward",
+        "score",
+        "mean over the responses of score − kl_coef × kl, as trained on; of the score alone where "
+        "the KL is in the loss",
+    ): (lambda e, *_: e.rewards.sum(1).mean().item()),
     Metric("advantage_std", "score", "standard deviation over the actions, before whitening"): (
         lambda e, *_: e.advantages[e.action_mask].std().item()
     ),
@@ -138,7 +142,8 @@ ELSEWHERE = (
         "actions whose ratio is outside the clip range",
         "above 0.4: fewer `--ppo_epochs`, lower `--learning_rate`",
     ),
-    Metric("policy_loss", "", "mean over the actions"),
+    Metric("policy_loss", "", "mean over the actions, by `--loss_normalisation`"),
+    Metric("kl_in_loss", "nats an action", "KL to the reference in the loss, mean as of the loss"),
     Metric("value_loss", "score²", "½ (V − return)², mean over the actions"),
     Metric("value_clip_fraction", "share", "actions whose value is held back by `--clip_value`"),
     Metric("value_gap", "score", "mean distance of the critic's values from the rollout's"),

@@ -57,12 +57,13 @@ def readers(config) -> dict[str, Reader]:
     }
 
 
-def build(config, tokenizer, dtype: str, device) -> Models:
+def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
+    """of_scorers: what `readers` gave, where that was asked before."""
     reward_function = scoring.load(config.reward_function) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)
-    of_scorers = readers(config)
+    of_scorers = readers(config) if of_scorers is None else of_scorers
     settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())

@@ -238,6 +238,8 @@ class Experience:
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    weights: torch.Tensor  # what each action counts in the policy's loss
+    kl_in_loss: float = 0.0  # the cost of a nat there; 0: it is charged in the rewards
     scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
     rewards: torch.Tensor | None = None  # (B,A), of the whole rollout only too
 
@@ -251,8 +253,10 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
     """Scores → rewards → advantages; and the rollout's metrics."""
     mask, logprobs, values = rollout.action_mask, rollout.logprobs, rollout.values
     scores, clipped = state.shape_scores(rollout, config)
-    rewards, kl = algorithm.token_rewards(
-        scores, logprobs, rollout.ref_logprobs, mask, state.kl_coef, config.kl_estimator
+    in_loss = config.place_of_kl() == "loss"
+    price, estimator = 0.0 if in_loss else state.kl_coef, config.estimator_of_kl()
+    rewards, _ = algorithm.token_rewards(
+        scores, logprobs, rollout.ref_logprobs, mask, price, estimator
     )
     if config.action_level == "sequence":
         rewards, logprobs = (algorithm.one_action(x, mask) for x in (rewards, logprobs))
@@ -263,9 +267,21 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
     lengths = rollout.action_mask.sum(1)
     earned = estimators.Earned(rewards, values, mask, rollout.group, lengths)
     advantages, returns = method.advantages(earned, config)
-    experience = Experience(rollout, mask, logprobs, values, advantages, returns, scores, rewards)
-    metrics = measures.measure_rollout(rollout, config.kl_estimator) | clipped
+    weights = algorithm.loss_weights(mask, config.normalisation(), config.max_response_length)
+    experience = Experience(
+        rollout,
+        mask,
+        logprobs,
+        values,
+        advantages,
+        returns,
+        weights,
+        kl_in_loss=state.kl_coef if in_loss else 0.0,
+        scores=scores,
+        rewards=rewards,
+    )
+    metrics = measures.measure_rollout(rollout, estimator) | clipped
     metrics |= measures.measure_experience(experience, config, state)
-    if method.whitens and config.whiten_advantages:
+    if "whiten_advantages" in method.reads and config.whiten_advantages:
         experience.advantages = estimators.whiten(advantages, mask)
     return experience, metrics

@@ -50,7 +50,7 @@ def micro_batches(experience: Experience, rows: list[int], config, device):
         width = part.action_mask.shape[1]
         tensors = (
             host_memory.send(getattr(experience, name)[micro][:, :width], device)
-            for name in ("action_mask", "logprobs", "values", "advantages", "returns")
+            for name in ("action_mask", "logprobs", "values", "advantages", "returns", "weights")
         )
         ids, mask = part.joined()
         ids = host_memory.send(ids, device)
@@ -62,7 +62,9 @@ def step_actor(
 ) -> dict:
     """Policy update on global rows `rows`; returns metrics as means over their actions."""
     actor, method = models.actor, algorithm.ALGORITHMS[config.algorithm]
-    count = int(experience.action_mask[rows].sum())  # of all ranks: tokens, or whole answers
+    mask = experience.action_mask[rows]  # of all ranks
+    count = max(int(mask.sum()), 1)  # tokens, or whole answers
+    normaliser = algorithm.loss_normaliser(mask, config.normalisation())
     sums = metrics.Sums(device)
     for ids, mask, actions, part in micro_batches(experience, rows, config, device):
         of_tokens, _ = language_model.response_logprobs(
@@ -71,12 +73,16 @@ def step_actor(
         new_logprobs = of_tokens
         if config.action_level == "sequence":
             new_logprobs = algorithm.one_action(of_tokens, host_memory.send(actions, device))
-        numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
-        loss, stats = method.loss(*numbers, config)
+        loss, stats = method.loss(new_logprobs, part, config)
+        if experience.kl_in_loss:
+            stats["kl_in_loss"] = kl = kl_term(of_tokens, part, config, device)
+            loss = loss + experience.kl_in_loss * kl
         if follow is not None:
             follow(ids, mask, actions, of_tokens, loss)
-        actor.backward(loss, normaliser=count)
-        sums.add(stats)
+        actor.backward(loss, normaliser=normaliser)
+        # As the loss is divided by: of other statistics means over actions are told.
+        of_loss = {name: stats[name] for name in stats.keys() & {"policy_loss", "kl_in_loss"}}
+        sums.add(stats | {name: x * (count / normaliser) for name, x in of_loss.items()})
     extra = {}
     if models.ptx is not None:
         pad_id = models.tokenizer.pad_token_id
@@ -84,9 +90,22 @@ def step_actor(
     return _finish(actor, sums, count, "actor") | extra
 
 
+def kl_term(of_tokens, part: Experience, config, device):
+    """The KL of one micro-batch in the loss: a sum over actions by their weights. of_tokens (b,R):
+    the policy's log-probabilities. An answer that is one action pays for the sum of its tokens."""
+    ref_logprobs, actions = (
+        host_memory.send(getattr(part.rollout, name), device)
+        for name in ("ref_logprobs", "action_mask")
+    )
+    kl = algorithm.kl_loss(of_tokens, ref_logprobs, actions, config.estimator_of_kl())
+    if config.action_level == "sequence":
+        kl = algorithm.one_action(kl, actions)
+    return (kl * part.weights).sum()
+
+
 def step_critic(engine, experience: Experience, rows: list[int], config, device) -> dict:
     """Value update on global rows `rows`; returns metrics as means over their actions."""
-    count = int(experience.action_mask[rows].sum())  # of all ranks
+    count = max(int(experience.action_mask[rows].sum()), 1)  # of all ranks
     method = algorithm.ALGORITHMS[config.algorithm]
     sums = metrics.Sums(device)
     for ids, mask, actions, part in micro_batches(experience, rows, config, device):

@@ -26,7 +26,7 @@ FLOORS = (
     ("utils.kernels", "utils.models"),
     ("utils.generation", "utils.checkpoints"),
     ("utils.planner", "utils.run", "utils.report", "utils.metrics", "utils.confidence"),
-    ("step1_sft", "step2_reward", "step3_ppo"),
+    ("step1_sft", "step2_reward", "step3_ppo", "step3_preference"),
     ("evaluation",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -94,7 +94,7 @@ def test_rooms_of_one_floor_do_not_import_each_other_both_ways():
 
 def test_no_file_of_utils_names_an_upper_room_by_string():
     """Messages may: the name alone is what an import at run time would be given."""
-    upper = re.compile(r"(step1_sft|step2_reward|step3_ppo|evaluation)[./][\w./]+")
+    upper = re.compile(r"(step1_sft|step2_reward|step3_ppo|step3_preference|evaluation)[./][\w./]+")
     wrong = []
     for module, tree in SOURCES.items():
         if not module.startswith("utils"):

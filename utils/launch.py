@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -135,15 +136,26 @@ def deepspeed_command(flags: list[str], program: list[str], environment: dict) -
     return [*runner, *flags, *given, *program]
 
 
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    """Once there are any. DeepSpeed's launcher needs seconds to start its ranks; ended meanwhile,
+    it would leave behind a process of its own that starts them all the same."""
+    while not (children := process.children()) and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    return children
+
+
 def ask_ranks_to_stop(pid: int) -> None:
     """Not by way of DeepSpeed's launcher: it would ask one rank after the other, kill each after
     30 s and lose the exit code 75."""
     launcher = psutil.Process(pid)
-    spawner = next(iter(launcher.children()), None)
-    words = spawner.cmdline() if spawner else []
     if launcher.name() == "srun":
         launcher.send_signal(signal.SIGUSR1)  # which it hands to every task
-    elif any(os.path.basename(word) == "pdsh" for word in words[:2]):
+        return
+    if not (children := children_of(launcher)):
+        return
+    (spawner,) = children[:1]
+    words = spawner.cmdline()
+    if any(os.path.basename(word) == "pdsh" for word in words[:2]):
         # On every machine, by the same way: the children of the launcher with this run's address.
         there = [re.escape(w) for w in words if w.startswith(("--master_addr=", "--master_port="))]
         pattern = "^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*" + " ".join(there) + " "
@@ -152,11 +164,9 @@ def ask_ranks_to_stop(pid: int) -> None:
         end = words.index("-w") + 2
         environment = spawner.environ()
         subprocess.run([*words[:end], command], env=environment, timeout=60, check=True)
-    elif ranks := spawner.children() if spawner else []:
-        for rank in ranks:
-            rank.send_signal(signal.SIGUSR1)
     else:
-        launcher.terminate()
+        for rank in children_of(spawner):
+            rank.send_signal(signal.SIGUSR1)
 
 
 def launch(program: str, argv: list[str]) -> int:

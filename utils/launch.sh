@@ -17,7 +17,7 @@ launch_step() {
     step=$(basename "$(dirname "$(dirname "$(realpath "$0")")")")
     case $step in
         step1_sft) given=(--model_name_or_path "${MODEL:-Qwen/Qwen2.5-0.5B}" --sft_data) ;;
-        step2_reward) given=(--model_name_or_path "${MODEL:-output/step1_sft}" --preference_data) ;;
+        step2_reward | step3_preference) given=(--model_name_or_path "${MODEL:-output/step1_sft}" --preference_data) ;;
         step3_ppo) given=(--model_name_or_path "${MODEL:-output/step1_sft}"
             --reward_model "${REWARD:-output/step2_reward}" --prompt_data) ;;
     esac

@@ -78,12 +78,12 @@ def writing(path: str | Path, flag: str = "--output_dir"):
 
 
 @contextlib.contextmanager
-def folder_beside(folder: str | Path, flag: str = "--output_dir") -> Iterator[Path]:
+def folder_beside(folder: str | Path) -> Iterator[Path]:
     """A new folder beside `folder` to write to, which is not there any more afterwards."""
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)  # of a run killed while it wrote
-    with naming(folder, flag):
+    with naming(folder):
         try:
             beside.mkdir(parents=True)
             yield beside
@@ -115,14 +115,14 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def write_text(path: str | Path, text: str, flag: str = "--output_dir") -> None:
-    with writing(path, flag) as file:
+def write_text(path: str | Path, text: str) -> None:
+    with writing(path) as file:
         file.write(text)
 
 
-def append_lines(path: str | Path, text: str, flag: str = "--output_dir") -> None:
+def append_lines(path: str | Path, text: str) -> None:
     """Add whole lines at the end of a file, all of them or none."""
-    with naming(path, flag):
+    with naming(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             append(file, text)

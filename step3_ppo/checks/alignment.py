@@ -151,25 +151,29 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
     _scores_keep_their_order(experience)
     kl_coef, rollout = steps.metrics["kl_coef"], experience.rollout
     expected, scale = advantages_by_definition(experience, config, kl_coef)
-    old = rollout.logprobs.double().numpy()
+    old, ref = (x.double().numpy() for x in (rollout.logprobs, rollout.ref_logprobs))
+    in_loss = kl_coef * (config.place_of_kl() == "loss")
     prompts = _unpadded(rollout.prompt_ids, rollout.prompt_mask)
     responses = _unpadded(rollout.response_ids, rollout.response_mask)
     places: dict[tuple, list[int]] = {}
     for row, content in enumerate(zip(prompts, responses, strict=True)):
         places.setdefault(content, []).append(row)
-    narrow = min(config.clip_ratio, config.clip_ratio_high or config.clip_ratio) / 2
-    gaps, tokens = [0.0], 0
+    narrow = min(config.clips()) / 2
+    gaps, tokens, answers = [0.0], 0, 0
     for content, kept, new, weight in steps.trace.rows():
-        candidates, size = [], len(kept)
+        candidates, size, share = [], len(kept), _share(kept, config)
         for row in places.get(content, []):  # several, where an answer was drawn twice
             ratio = _ratio(new - old[row, :size], kept, config)
-            gap = np.abs(weight - expected[row, :size] * ratio)
-            gap = np.nan_to_num(gap / (scale[row] + np.abs(expected[row, :size])), nan=np.inf)
+            pull = in_loss * _pull_of_kl(new - ref[row, :size], config) * kept
+            wanted = expected[row, :size] * ratio - pull
+            gap = np.abs(weight / share - wanted) / (scale[row] + np.abs(wanted))
+            gap = np.nan_to_num(gap, nan=np.inf)
             candidates.append(gap[np.abs(ratio - 1) < narrow])  # beyond it clips may cut it off
         if not candidates:  # in no row of the rollout: a fault, once all ranks have joined
             candidates.append(np.full(1, np.inf))
         gaps += min(candidates, key=lambda gap: gap.max(initial=0.0)).tolist()
         tokens += int(kept.sum())
+        answers += 1
     mean, most = worst(float(np.mean(gaps)), float(np.max(gaps)))
     if mean > ARITHMETIC or most > 10 * ARITHMETIC:
         raise Fault(
@@ -177,6 +181,7 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
             "relative) more or less than the advantages that scores, KL and values make: rows or "
             "tokens are out of step; see rollout.make_experience and update.step_actor"
         )
+    _loss_is_divided(steps.trace, tokens, answers, config)
     return f"{tokens} tokens of the first minibatch weigh in the loss what they should"
 
 
@@ -195,6 +200,36 @@ def _scores_keep_their_order(experience) -> None:
                 )
 
 
+def _loss_is_divided(trace, tokens: int, answers: int, config) -> None:
+    """By what the minibatch has on all ranks; in fp16 a power of two multiplies it as well."""
+    own = trace.micro_batches[0]["factor"] if trace.micro_batches else None
+    all_tokens, all_answers, factors = zip(
+        *process_group.gather_objects((tokens, answers, own)), strict=True
+    )
+    by_token = config.normalisation() == "token" and config.action_level == "token"
+    expected = process_group.world_size() / sum(all_tokens if by_token else all_answers)
+    for factor in factors:
+        twos = 0.0 if factor is None else float(np.log2(factor / expected))
+        if not abs(twos - round(twos)) < ARITHMETIC:
+            raise Fault(
+                f"the loss of the first minibatch is multiplied by {factor:.4g} and not by ranks / "
+                f"{'tokens' if by_token else 'answers'} = {expected:.4g}; see update.step_actor"
+            )
+
+
+def _share(kept: np.ndarray, config) -> float:
+    """What each action of an answer counts in the sum that is the loss."""
+    if config.normalisation() == "constant":
+        return 1 / config.max_response_length
+    alike = config.normalisation() == "token" or config.action_level == "sequence"
+    return 1.0 if alike else 1 / kept.sum()
+
+
+def _pull_of_kl(log_ratio: np.ndarray, config) -> np.ndarray:
+    """(R,) ∂kl/∂log p of the estimate in the loss, from log p − log q."""
+    return 1 - np.exp(-log_ratio) if config.estimator_of_kl() == "k3" else log_ratio
+
+
 def _ratio(log_ratio: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
     """(R,) what the policy loss multiplies an advantage by: PPO's ratio, 1 in losses without."""
     if config.algorithm in ("a2c", "reinforce"):
@@ -202,6 +237,8 @@ def _ratio(log_ratio: np.ndarray, kept: np.ndarray, config) -> np.ndarray:
     log_ratio = np.where(kept, log_ratio, 0.0)
     if config.action_level == "sequence":
         log_ratio = np.full_like(log_ratio, log_ratio.sum())
+    if config.algorithm == "gspo":
+        log_ratio = np.full_like(log_ratio, log_ratio.sum() / kept.sum())
     return np.exp(log_ratio.clip(-80, 80))
 
 
@@ -212,8 +249,8 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
     fields = rollout.action_mask, rollout.logprobs, rollout.ref_logprobs, rollout.values
     tokens, logprobs, references, values = (x.double().numpy() for x in fields)
     k1 = (logprobs - references) * tokens
-    kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1}[config.kl_estimator]
-    rewards, mask = -kl_coef * kl, tokens
+    kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1}[config.estimator_of_kl()]
+    rewards, mask = -kl_coef * (config.place_of_kl() == "reward") * kl, tokens
     rows, last = np.arange(len(rewards)), tokens.shape[1] - 1 - tokens[:, ::-1].argmax(1)
     rewards[rows, last] += experience.scores.double().numpy()
     if config.action_level == "sequence":
@@ -292,4 +329,6 @@ DEFINITIONS = {
     "reinforce++": (_returns, True),
     "reinforce++_baseline": (_dr_grpo, True),
     "opo": (_opo, False),
+    "gspo": (_grpo, False),
+    "cispo": (_grpo, False),
 }

@@ -31,7 +31,7 @@ def checksum(weights) -> int:
 def masters(engine) -> int:
     """Checksum of this rank's part of a zero.TrainEngine's fp32 weights, which move by less than
     bf16 shows."""
-    return checksum(run.tensors["weight"] for run in engine_state.runs_of(engine))
+    return checksum(span.tensors["weight"] for span in engine_state.spans_of(engine))
 
 
 class WeightsBefore:

@@ -75,6 +75,14 @@ def test_work_w_is_the_issues():
     var = sorted(replace(work, shortest=16).answers())
     steps = {b - a for a, b in zip(var, var[1:], strict=False)}
     assert (var[0], var[-1]) == (16, 128) and steps == {3, 4}
+    # In groups the same rows answer fewer prompts, one length a prompt.
+    grouped = replace(work, shortest=16, samples=8)
+    assert len(workload.prompt_rows(grouped)) == grouped.asked() == 4
+    lengths = grouped.answers()
+    assert sorted(lengths[::8]) == [16, 53, 91, 128]
+    assert lengths == [n for n in lengths[::8] for _ in range(8)]
+    last = [ids[-1] for ids in workload.prompt_rows(grouped)]
+    assert [workload.level_of(t, grouped.levels()) for t in last] == lengths[::8]
 
 
 def test_flops_against_torchs_counter(small_work):
@@ -149,17 +157,20 @@ def test_answered_rows_are_the_same_tokens_to_us_and_to_the_peer(small_work, tmp
 def test_every_side_gets_flags_that_work(small_work, tmp_path):
     work, folder = small_work
     arguments = SimpleNamespace(device="cpu", core=-1, flags=["--kl_coef", "0.1"])
-    systems = ppo_throughput.sides(
-        ["ours-fp32", "ours-bf16", "generate-fp32"], work, folder, tmp_path, arguments
-    )
-    for system in systems[:2]:
-        config = command_line.build(PPOConfig, system.arguments["argv"], world_size=1)
-        assert config.minibatches() == 4 and config.gradient_clipping == 1.0
-        assert config.kl_coef == 0.1
-    assert [s.name for s in systems] == ["ours-fp32", "ours-bf16", "generate-fp32"]
+    for arguments.algorithm, samples in (("ppo", 1), ("grpo", 4), ("rloo", 4)):
+        names = ["ours-fp32", "ours-bf16", "generate-fp32"]
+        asked = replace(work, samples=samples)
+        systems = ppo_throughput.sides(names, asked, folder, tmp_path, arguments)
+        for system in systems[:2]:
+            config = command_line.build(PPOConfig, system.arguments["argv"], world_size=1)
+            assert config.minibatches() == 4 and config.gradient_clipping == 1.0
+            assert config.kl_coef == 0.1 and config.algorithm == arguments.algorithm
+            assert (config.rollout_size(), config.samples_per_prompt) == (8, samples)
+        assert [s.name for s in systems] == names
+        assert len(systems[2].arguments["prompts"]) == 8
 
 
-@pytest.mark.parametrize("name", ["ppo", "rollout", "sft", "reward"])
+@pytest.mark.parametrize("name", ["ppo", "rollout", "sft", "reward", "dpo"])
 def test_help_says_how_to_run_it(name, monkeypatch, capsys):
     script = measure.ROOT / f"benchmarks/{name}_throughput.py"
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])

@@ -51,7 +51,7 @@ def check_average(engine, ids, name: str) -> dict[str, torch.Tensor]:
         history.append(whole(engine.module))
     moved = max((history[-1][k] - history[0][k]).abs().max().item() for k in history[0])
     assert moved > 1e-2, f"{name}: weights moved by {moved}"
-    averaged = ema.state_dict(torch.float32)
+    averaged = ema.state_dict(lambda whole, _: zero.to_cpu(whole, torch.float32))
     if not process_group.is_main():
         assert averaged == {}
         return history[-1]

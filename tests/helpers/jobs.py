@@ -58,6 +58,21 @@ def reward(tiny, policy, out, *flags):
     return job("step2_reward/main.py", settings | TRAINING, *flags)
 
 
+def preference(tiny, policy, out, *flags):
+    settings = {
+        "model_name_or_path": policy,
+        "preference_data": tiny / "data/comparisons.jsonl",
+        "output_dir": out,
+        "max_steps": 5,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-3,
+        "max_length": 96,
+        "eval_fraction": 0.2,
+    }
+    return job("step3_preference/main.py", settings | TRAINING, *flags)
+
+
 def ppo(tiny, policy, reward_model, out, *flags):
     settings = {
         "model_name_or_path": policy,

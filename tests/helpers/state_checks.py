@@ -52,15 +52,20 @@ def train(engine, average, steps: range) -> list[dict]:
     return found
 
 
+def in_fp32(copy: zero.Copy) -> zero.Copy:
+    """Of averages, whose low bits a cast to the weights' dtype would hide."""
+    return lambda tensor, _: copy(tensor, torch.float32)
+
+
 def write(engine, average, copies: Copies, folder: Path, go: threading.Event) -> Writing:
     """Copies this rank's state and has its file written in the background once `go` is set, and
     rank 0's of the whole weights and averages as users get them."""
     copies.begin()
     wholes = zero.whole_state_dict(engine.module, copies) | {
-        f"average of {k}": v for k, v in average.state_dict(torch.float32, copies).items()
+        f"average of {k}": v for k, v in average.state_dict(in_fp32(copies)).items()
     }
-    tensors = engine_state.to_write("model", engine_state.runs_of(engine))
-    tensors |= engine_state.to_write("average", engine_state.runs_of(average))
+    tensors = engine_state.to_write("model", engine_state.spans_of(engine))
+    tensors |= engine_state.to_write("average", engine_state.spans_of(average))
     tensors = {name: copies(t) for name, t in tensors.items()}
 
     def work() -> dict:
@@ -80,7 +85,7 @@ def load(engine, average, reader, record) -> None:
 
 
 def all_of(engine, average) -> dict[str, torch.Tensor]:
-    averages = average.state_dict(torch.float32)
+    averages = average.state_dict(in_fp32(zero.to_cpu))
     return whole(engine.module) | {f"average of {k}": v for k, v in averages.items()}
 
 

@@ -142,6 +142,18 @@ def test_ranks_are_asked_to_save_and_75_comes_back(tmp_path, way):
     assert "could be asked:" not in output
 
 
+def test_ranks_that_do_not_run_yet_are_asked_once_they_do():
+    """A launcher that starts a process late, which starts a rank later still."""
+    late = "import subprocess, sys, time; time.sleep(0.2); sys.exit(-subprocess.call(sys.argv[1:]))"
+    rank = [sys.executable, "-c", "import time; time.sleep(60)"]
+    launcher = subprocess.Popen([sys.executable, "-c", late, sys.executable, "-c", late, *rank])
+    launch.ask_ranks_to_stop(launcher.pid)
+    assert launcher.wait(timeout=20) == 256 - signal.SIGUSR1
+    ended = subprocess.Popen(["true"])
+    launch.ask_ranks_to_stop(ended.pid)
+    assert ended.wait() == 0
+
+
 # Two nodes with two tasks each: every task's surroundings are Slurm's, its program's ours.
 SRUN = """#!/bin/bash
 echo "srun $1 $2 $3 $4"

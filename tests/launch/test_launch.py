@@ -16,6 +16,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from tests.helpers.jobs import sft
 from tests.helpers.running import ROOT
 from utils import launch
@@ -102,6 +103,7 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
     assert len(text.splitlines()) <= 10 and os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     config = {"step1_sft": SFTConfig, "step2_reward": RewardConfig, "step3_ppo": PPOConfig}
+    config["step3_preference"] = PreferenceConfig
     known = {f.name for f in fields(config[script.parent.parent.name])}
     scratch = files.read(str(ROOT / "recipes/tiny.yaml"))["scratch"]
     known |= (
@@ -291,6 +293,13 @@ def test_a_run_goes_on_after_a_kill_while_its_seconds_were_written(tmp_path):
     assert job.seconds() < 60
 
 
+def test_the_seed_of_a_users_file_is_that_of_all_stages(tmp_path):
+    (tmp_path / "own.yaml").write_text("seed: 7\n")
+    out = ["tiny", "--output_dir", str(tmp_path), "--config", str(tmp_path / "own.yaml")]
+    assert run_all.Job(out).settings.seed == 7
+    assert run_all.Job([*out, "--seed", "8"]).settings.seed == 8
+
+
 def test_the_shape_of_a_new_model_is_the_recipes_unless_a_file_says_another(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("scratch:\n")
     (tmp_path / "more.yaml").write_text("scratch: {vocab_size: 512}\n")
@@ -321,7 +330,8 @@ def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
     assert code == 1 and f"{bad}:1: " in output and "failed with exit code 1" in output
     assert "step 1" not in output
     for words, message in (
-        (["--ppo.bogus", "1"], "unknown flag --bogus"),
+        (["--ppo.bogus", "1"], "unknown flag --bogus (step3_ppo/main.py)"),
+        (["--max_epochs", "1"], "--max_epochs; did you mean --epochs? (step1_sft/main.py, step2"),
         (["--output_dir"], "--output_dir has no value; it takes one"),
         (["--output_dir", ""], "output_dir is empty; set --output_dir"),
         (["--model_name_or_path="], "model_name_or_path is empty; set --model_name_or_path"),

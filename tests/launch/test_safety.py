@@ -15,9 +15,10 @@ from utils.settings import command_line
 from utils.settings.secrets import hidden
 from utils.terminal import visible
 
+STEPS = ("step1_sft", "step2_reward", "step3_ppo", "step3_preference")
 CODE = [
     path
-    for folder in ("utils", "step1_sft", "step2_reward", "step3_ppo", "evaluation", "benchmarks")
+    for folder in ("utils", *STEPS, "evaluation", "benchmarks")
     for path in files_of(ROOT / folder, "*.py")
 ]
 NEEDED = "--output_dir out --model_name_or_path model --sft_data d".split()

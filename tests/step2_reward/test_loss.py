@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from step2_reward import loss as ranking
+from utils.data.comparisons import ranked_pairs
 
 
 def softplus(x):
@@ -36,7 +37,7 @@ def loss_by_enumeration(scores, labels, smoothing=0.0, margin=0.0, centring=0.0)
 
 
 def loss_of(scores, labels, margin=0.0, **kwargs):
-    winners, losers, weights = ranking.ranked_pairs(labels)
+    winners, losers, weights = ranked_pairs(labels)
     flat = [label for group in labels for label in group]
     margins = None
     if margin:
@@ -92,7 +93,7 @@ def test_loss_and_gradient_by_enumeration(name, options):
 @pytest.mark.parametrize("k", range(2, 10))
 def test_pairs_of_k_answers_weigh_one_over_k_choose_2(k):
     order = torch.randperm(k, generator=torch.Generator().manual_seed(k)).tolist()
-    winners, losers, weights = ranking.ranked_pairs([[0, 1], order])
+    winners, losers, weights = ranked_pairs([[0, 1], order])
     pairs = set(zip(winners[1:], losers[1:], strict=True))
     assert (winners[0], losers[0], weights[0]) == (1, 0, 1.0)
     # The second prompt's answers begin at 2.
@@ -101,12 +102,12 @@ def test_pairs_of_k_answers_weigh_one_over_k_choose_2(k):
 
 
 def test_ties_make_no_pair():
-    winners, losers, weights = ranking.ranked_pairs([[1, 1, 0]])
+    winners, losers, weights = ranked_pairs([[1, 1, 0]])
     assert set(zip(winners, losers, strict=True)) == {(0, 2), (1, 2)} and weights == [0.5, 0.5]
 
 
 def test_no_pair_is_no_loss():
-    assert ranking.ranked_pairs([[1, 1, 1], [0, 0]]) == ([], [], [])
+    assert ranked_pairs([[1, 1, 1], [0, 0]]) == ([], [], [])
     scores = draw_scores(3).requires_grad_()
     loss = loss_of(scores, [[1, 1, 1]])
     loss.backward()

@@ -205,6 +205,74 @@ def test_tokens_as_actions_by_hand(models, clip_value):
     assert metrics["policy_loss"] == pytest.approx(policy.item() / count, rel=1e-4, abs=1e-5)
 
 
+# Answers compared in groups, three normalisations, the KL in the loss.
+
+
+def group_of(i: int) -> int:
+    return i % 5
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "cispo", "dr_grpo"])
+def test_group_methods_by_hand(models, algorithm, normalisation):
+    """Shao et al. 2024, equation 3, and what the others change in it: each answer's advantage in
+    its group, spread over the rollout, times a ratio, and β k3 of each token."""
+    rows = [row | {"group": group_of(i)} for i, row in enumerate(rows_near(models))]
+    models.critic, total, kl_total = None, 0.0, 0.0
+    lengths = [len(rows[i]["response"]) for i in MINIBATCH]
+    for i in MINIBATCH:
+        row = rows[i]
+        own = [other["score"] for j, other in enumerate(rows) if group_of(j) == group_of(i)]
+        mean = sum(own) / len(own)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in own) / (len(own) - 1))
+        a = row["score"] - mean
+        a = a if algorithm == "dr_grpo" else a / (deviation + 1e-4)
+        new = answer_logprobs(models.actor.module, row)
+        moves = [x - old for x, old in zip(new, row["logprobs"], strict=True)]
+        terms, kls = [], []
+        for x, move, ref in zip(new, moves, row["ref_logprobs"], strict=True):
+            ratio = (sum(moves) / len(moves)).exp() if algorithm == "gspo" else move.exp()
+            if algorithm == "cispo":
+                terms.append(-clip(ratio.item(), 0.9, 1.1) * a * x)
+            else:
+                terms.append(-min(ratio * a, clip(ratio, 0.9, 1.1) * a))
+            kls.append((ref - x).exp() - 1 + x - ref)
+        divisor = {
+            "token": sum(lengths),
+            "sequence": len(MINIBATCH) * len(new),
+            "constant": len(MINIBATCH) * 10,
+        }[normalisation]
+        total += (sum(terms) + KL_COEF * sum(kls)) / divisor
+        kl_total += sum(kls).item() / divisor
+    settings = dict(algorithm=algorithm, loss_normalisation=normalisation, clip_ratio=0.1)
+    settings |= dict(samples_per_prompt=2, max_response_length=10)
+    actor, _, metrics = gradients(models, rows, **settings)
+    assert_equal(actor, gradient_by_hand(total, models.actor.module).float())
+    assert metrics["kl_in_loss"] == pytest.approx(kl_total, rel=1e-4)
+    loss = metrics["policy_loss"] + KL_COEF * metrics["kl_in_loss"]
+    assert loss == pytest.approx(total.item(), rel=1e-4, abs=1e-5)
+
+
+def test_an_answer_that_is_one_action_pays_for_the_kl_of_all_its_tokens(models):
+    """RLOO's bandit with k2 in the loss: one ratio, one advantage, and the sum of its KL."""
+    rows = [row | {"group": group_of(i)} for i, row in enumerate(rows_near(models))]
+    models.critic, total = None, 0.0
+    for i in MINIBATCH:
+        row = rows[i]
+        same = [j for j in range(12) if group_of(j) == group_of(i) and j != i]
+        a = row["score"] - sum(rows[j]["score"] for j in same) / len(same)
+        new = answer_logprobs(models.actor.module, row)
+        ratio = (sum(new) - sum(row["logprobs"])).exp()
+        total -= min(ratio * a, clip(ratio, 0.8, 1.2) * a)
+        total += KL_COEF * sum(
+            (x - ref) ** 2 / 2 for x, ref in zip(new, row["ref_logprobs"], strict=True)
+        )
+    settings = dict(algorithm="rloo", action_level="sequence", kl_in="loss", kl_estimator="k2")
+    actor, _, _ = gradients(models, rows, samples_per_prompt=2, **settings)
+    expected = gradient_by_hand(total / len(MINIBATCH), models.actor.module)
+    assert_equal(actor, expected.float())
+
+
 # An environment's turns between the policy's.
 
 
@@ -315,11 +383,14 @@ def test_each_optimizer_step_takes_the_next_ptx_rows(models):
         {"algorithm": "a2c"},
         {"ptx_coef": 2.0, "ptx_data": ["-"]},
         {"action_level": "sequence", "clip_ratio_high": 0.28, "dual_clip": 3.0, "ptx_coef": 2.0},
+        {"algorithm": "grpo"},
+        {"algorithm": "gspo", "clip_ratio": 0.1, "loss_normalisation": "token"},
+        {"algorithm": "dr_grpo", "kl_estimator": "k2"},
     ],
-    ids=lambda s: "+".join(s) or "defaults",
+    ids=lambda s: "+".join(map(str, s.values())) or "defaults",
 )
 def test_no_split_into_ranks_and_micro_batches_changes_a_gradient(models, settings):
-    rows = rows_near(models)
+    rows = [row | {"group": group_of(i)} for i, row in enumerate(rows_near(models))]
     if "ptx_coef" in settings:
         models.ptx = examples()
     found = {

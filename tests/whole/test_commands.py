@@ -18,6 +18,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from tests.helpers.running import ROOT
 from tests.launch.test_launch import LAUNCHERS, RECORDER, run
 from utils.settings import command_line
@@ -28,6 +29,7 @@ CONFIGS = {
     "step2_reward/main.py": RewardConfig,
     "step2_reward/collect.py": CollectConfig,
     "step3_ppo/main.py": PPOConfig,
+    "step3_preference/main.py": PreferenceConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/chat.py": ChatConfig,
 }
@@ -114,7 +116,7 @@ def test_launch_scripts_start_programs_with_flags_they_take(tmp_path):
     (tmp_path / "hosts").write_text("localhost slots=8\n")
     scripts = [s for s in ROOT.glob("step*/launch/*.sh") if s.stem not in ("tiny", "slurm")]
     started = [recorded(tmp_path, ["bash", script]) for script in sorted(scripts)]
-    assert len(started) == 15 and all(len(programs) == 1 for programs in started)
+    assert len(started) == 20 and all(len(programs) == 1 for programs in started)
     for ((program, argv),) in started:
         check(program, argv, ranks=8)
 
@@ -272,6 +274,7 @@ FEW = {
     "--ppo.max_response_length 16 --ppo.self_check warn",
     "step1_sft/main.py": "--max_steps 3",
     "step2_reward/main.py": "--max_steps 3",
+    "step3_preference/main.py": "--max_steps 3",
     "step2_reward/collect.py": "--num_prompts 8 --max_response_length 16",
     "step3_ppo/main.py": "--max_steps 2 --prompts_per_rollout 8 --max_response_length 16 "
     "--self_check warn",

@@ -212,7 +212,7 @@ class Checkpoints:
         """What this rank writes, by manifest.Reader's keys."""
         tensors = engine_state.random_state()
         for name, engine in self.engines.items():
-            tensors |= engine_state.to_write(name, engine_state.runs_of(engine))
+            tensors |= engine_state.to_write(name, engine_state.spans_of(engine))
         return tensors
 
     @staticmethod

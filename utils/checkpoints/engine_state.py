@@ -1,4 +1,4 @@
-"""The state of an engine as flat runs of named weights: fp32 master weights, AdamW's moments.
+"""The state of an engine as flat spans of named weights: fp32 master weights, AdamW's moments.
 
 DeepSpeed keeps these in flat partitions whose layout depends on the ZeRO stage and the number of
 ranks. Here every rank says which elements of which weight it holds, so saving needs no all-gather,
@@ -21,7 +21,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass
-class Run:
+class Span:
     """Elements from `start` of the flattened weight `name`: kind → (n,) view of where they live.
 
     `step`, where there is one, is AdamW's count, of one element. everywhere: each rank holds the
@@ -34,19 +34,19 @@ class Run:
     everywhere: bool
 
 
-def runs_of(engine, create=lambda name: False) -> list[Run]:
-    """The runs of a zero.TrainEngine or an EMA on this rank. Moments that AdamW has not made yet
+def spans_of(engine, create=lambda name: False) -> list[Span]:
+    """The spans of a zero.TrainEngine or an EMA on this rank. Moments that AdamW has not made yet
     are left out, or made (as zeros) where `create(name)` asks for it."""
     if isinstance(engine, EMA):
-        return _runs_of_average(engine)
+        return _spans_of_average(engine)
     optimizer, masters, rank = engine.engine.optimizer, engine.masters(), process_group.rank()
-    runs = []
+    spans = []
     for name, p in engine.module.named_parameters():
         sharded = hasattr(p, "ds_id")
         if not p.requires_grad:  # not in the optimizer: the weight as the model has it
             own = p.ds_tensor if sharded else p
             start = own.numel() * rank if sharded else 0
-            runs.append(_run(name, start, {"weight": own.detach()}, p, sharded))
+            spans.append(_span(name, start, {"weight": own.detach()}, p, sharded))
             continue
         if sharded:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
@@ -70,58 +70,58 @@ def runs_of(engine, create=lambda name: False) -> list[Run]:
             }
         kinds = {"weight": flat.detach()} | {k: state[k] for k in MOMENTS if k in state}
         tensors = {k: t.view(-1).narrow(0, offset, count) for k, t in kinds.items()}
-        run = _run(name, start, tensors, p, sharded or hasattr(p, "_hp_mapping"))
+        span = _span(name, start, tensors, p, sharded or hasattr(p, "_hp_mapping"))
         if "step" in state:
-            run.tensors["step"] = state["step"].view(1)
-        runs.append(run)
-    return [run for run in runs if run.tensors["weight"].numel()]
+            span.tensors["step"] = state["step"].view(1)
+        spans.append(span)
+    return [span for span in spans if span.tensors["weight"].numel()]
 
 
-def _run(name: str, start: int, tensors: dict, p, partitioned: bool) -> Run:
-    """A run without the padding that a shard may end with."""
+def _span(name: str, start: int, tensors: dict, p, partitioned: bool) -> Span:
+    """A span without the padding that a shard may end with."""
     whole = getattr(p, "ds_numel", p.numel())
     kept = {k: t.view(-1)[: max(0, whole - start)] for k, t in tensors.items()}
-    return Run(name, start, kept, everywhere=not partitioned)
+    return Span(name, start, kept, everywhere=not partitioned)
 
 
-def _runs_of_average(ema: EMA) -> list[Run]:
-    runs, rank = [], process_group.rank()
+def _spans_of_average(ema: EMA) -> list[Span]:
+    spans, rank = [], process_group.rank()
     for name, p in ema.module.named_parameters():
         shadow, sharded = ema.shadow[name], hasattr(p, "ds_id")
         start = shadow.numel() * rank if sharded else 0
-        runs.append(_run(name, start, {"average": shadow}, p, sharded))
-    return [run for run in runs if run.tensors["average"].numel()]
+        spans.append(_span(name, start, {"average": shadow}, p, sharded))
+    return [span for span in spans if span.tensors["average"].numel()]
 
 
-def to_write(part: str, runs: list[Run]) -> dict[str, torch.Tensor]:
-    """The tensors of `runs` that this rank writes, by the keys that manifest.Reader finds."""
+def to_write(part: str, spans: list[Span]) -> dict[str, torch.Tensor]:
+    """The tensors of `spans` that this rank writes, by the keys that manifest.Reader finds."""
     rank, world_size = process_group.rank(), process_group.world_size()
     return {
-        f"{part}|{run.name}|{kind}|{0 if kind == 'step' else run.start}": t
-        for i, run in enumerate(runs)
-        if not run.everywhere or i % world_size == rank
-        for kind, t in run.tensors.items()
+        f"{part}|{span.name}|{kind}|{0 if kind == 'step' else span.start}": t
+        for i, span in enumerate(spans)
+        if not span.everywhere or i % world_size == rank
+        for kind, t in span.tensors.items()
     }
 
 
 @torch.no_grad()
-def _fill(part: str, runs: list[Run], reader) -> None:
-    """Copy what `reader` has into the runs."""
-    for run in runs:
-        for kind, t in run.tensors.items():
+def _fill(part: str, spans: list[Span], reader) -> None:
+    """Copy what `reader` has into the spans."""
+    for span in spans:
+        for kind, t in span.tensors.items():
             if kind == "step":
                 # One count serves a flat group. A weight that got no gradient under ZeRO-0 has
                 # counted fewer steps, and has no moments that it would matter to.
-                if reader.has(part, run.name, kind):
-                    t.copy_(torch.maximum(t.cpu(), reader.read(part, run.name, kind, 0, 1)))
-            elif kind not in MOMENTS or reader.has(part, run.name, kind):
-                t.copy_(reader.read(part, run.name, kind, run.start, t.numel()))
+                if reader.has(part, span.name, kind):
+                    t.copy_(torch.maximum(t.cpu(), reader.read(part, span.name, kind, 0, 1)))
+            elif kind not in MOMENTS or reader.has(part, span.name, kind):
+                t.copy_(reader.read(part, span.name, kind, span.start, t.numel()))
 
 
 def restore(engine, part: str, reader, record: dict | None) -> None:
     """Weights, moments, schedule, counters and loss scale of `part` into a fresh engine; the
     weights of an EMA."""
-    _fill(part, runs_of(engine, create=lambda name: reader.has(part, name, "exp_avg")), reader)
+    _fill(part, spans_of(engine, create=lambda name: reader.has(part, name, "exp_avg")), reader)
     if isinstance(engine, EMA):
         return
     _publish(engine.engine.optimizer)

@@ -18,6 +18,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
+def numbers_a_token(model_config) -> int:
+    """How many numbers one token leaves in the cache: its keys and values in every layer."""
+    text = model_config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * text.num_hidden_layers * heads * width
+
+
 class Layer(CacheLayerMixin):
     """One layer's part. sliding_window: tokens that it attends to, or None for all."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from utils.distributed import host_memory, process_group, zero
+from utils.generation.kv_cache import numbers_a_token
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -41,7 +42,7 @@ def choose_gather(asked: str, actor, rows: int, length: int, others=()) -> tuple
     parameters = list(actor.module.parameters())
     each, device = parameters[0].ds_tensor.element_size(), parameters[0].device
     weights = sum(p.ds_numel * p.ds_tensor.element_size() for p in parameters)
-    cache = cache_bytes(actor.module.config, rows, length, each)
+    cache = numbers_a_token(actor.module.config) * rows * length * each
     moments = sum(one.moments_to_come(device) for one in (actor, *others))
     free = _free_bytes(device, moments)
     fits = weights + cache <= SHARE_OF_FREE * free
@@ -120,15 +121,6 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         buckets[-1].append(p)
         size += more
     return buckets
-
-
-def cache_bytes(model_config, rows: int, length: int, bytes_each: int) -> int:
-    """Keys and values of `rows` sequences of `length` tokens."""
-    shape = model_config.get_text_config()
-    heads = shape.num_attention_heads
-    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    return 2 * shape.num_hidden_layers * kv_heads * head_dim * rows * length * bytes_each
 
 
 def _free_bytes(device: torch.device, promised: int) -> int:

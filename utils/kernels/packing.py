@@ -291,6 +291,21 @@ def places(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host_memory.send(mask.cpu().flatten().nonzero().squeeze(1), device)
 
 
+def predecessors(
+    wanted: torch.Tensor, mask: torch.Tensor, shared: Sequence[tuple[int, int]] | None = None
+) -> torch.Tensor:
+    """Where the tokens before those of `wanted` (B,T) stand, in rows laid end to end: (N,) int64.
+
+    mask (B,T) and shared: as `inputs` takes them, but for `own`. What a row shares stands in the
+    first row of its group, so one place may come several times. `wanted` has no first column.
+    """
+    there = own(mask, shared)
+    number = there.flatten().cumsum(0).view(mask.shape) - 1
+    if shared is not None:
+        number = number.where(there, number[[first for first, _ in shared]])
+    return number[:, :-1][wanted[:, 1:]]
+
+
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """N numbers → the shape of `mask`, each in the place of a True, 0 elsewhere."""
     whole = values.new_zeros(mask.numel())

@@ -25,10 +25,8 @@ class EMA:
             self.shadow[name].lerp_(zero.local(p).float(), 1.0 - self.decay)
 
     @torch.no_grad()
-    def state_dict(
-        self, dtype: torch.dtype | None = None, copy: zero.Copy = zero.to_cpu
-    ) -> dict[str, torch.Tensor]:
-        """Whole averaged weights on the CPU, cast to `dtype` (None: each weight's own).
+    def state_dict(self, copy: zero.Copy = zero.to_cpu) -> dict[str, torch.Tensor]:
+        """Whole averaged weights on the CPU, each in its weight's dtype.
 
         Every rank must call it; rank 0 gets the weights, others an empty dict.
         """
@@ -42,5 +40,5 @@ class EMA:
                 shard = whole.to(get_accelerator().current_device_name())
                 (whole,) = zero.all_gathered([shard], [p])
             if process_group.is_main():
-                state[name] = copy(whole, dtype or p.dtype)
+                state[name] = copy(whole, p.dtype)
         return state

@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils.data import batches
 from utils.distributed import host_memory
 from utils.kernels import packing, vocabulary_head
 from utils.models import loading
@@ -84,6 +86,7 @@ def wanted_logprobs(
     *,
     temperature: float = 1.0,
     with_entropies: bool = False,
+    shared: Sequence[tuple[int, int]] | None = None,
 ):
     """fp32 log-probabilities (N,) of the N tokens that `wanted` (B,T) names, row after row, and
     their positions' entropies (N,) in nats, which have no gradient, or None.
@@ -91,17 +94,18 @@ def wanted_logprobs(
     `forward` is the model or the DeepSpeed engine around it; token t is predicted from t−1, so a
     row's first token never counts. No other position passes the vocabulary head, and its logits
     exist a chunk at a time, see vocabulary_head. With mask and wanted on the CPU, nothing waits for
-    the device of `input_ids`.
+    the device of `input_ids`. shared: what right-padded rows begin with and need not go through
+    twice (packing.shared_beginnings), where rows go end to end.
     """
     model, device = getattr(forward, "module", forward), input_ids.device
     mask = mask.cpu()
     wanted = wanted.cpu() & follows_another(mask)
-    sources = F.pad(wanted[:, 1:], (0, 1))
     if packing.is_on(model):
-        inputs, sources = packing.inputs(input_ids, mask), sources[mask]
+        inputs = packing.inputs(input_ids, packing.own(mask, shared), shared)
+        sources = host_memory.send(packing.predecessors(wanted, mask, shared), device)
     else:
         inputs = forward_inputs(model, input_ids, mask)
-    sources = packing.places(sources, device)
+        sources = packing.places(F.pad(wanted[:, 1:], (0, 1)), device)
     targets = input_ids.flatten().index_select(0, packing.places(wanted, device))
     entropies = None
     head = vocabulary_head.of(model)
@@ -152,3 +156,28 @@ def response_logprobs(
     parts = wanted_logprobs(forward, input_ids, mask, wanted, **settings)
     answers = wanted[:, -response_length:]
     return tuple(None if x is None else packing.spread(x, answers) for x in parts)
+
+
+def answer_logprobs(
+    forward,
+    groups: Sequence[Sequence[list[int]]],
+    begins: Sequence[Sequence[int]],
+    device: torch.device,
+) -> torch.Tensor:
+    """(N,) fp64 log-probabilities of N answers, in nats, each the sum over its tokens.
+
+    groups: rows of token ids, the answers to one prompt each; N counts them laid end to end.
+    begins: where in each row the answer begins. What a group begins with goes forward once, where
+    rows go end to end.
+    """
+    rows = [ids for group in groups for ids in group]
+    mask = batches.pad([[True] * len(ids) for ids in rows], False)
+    starts = torch.tensor([begin for group in begins for begin in group])
+    answers = mask & (torch.arange(mask.shape[1]) >= starts[:, None])
+    shared = packing.shared_beginnings(groups) if len(rows) > len(groups) else None
+    ids = host_memory.send(batches.pad(rows, 0), device)
+    logprobs, _ = wanted_logprobs(forward, ids, mask, answers, shared=shared)
+    owners = answers[:, 1:].nonzero()[:, 0]  # no answer is predicted from nothing
+    # In fp64: differences of two sums of a thousand tokens are what is learned from.
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    return sums.index_add(0, host_memory.send(owners, device), logprobs.double())

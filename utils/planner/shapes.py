@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from utils.distributed.zero import PERSISTENT_BELOW
+from utils.generation.kv_cache import numbers_a_token
 from utils.models import model_code
 
 
@@ -24,7 +25,7 @@ from utils.models import model_code
 class Shape:
     """Counts of one model. `scalar`: reward model or critic, with a head of one number."""
 
-    config: object
+    model_config: object
     scalar: bool
     parameters: int  # tied weights once
     largest: int  # of them in one tensor
@@ -34,15 +35,15 @@ class Shape:
 
     @property
     def layers(self) -> int:
-        return self.config.get_text_config().num_hidden_layers
+        return self.model_config.get_text_config().num_hidden_layers
 
     @property
     def vocabulary(self) -> int:
-        return self.config.get_text_config().vocab_size
+        return self.model_config.get_text_config().vocab_size
 
     @property
     def hidden(self) -> int:
-        return self.config.get_text_config().hidden_size
+        return self.model_config.get_text_config().hidden_size
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,20 @@ def read(path: str, scalar: bool, trust_remote_code: bool = False) -> Shape:
     """The Shape of a folder or hub name that holds a config.json."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return count(config, scalar)
+    model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return count(model_config, scalar)
 
 
-def count(config, scalar: bool) -> Shape:
+def count(model_config, scalar: bool) -> Shape:
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(config)
+    model_config = copy.deepcopy(model_config)
     if scalar:
-        config.num_labels = 1
-    auto = model_code.scalar_class(config) if scalar else AutoModelForCausalLM
+        model_config.num_labels = 1
+    auto = model_code.scalar_class(model_config) if scalar else AutoModelForCausalLM
     with torch.device("meta"):
         # A config whose code has been run already says that the model's may.
-        model = auto.from_config(config, trust_remote_code=model_code.is_remote(config))
+        model = auto.from_config(model_config, trust_remote_code=model_code.is_remote(model_config))
     weights = list(model.parameters())
     looked_up = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
@@ -80,18 +81,15 @@ def count(config, scalar: bool) -> Shape:
     head = None if scalar else model.get_output_embeddings()
     if head is not None:
         looked_up.pop(id(head.weight), None)  # a tied head multiplies after all
-    text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     matrices = sum(w.numel() for w in weights if w.dim() > 1)
     return Shape(
-        config=config,
+        model_config=model_config,
         scalar=scalar,
         parameters=sum(w.numel() for w in weights),
         largest=max(w.numel() for w in weights),
         multiplied=matrices - sum(looked_up.values()),
         small=sum(w.numel() for w in weights if w.numel() < PERSISTENT_BELOW),
-        cache=2 * text.num_hidden_layers * heads * width,
+        cache=numbers_a_token(model_config),
     )
 
 
@@ -129,12 +127,12 @@ def activations(shape: Shape, rows: int, length: int, dtype, checkpointing: bool
 
     One and two layers are run; each further one keeps what the second one added.
     """
-    text = shape.config.get_text_config()
+    text = shape.model_config.get_text_config()
     batch = (rows, length, dtype, checkpointing)
     key = (text.to_json_string(use_diff=False), *batch)
     if key not in _measured:
-        one = _run(shape.config, 1, *batch)
-        two = one if shape.layers == 1 else _run(shape.config, 2, *batch)
+        one = _run(shape.model_config, 1, *batch)
+        two = one if shape.layers == 1 else _run(shape.model_config, 2, *batch)
         more = two.held - one.held
         _measured[key] = Activations(
             held=one.held + (shape.layers - 1) * more,
@@ -144,14 +142,16 @@ def activations(shape: Shape, rows: int, length: int, dtype, checkpointing: bool
     return _measured[key]
 
 
-def _run(config, layers: int, rows: int, length: int, dtype, checkpointing: bool) -> Activations:
+def _run(
+    model_config, layers: int, rows: int, length: int, dtype, checkpointing: bool
+) -> Activations:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModel
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        trusted = model_code.is_remote(config)
+        trusted = model_code.is_remote(model_config)
         model = AutoModel.from_config(
-            _of_layers(config, layers), dtype=dtype, trust_remote_code=trusted
+            _of_layers(model_config, layers), dtype=dtype, trust_remote_code=trusted
         )
         ids = torch.zeros(rows, length, dtype=torch.int64)
         mask = torch.ones_like(ids)
@@ -181,14 +181,14 @@ def _drop_gradient(p: torch.Tensor) -> None:
     p.grad = None
 
 
-def _of_layers(config, layers: int):
+def _of_layers(model_config, layers: int):
     """The same model with fewer layers, and without dropout, as the steps train."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
+    model_config = copy.deepcopy(model_config)
+    text = model_config.get_text_config()
     for name, value in list(vars(text).items()):
         if "drop" in name and isinstance(value, float):
             setattr(text, name, 0.0)
         elif isinstance(value, (list, tuple)) and len(value) == text.num_hidden_layers:
             setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
-    return config
+    return model_config

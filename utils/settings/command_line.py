@@ -4,6 +4,7 @@ The effective settings are saved as `config.yaml`; `--config config.yaml` repeat
 """
 
 import dataclasses
+import difflib
 import os
 import sys
 import textwrap
@@ -77,7 +78,9 @@ def build(config_class, argv: list[str], world_size: int):
         for name, value in given.items():
             if name not in fields:
                 unknown = f"setting {name!r} in {place}" if place else f"flag --{name}"
-                problems.append(f"unknown {unknown}")
+                near = difflib.get_close_matches(str(name), fields, n=1)
+                meant = f"; did you mean {'' if place else '--'}{near[0]}?" if near else ""
+                problems.append(f"unknown {unknown}{meant}")
                 continue
             kind, many = type_of(fields[name])
             try:

@@ -211,6 +211,3 @@ class RunConfig(Settings):
             )
         if self.overwrite and self.resume == "auto":
             yield "overwrite begins anew and resume=auto goes on; give one of them"
-
-    def accumulation(self, world_size: int) -> int:
-        return self.global_batch_size // (self.micro_batch_size * world_size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from step3_ppo import update
+from step3_ppo import algorithm, update
 from step3_ppo.algorithm import ALGORITHMS
 from step3_ppo.checks import alignment
 from step3_ppo.checks.probe import Fault, Probe
@@ -30,6 +30,16 @@ SETTINGS = {
     "rloo": {"algorithm": "rloo"},
     "sequences of rloo": {"algorithm": "rloo", "action_level": "sequence"},
     "opo": {"algorithm": "opo"},
+    "grpo, KL in the reward": {"algorithm": "grpo", "kl_in": "reward", "kl_estimator": "k1"},
+    "grpo, k2, by tokens": {
+        "algorithm": "grpo",
+        "kl_estimator": "k2",
+        "loss_normalisation": "token",
+    },
+    "sequences of grpo": {"algorithm": "grpo", "action_level": "sequence"},
+    "gspo": {"algorithm": "gspo"},
+    "cispo": {"algorithm": "cispo"},
+    "ppo, KL in the loss": {"kl_in": "loss", "loss_normalisation": "constant"},
     "reinforce++": {"algorithm": "reinforce++", "gamma": 0.9},
     "reinforce++_baseline": {"algorithm": "reinforce++_baseline"},
     "cut answers": {"missing_eos_penalty": 2.0, "dual_clip": 3.0, "clip_ratio_high": 0.3},
@@ -117,6 +127,15 @@ def test_what_is_out_of_step_is_a_fault(settings, what):
     looked_at, learned_from = out_of_step(experience, what)
     with pytest.raises(Fault, match="out of step|another row's"):
         alignment.advantages_reach_their_tokens(trained(config, looked_at, metrics, learned_from))
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
+def test_a_loss_that_is_divided_by_another_count_is_a_fault(normalisation, monkeypatch):
+    settings = dict(algorithm="grpo", loss_normalisation=normalisation)
+    real = algorithm.loss_normaliser
+    monkeypatch.setattr(algorithm, "loss_normaliser", lambda *args: real(*args) + 1)
+    with pytest.raises(Fault, match="the loss of the first minibatch is multiplied by"):
+        alignment.advantages_reach_their_tokens(trained(*experience_of(**settings)))
 
 
 def test_answers_drawn_twice_are_each_found():

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from tests.helpers.families import FAMILIES
-from utils.generation.kv_cache import KVCache
+from utils.generation.kv_cache import KVCache, numbers_a_token
 
 HEADS, SIZE, LENGTH, WINDOW = 2, 4, 12, 5
 
@@ -13,6 +13,16 @@ HEADS, SIZE, LENGTH, WINDOW = 2, 4, 12, 5
 def config_of(window: bool):
     sizes = FAMILIES["Mistral"] | {"sliding_window": WINDOW if window else None}
     return transformers.MistralConfig(**sizes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_a_token_are_those_that_transformers_keeps(family):
+    config = getattr(transformers, f"{family}Config")(vocab_size=96, **FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    ids = torch.ones(3, 5, dtype=torch.int64)
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    kept = sum(t.numel() for layer in layers for t in (layer.keys, layer.values))
+    assert numbers_a_token(config) * ids.numel() == kept
 
 
 def states(rows: int, new: int, generator):

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from tests.helpers.families import FAMILIES, LLAMA_LIKE
-from utils.kernels import vocabulary_head
+from utils.kernels import packing, vocabulary_head
 from utils.models import language_model
 
 # These cap or scale what the head gives.
@@ -56,3 +56,57 @@ def test_every_family_gives_the_logprobs_of_its_logits(family):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+# Of the first group all rows begin alike, two of them with three tokens of the answer; the second
+# is one row, the third's answers differ in length alone.
+GROUPS = [
+    [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 11, 12], [5, 6, 13]],
+    [[14, 15, 16, 17]],
+    [[18, 19, 20], [18, 19, 20, 21, 22]],
+]
+BEGINS = [[2, 2, 2], [1], [2, 2]]
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_answers_that_begin_alike_have_the_logprobs_they_have_alone(family, packed):
+    torch.manual_seed(0)
+    settings = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family], **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.get_output_embeddings().weight.data.normal_(0, 0.5)
+    rows = [row for group in GROUPS for row in group]
+    begins = [begin for group in BEGINS for begin in group]
+    expected = []
+    for row, begin in zip(rows, begins, strict=True):
+        logs = model(input_ids=torch.tensor([row])).logits[0].double().log_softmax(-1)
+        expected.append(sum(logs[t - 1, row[t]] for t in range(begin, len(row))))
+    expected = torch.stack(expected)
+    if packed:
+        packing.turn_on(model)
+    actual = language_model.answer_logprobs(model, GROUPS, BEGINS, torch.device("cpu"))
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+    weights = torch.linspace(-1, 1, len(rows), dtype=torch.float64)
+    parameters = list(model.parameters())
+    for a, e in zip(
+        torch.autograd.grad((actual * weights).sum(), parameters, allow_unused=True),
+        torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True),
+        strict=True,
+    ):
+        if e is not None:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=2e-5)
+
+
+def test_a_beginning_goes_through_the_packed_model_once():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**FAMILIES["Llama"], vocab_size=96, pad_token_id=0)
+    model, seen = transformers.AutoModelForCausalLM.from_config(config).eval(), []
+    packing.turn_on(model)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    language_model.answer_logprobs(model, GROUPS, BEGINS, torch.device("cpu"))
+    # Two of the first group share two tokens with the first row, one of the third group two.
+    assert seen[-1] == sum(len(row) for group in GROUPS for row in group) - 2 * 2 - 2

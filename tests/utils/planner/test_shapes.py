@@ -61,8 +61,8 @@ def test_activations_are_what_autograd_saves(dtype):
 def test_checkpointing_keeps_one_hidden_state_a_layer():
     shape = shapes.count(LLAMA, False)
     found = shapes.activations(shape, 3, 64, torch.float32, True)
-    deeper = dataclasses.replace(shape, config=shapes._of_layers(LLAMA, 5))
-    deeper.config.num_hidden_layers = 15
+    deeper = dataclasses.replace(shape, model_config=shapes._of_layers(LLAMA, 5))
+    deeper.model_config.num_hidden_layers = 15
     more = shapes.activations(deeper, 3, 64, torch.float32, True)
     assert more.held - found.held == 10 * 3 * 64 * 128 * 4
     assert found.held < found.peak < shapes.activations(shape, 3, 64, torch.float32, False).peak

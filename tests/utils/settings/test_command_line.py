@@ -11,6 +11,7 @@ import pytest
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from utils.settings import command_line
 from utils.settings.command_line import build
 from utils.settings.fields import ConfigError
@@ -21,6 +22,7 @@ NEEDED = {
     SFTConfig: [*COMMON, "--sft_data", "d"],
     RewardConfig: [*COMMON, "--preference_data", "d"],
     PPOConfig: [*COMMON, "--reward_model", "r", "--prompt_data", "d"],
+    PreferenceConfig: [*COMMON, "--preference_data", "d"],
 }
 OUTPUT_DIR_HELP = "folder for weights, metrics.jsonl and config.yaml"
 ALL = pytest.mark.parametrize("config_class", NEEDED, ids=lambda c: c.__name__)
@@ -179,7 +181,7 @@ def test_all_problems_come_in_one_message(tmp_path):
         world_size=8,
     )
     assert found == [
-        f"unknown setting 'learning_rat' in {file}",
+        f"unknown setting 'learning_rat' in {file}; did you mean learning_rate?",
         "max_length='long' is not int",
         "unknown flag --nope",
         "epochs='many' is not float",
@@ -229,15 +231,15 @@ def test_name_equals_value():
 @pytest.mark.parametrize(
     "argv, problem",
     [
-        (["--see", "3"], "unknown flag --see"),  # no abbreviations of --seed
-        (["--see=3"], "unknown flag --see"),
+        (["--see", "3"], "unknown flag --see; did you mean --seed?"),  # no abbreviations
+        (["--see=3"], "unknown flag --see; did you mean --seed?"),
         (["--out", "x"], "unknown flag --out"),
         (["--nope"], "unknown flag --nope"),
         (["--nope", "-3"], "unknown flag --nope"),
         (["--nope", "a", "b"], "unknown flag --nope"),
         (["--nope", "a", "--nope", "b"], "unknown flag --nope"),
-        (["--Seed", "3"], "unknown flag --Seed"),
-        (["--batch-size", "3"], "unknown flag --batch-size"),
+        (["--Seed", "3"], "unknown flag --Seed; did you mean --seed?"),
+        (["--batch-sizes", "3"], "unknown flag --batch-sizes; did you mean --micro_batch_size?"),
         (["--", "3"], "unknown flag --"),
     ],
 )

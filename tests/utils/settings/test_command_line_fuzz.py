@@ -20,6 +20,7 @@ from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from tests.helpers.fuzzing import NO_PROCESS
 from utils.settings import command_line
 from utils.settings.command_line import build
@@ -31,6 +32,7 @@ NEEDED = {
     RewardConfig: [*COMMON, "--preference_data", "d"],
     CollectConfig: "--policy m --prompt_data d --output_file o/c.jsonl".split(),
     PPOConfig: [*COMMON, "--reward_model", "r", "--prompt_data", "d"],
+    PreferenceConfig: [*COMMON, "--preference_data", "d"],
     ChatConfig: ["--checkpoint", "m"],
     PromptEvalConfig: ["--checkpoints", "m"],
 }

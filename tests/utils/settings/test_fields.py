@@ -45,7 +45,7 @@ from utils.settings.command_line import build
         (PPOConfig, ["--missing_eos_penalty", "-1"], "missing_eos_penalty=-1.0 must be at least 0"),
         (PPOConfig, ["--gamma", "1.1"], "gamma=1.1 must be at most 1"),
         (PPOConfig, ["--lam", "-0.5"], "lam=-0.5 must be at least 0"),
-        (PPOConfig, ["--clip_ratio", "0"], "clip_ratio=0.0 must be above 0"),
+        (PPOConfig, ["--clip_ratio", "-0.1"], "clip_ratio=-0.1 must be at least 0"),
         (PPOConfig, ["--clip_value", "-1"], "clip_value=-1.0 must be at least 0"),
         (PPOConfig, ["--temperature", "0"], "temperature=0.0 must be above 0"),
         (PPOConfig, ["--ema_decay", "1"], "ema_decay=1.0 must be below 1"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
 from tests.utils.settings.test_command_line import ALL, NEEDED, problems_of, sft, write
 from utils.settings import command_line
 from utils.settings.command_line import build
@@ -122,8 +123,8 @@ def test_unknown_sections_and_settings_are_told_together(tmp_path):
     text = "all: {sed: 2}\nsftt: {epochs: 1}\nsft: {max_steps: x}\nepochs: 2\nppo: {a: 1}\n"
     file = write(tmp_path / "c.yaml", text)
     assert problems_of(SFTConfig, [*NEEDED[SFTConfig], "--config", file]) == [
-        f"unknown setting 'sftt' in {file}",
-        f"unknown setting 'sed' in {file}, all",
+        f"unknown setting 'sftt' in {file}; did you mean sft_data?",
+        f"unknown setting 'sed' in {file}, all; did you mean seed?",
         "max_steps='x' is not int",
     ]
 
@@ -137,6 +138,7 @@ CHANGED = {
     "--data_split 2,4,4 --gradient_checkpointing",
     PPOConfig: "--kl_coef 1e-7 --critic_zero_stage -1 --reference_zero_stage 3 --gamma 0.5 "
     "--prompts_per_rollout 128 --score_clip 5 --output_dir 007 --reward_model null",
+    PreferenceConfig: "--loss simpo --beta 2.5 --margin 0 --sft_coef 0.1 --pairs best_worst",
 }
 
 

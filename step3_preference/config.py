@@ -1,0 +1,105 @@
+"""Settings of step 3 without a reward model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from step3_preference.losses import LOSSES, How
+from utils.data.preferences import PAIRS
+from utils.planner.workload import Role, Workload
+from utils.settings.fields import setting
+from utils.settings.run_config import RunConfig
+
+OWN = -1.0  # of a number: the one that the loss has in LOSSES
+
+
+def own(name: str) -> str:
+    """The values of LOSSES for a setting, as its help tells them."""
+    values: dict[float, list[str]] = {}
+    for loss, entry in LOSSES.items():
+        if getattr(entry, name) is not None:
+            values.setdefault(getattr(entry, name), []).append(loss)
+    return "; ".join(f"{value:g} for {', '.join(losses)}" for value, losses in values.items())
+
+
+@dataclass
+class PreferenceConfig(RunConfig):
+    """A batch counts rows: one prompt with its K answers, which go forward together."""
+
+    sections = ("all", "preference")
+    weighted = "preference_data"
+    loss: str = setting(
+        "dpo",
+        "; ".join(f"{name}: {entry.meaning}" for name, entry in LOSSES.items()),
+        choices=tuple(LOSSES),
+    )
+    preference_data: list[str] = setting(
+        [], "pairs or rankings: files, folders, hub names", needed=True
+    )
+    reference_model: str = setting("", "what log-ratios are to (default: the start model)")
+    max_length: int = setting(1024, "tokens of prompt and answer (see --long_prompts)", at_least=8)
+    epochs: float = setting(1.0, "passes over the data (see --max_steps)", above=0, at_most=1e6)
+    pairs: str = setting(
+        "all",
+        "of a ranking of K answers: all pairs, which weigh 1 together, or its best against its "
+        "worst",
+        choices=PAIRS,
+    )
+    learning_rate: float = setting(
+        1e-6, "peak: for billions of weights (one of a million: 1e-4)", above=0, at_most=1
+    )
+    beta: float = setting(
+        OWN, f"what scores are multiplied by; -1: {own('beta')}", at_least=OWN, at_most=1e6
+    )
+    margin: float = setting(
+        OWN, f"by which scores are to be apart; -1: {own('margin')}", at_least=OWN, at_most=1e6
+    )
+    label_smoothing: float = setting(
+        OWN,
+        f"probability that a label is wrong; -1: {own('label_smoothing')}",
+        at_least=OWN,
+        below=0.5,
+    )
+    sft_coef: float = setting(
+        OWN,
+        "weight of the chosen answers' negative log-likelihood, a mean over their tokens; -1: "
+        f"{own('sft_coef')}",
+        at_least=OWN,
+        at_most=1e6,
+    )
+
+    def how(self) -> How:
+        """The numbers of the loss: those set here, else its own."""
+        entry = LOSSES[self.loss]
+        names = ("beta", "margin", "label_smoothing", "sft_coef")
+        given = {name: getattr(self, name) for name in names}
+        own = {name: getattr(entry, name) or 0.0 for name in names}
+        return How(**{name: own[name] if given[name] == OWN else given[name] for name in names})
+
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        yield from super().contradictions(world_size)
+        entry = LOSSES[self.loss]
+        for name in ("beta", "margin", "label_smoothing", "sft_coef"):
+            value = getattr(self, name)
+            if value == OWN:
+                continue
+            if value < 0 or (name == "beta" and value == 0):
+                yield f"{name}={value} must be above 0, or -1 for the loss's own; set --{name}"
+            elif getattr(entry, name) is None:
+                others = [n for n, other in LOSSES.items() if getattr(other, name) is not None]
+                yield (
+                    f"loss={self.loss} reads no {name} (now {value}); leave out --{name}, or set "
+                    f"--loss to one that does: {', '.join(others)}"
+                )
+        if self.reference_model and not entry.reads_reference:
+            yield f"loss={self.loss} has no reference; leave out --reference_model"
+
+    def workload(self) -> Workload:
+        """What the planner computes memory and time from, for rows of two answers. The reference
+        model is gone before training begins."""
+        return self.pick(
+            Workload,
+            roles=(Role("model", self.model_name_or_path, trained=True),),
+            length=self.max_length,
+            predicted=self.max_length,
+            rows_a_sample=2,
+        )

@@ -1,0 +1,109 @@
+"""Log-probabilities of answers: of a micro-batch with a gradient, of all rows without, and those of
+the reference, computed once before training."""
+
+import gc
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import whole_files
+from utils.data import comparisons
+from utils.data.preferences import Answers
+from utils.distributed import process_group, zero
+from utils.models import language_model
+from utils.models.loading import Loading
+
+FILE = "reference_logprobs.npz"
+
+
+def of_answers(forward, rows: Sequence[Answers], device: torch.device) -> torch.Tensor:
+    """(N,) fp64, of the answers of all rows laid end to end."""
+    groups, begins = [row.answers for row in rows], [row.begins for row in rows]
+    return language_model.answer_logprobs(forward, groups, begins, device)
+
+
+@torch.no_grad()
+def of_all(forward, rows: Sequence[Answers], device, budget: tuple[int, int]) -> list[list[float]]:
+    """Of every answer of each row, on every rank; rows are the same on every rank and dealt to
+    them. budget: of comparisons.deal."""
+    module = getattr(forward, "module", forward)
+    was_training = module.training
+    module.eval()
+    sums, counts = [], []
+    for chosen in comparisons.deal(range(len(rows)), rows, *budget):
+        # A rank whose rows have run out goes forward with the others, as ZeRO-3 needs.
+        some = [rows[i] for i in chosen or [0]]
+        sums.append(of_answers(forward, some, device))
+        counts.append([(i, len(row.answers)) for i, row in zip(chosen, some, strict=False)])
+    module.train(was_training)
+    mine = {}
+    for part, of_rows in zip(sums, counts, strict=True):
+        values = iter(part.tolist())
+        mine |= {i: [next(values) for _ in range(count)] for i, count in of_rows}
+    everywhere = {}
+    for part in process_group.gather_objects(mine):
+        everywhere |= part
+    return [everywhere[i] for i in range(len(rows))]
+
+
+def of_reference(config, parts: dict[str, Sequence], tokenizer, run) -> dict[str, list]:
+    """{name: the reference model's log-probabilities of these rows}, from the file of this run
+    where it has been written, else computed now; the model is gone afterwards.
+
+    parts: views of rows by name.
+    """
+    path = config.reference_model or config.model_name_or_path
+    key = _key(path, run.dtype, parts)
+    file = Path(config.output_dir) / FILE
+    # Rank 0's look at the file decides for all.
+    found = process_group.gather_objects(process_group.is_main() and _key_in(file) == key)[0]
+    if not found:
+        stage = 3 if config.zero_stage == 3 else 0
+        loading = dict(dtype=run.dtype, zero_stage=stage)
+        model = language_model.load(config.pick(Loading), path, tokenizer=tokenizer, **loading)
+        model = zero.frozen(model, **loading, device=run.device, offload=config.offload)
+        budget = config.micro_batch_size, config.micro_batch_tokens
+        computed = {name: of_all(model, rows, run.device, budget) for name, rows in parts.items()}
+        del model
+        gc.collect()  # an engine's parts refer to each other
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if process_group.is_main():
+            _write(file, key, computed)
+        process_group.barrier()
+    run.say(f"log-probabilities of the reference {path}: {'read from' if found else 'in'} {file}")
+    with np.load(file, allow_pickle=False) as kept:
+        return {name: _rows(kept[name], rows) for name, rows in parts.items()}
+
+
+def _rows(values: np.ndarray, rows: Sequence[Answers]) -> list[list[float]]:
+    ends = np.cumsum([len(row.labels) for row in rows])[:-1]
+    return [part.tolist() for part in np.split(values, ends)]
+
+
+def _key(path: str, dtype: str, parts: dict) -> str:
+    """What the numbers depend on: the reference's name and files, the dtype, the rows."""
+    folder = Path(path)
+    files = sorted(p for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    rows = {name: view.fingerprint() for name, view in parts.items()}
+    return hashlib.sha256(repr((path, stats, dtype, rows)).encode()).hexdigest()
+
+
+def _key_in(file: Path) -> str:
+    """The key of the numbers in a file; empty where there are none that can be read."""
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            return str(kept["key"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return ""
+
+
+def _write(file: Path, key: str, computed: dict[str, list]) -> None:
+    flat = {name: np.array([x for row in rows for x in row]) for name, rows in computed.items()}
+    with whole_files.placing(file) as beside, open(beside, "wb") as opened:
+        np.savez(opened, key=key, **flat)
