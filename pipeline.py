@@ -108,7 +108,8 @@ class Pipeline(Settings):
     overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
 
     def methods(self) -> list[Method]:
-        return [METHODS[name] for name in (ALL if self.method == ["all"] else self.method)]
+        names = ALL if self.method == ["all"] else self.method
+        return [METHODS[name] for name in names if name in METHODS]
 
     def ranked_by(self) -> str:
         if self.labeller != "auto":
@@ -202,7 +203,8 @@ class Plan:
             folder, older = self.folder(number), len(learned)
             if demonstrates or number > 1:
                 what = "best" if demonstrates else "comparisons"
-                file = self.output / f"data/{what}_{number}{method.suffix}.jsonl"
+                suffix = "" if demonstrates else method.suffix
+                file = self.output / f"data/{what}_{number}{suffix}.jsonl"
                 flags = self.sampling(number, policy, self.given.ranked_by())
                 flags |= {"keep": "best"} if demonstrates else {}
                 flags |= {"output_file": file}

@@ -131,9 +131,9 @@ def in_three_digits(rows: list[tuple], *header: str) -> str:
 
 
 def closing_table_of_methods(summary: dict) -> str:
-    rows = before_step_3(summary["sft"], summary["reward"])
+    rows = [row[:3] for row in before_step_3(summary["sft"], summary["reward"])]
     return (
-        f"{in_three_digits(rows, 'measure', 'before', 'after', '')}\n\n"
+        f"{in_three_digits(rows, 'measure', 'before', 'after')}\n\n"
         f"{methods.as_table(summary['methods'], summary['seconds'])}\n"
         f"time: {sum(summary['seconds'].values()):.0f} s, of which all methods share "
         f"{summary['seconds'].get('shared', 0.0):.0f} s"
