@@ -1,4 +1,5 @@
-"""GRPO, Dr. GRPO and RLOO of TRL 1.12, number by number and update by update against ours.
+"""GRPO, Dr. GRPO, DAPO, GSPO, CISPO and RLOO of TRL 1.12, number by number and update by update
+against ours.
 
 Same weights, same sampled tokens, same rewards and settings. TRL's numbers are read out of its
 trainers as they run (trl_trainers.watching); its tokens then go through our step, and its
@@ -33,23 +34,55 @@ ROLLOUT = dict(
 )
 
 
+# What TRL does by itself and does not do here, where it has a setting for it, or a size of the
+# rollout at which the two agree.
+#
+# TRL multiplies the KL in the loss by the ratio and differentiates the product. At the first
+# update, where the ratio is 1, that adds k3·∇log p to the gradient: on the policy's own samples it
+# is then that of KL(policy ‖ reference), where GRPO's paper has that of KL(reference ‖ policy).
+PLAIN_KL = dict(use_bias_correction_kl=False)
+RATIO_OF_KL = "TRL multiplies the KL in the loss by the ratio, which adds k3·∇log p"
+# TRL's mean over tokens divides each minibatch by a share of the rollout's tokens, ours by its own:
+# equal where the rollout is one minibatch.
+ONE_MINIBATCH = dict(global_batch_size=32, micro_batch_size=32)
+
+
 @dataclass(frozen=True)
 class Method:
-    """A row of ONLINE. trl: which trainer, and its settings; ours: flags of step 3."""
+    """A row of ONLINE. trl: which trainer, and its settings; ours: flags of step 3. by_design: why
+    TRL's updates are not ours."""
 
     trl: str
     theirs: dict
     ours: dict
+    by_design: str = ""
 
 
 ONLINE = {
-    "GRPO, no KL, mean over tokens": Method(
-        "grpo", dict(loss_type="bnpo", beta=0.0), dict(algorithm="grpo", kl_coef=0.0)
+    "GRPO": Method("grpo", dict(loss_type="grpo") | PLAIN_KL, dict(algorithm="grpo")),
+    "GRPO, TRL's own KL": Method(
+        "grpo", dict(loss_type="grpo"), dict(algorithm="grpo"), RATIO_OF_KL
     ),
-    "GRPO without the deviation, no KL, mean over tokens": Method(
+    "Dr. GRPO": Method(
         "grpo",
-        dict(loss_type="bnpo", scale_rewards="none", beta=0.0),
-        dict(algorithm="dr_grpo", kl_coef=0.0),
+        dict(loss_type="dr_grpo", scale_rewards="none") | PLAIN_KL,
+        dict(algorithm="dr_grpo"),
+    ),
+    "GRPO, mean over tokens (DAPO), clipped higher": Method(
+        "grpo",
+        dict(loss_type="dapo") | PLAIN_KL,
+        dict(algorithm="grpo", loss_normalisation="token", clip_ratio_high=0.15) | ONE_MINIBATCH,
+    ),
+    "GSPO": Method(
+        "grpo",
+        dict(loss_type="grpo", importance_sampling_level="sequence") | PLAIN_KL,
+        dict(algorithm="gspo", clip_ratio=0.02, clip_ratio_high=0.03),
+    ),
+    # TRL's epsilon_high is the limit of the weight itself, and it has no lower one.
+    "CISPO": Method(
+        "grpo",
+        dict(loss_type="cispo", epsilon_high=1.05) | PLAIN_KL,
+        dict(algorithm="cispo", clip_ratio=1.0, clip_ratio_high=0.05) | ONE_MINIBATCH,
     ),
     "RLOO": Method("rloo", {}, dict(algorithm="rloo", action_level="sequence")),
 }
@@ -137,9 +170,9 @@ def _keys(batch: dict) -> list[tuple]:
     return list(zip(unpadded(batch, "prompt"), unpadded(batch, "completion"), strict=True))
 
 
-def update_rows(ours: models.Models, experience, found: dict, config, device) -> list[Row]:
-    """Rows of losses, gradients and weights, update by update."""
-    module, gradients, rows = ours.actor.module, {}, []
+def update_rows(ours: models.Models, experience, found: dict, why: str, config, device):
+    """Rows of losses, gradients and weights, update by update. why: they differ by design."""
+    module, gradients, rows, clipped = ours.actor.module, {}, [], []
     ours.actor.adamw.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in module.named_parameters()})
     )
@@ -148,13 +181,19 @@ def update_rows(ours: models.Models, experience, found: dict, config, device) ->
         zip(minibatches(experience.rollout, found), found["steps"], strict=True), start=1
     ):
         metrics = update.step_actor(ours, experience, chosen, config, device)
-        rows.append(
-            compare(f"loss, update {k}", metrics["policy_loss"], loss, None, CLOSE, scale=1.0)
-        )
+        whole = metrics["policy_loss"] + experience.kl_in_loss * metrics.get("kl_in_loss", 0.0)
+        rows.append(compare(f"loss, update {k}", whole, loss, None, CLOSE, scale=1.0))
         rows.append(of_norm(f"gradient, update {k}", gradients, theirs["gradients"], CLOSE))
         now = trl_trainers.snapshot(dict(module.named_parameters()))
         title = f"weights after update {k}"
         rows.append(weight_row(title, start, now, theirs["weights"], WEIGHTS_CLOSE))
+        clipped.append(metrics.get("clip_fraction", 0.0))
+    if not max(clipped) > 0:
+        raise RuntimeError(
+            f"no ratio was clipped in {len(clipped)} updates: the clip is not compared"
+        )
+    if why:
+        rows = [dataclasses.replace(row, tolerance=None, note=why) for row in rows]
     return rows
 
 
@@ -170,7 +209,7 @@ def record(folder: Path) -> dict[str, dict]:
 
 
 def our_settings(method: Method, folder: Path) -> PPOConfig:
-    return settings(folder, **ROLLOUT, **method.ours)
+    return settings(folder, **ROLLOUT | method.ours)
 
 
 def run(folder: Path, recorded: dict[str, dict], device) -> dict[str, list[Row]]:
@@ -183,5 +222,6 @@ def run(folder: Path, recorded: dict[str, dict], device) -> dict[str, list[Row]]
         rollout = our_rollout(ours, found, config, device)
         experience, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
         tables[name] = rollout_rows(rollout, experience, found)
-        tables[name] += update_rows(ours, experience, found, config, device)
+        why = ONLINE[name].by_design
+        tables[name] += update_rows(ours, experience, found, why, config, device)
     return tables

@@ -207,6 +207,7 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         response_ids=responses,
         response_mask=mask,
         action_mask=mask,
+        earlier=[()] * len(ids),
         logprobs=logprobs * mask,
         ref_logprobs=ref_logprobs * mask,
         entropies=entropies * mask,

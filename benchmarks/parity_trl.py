@@ -1,5 +1,5 @@
-"""Parity with TRL 1.12: every number of one rollout of PPO, GRPO, Dr. GRPO and RLOO and of the
-optimizer steps on it, and PPO's learning curves.
+"""Parity with TRL 1.12: every number of one rollout and of the optimizer steps on it, of PPO, GRPO,
+Dr. GRPO, DAPO, GSPO, CISPO and RLOO; and PPO's learning curves.
 
     python benchmarks/parity_trl.py [--output_dir output/parity_trl] [--skip_learning]
 

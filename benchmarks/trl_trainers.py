@@ -76,7 +76,8 @@ def online(name: str, config, prompts: list[str], rewards, folder: str, callback
         max_completion_length=config.max_response_length,
         temperature=config.temperature,
         beta=config.kl_coef,
-        epsilon=config.clip_ratio,
+        epsilon=config.clips()[0],
+        epsilon_high=config.clips()[1],
     )
     made = trainer(
         model=_load(config.model_name_or_path),

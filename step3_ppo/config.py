@@ -13,10 +13,13 @@ from utils.settings.fields import default_of, free, rounding, setting
 from utils.settings.run_config import RunConfig
 
 
-def check_reward_function(name: str) -> None:
+def check_reward_functions(names: list[str]) -> None:
     old, new = "step3_ppo.reward_functions:", "step3_ppo.rewards.shipped:"
-    if name.startswith(old):
-        raise ValueError(f"the module is called otherwise now: {name.replace(old, new)}")
+    for name in names:
+        if name.startswith(old):
+            raise ValueError(f"the module is called otherwise now: {name.replace(old, new)}")
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands there twice; give it a weight instead")
 
 
 @dataclass
@@ -33,19 +36,46 @@ class PPOConfig(RunConfig):
     reward_read_at: str = setting(
         "auto", READ_AT_HELP, choices=("auto", *READ_AT), only_with="reward_model"
     )
-    reward_function: str = setting(
-        "",
-        "package.module:name or FILE.py:name of a callable (prompts, responses, rows) → scores, in "
+    reward_function: list[str] = setting(
+        [],
+        "package.module:name or FILE.py:name of callables (prompts, responses, rows) → scores, in "
         "place of the reward model or added to it",
-        check=check_reward_function,
+        check=check_reward_functions,
     )
-    reward_function_coef: float = setting(
-        1.0,
-        "what its scores are multiplied by; below 0: what it measures costs",
+    reward_weights: list[float] = setting(
+        [],
+        "what each one's scores are multiplied by (default 1); below 0: what it measures costs",
         at_least=-math.inf,
         only_with="reward_function",
     )
-    reward_function_timeout: float = free(60.0, "seconds it may take a rollout; 0: any")
+    reward_function_coef: float = setting(
+        1.0,
+        "what their weighted sum is multiplied by, beside the reward model",
+        at_least=-math.inf,
+        only_with="reward_function",
+    )
+    reward_function_timeout: float = free(60.0, "seconds each of them may take a rollout; 0: any")
+    environment: str = setting(
+        "",
+        "package.module:name or FILE.py:name of a callable (conversations, rows) → texts that the "
+        "policy's turns are replied with, or None where the episode ends (docs/environments.md)",
+    )
+    environment_role: str = setting(
+        "auto",
+        "whose turn its text is in the chat template; auto: a tool's where it has such, else a "
+        "user's",
+        ("auto", "tool", "user"),
+        only_with="environment",
+    )
+    environment_timeout: float = free(
+        60.0, "seconds it may take for the turns of a rollout; 0: any", only_with="environment"
+    )
+    max_turns: int = setting(
+        4,
+        "turns of the policy in an episode; all turns and replies share --max_response_length",
+        at_least=1,
+        only_with="environment",
+    )
     judge_model: str = setting("", "another reward model that only judges held-out answers")
     reference_model: str = setting("", "what the KL is measured to (default: the SFT model)")
     critic_model: str = setting(
@@ -198,6 +228,11 @@ class PPOConfig(RunConfig):
         # The rollout.
         if not self.reward_model and not self.reward_function:
             yield "reward_model is empty; set --reward_model (step 2's output) or --reward_function"
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_function):
+            yield (
+                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
+                f"{len(self.reward_function)} of --reward_function; give --reward_weights one each"
+            )
         if rollout % max(size, 1):
             yield (
                 f"prompts_per_rollout × samples_per_prompt = {self.prompts_per_rollout} × "

@@ -6,13 +6,13 @@ Two masks tell the tokens after the prompt apart: response_mask is what is atten
 what the policy chose and is credited for.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.data import batches
+from utils.generation.engine import Samples
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,13 @@ class Segment:
 class Episode:
     prompt_ids: list[int]
     segments: list[Segment]
-    finished: bool  # ended with the stop token, not at the limit
+    finished: bool  # came to its own end: not cut at the limit of tokens or of turns
+    # What was said before the policy's last turn, {"role", "content"} each: its earlier turns and
+    # the environment's replies.
+    earlier: tuple[dict, ...] = ()
+
+    def ids(self) -> list[int]:
+        return [*self.prompt_ids, *(i for s in self.segments for i in s.ids.tolist())]
 
 
 @dataclass
@@ -42,17 +48,18 @@ class Tokens:
     response_ids: torch.Tensor  # (B,R) int64
     response_mask: torch.Tensor  # (B,R) bool: what is attended to
     action_mask: torch.Tensor  # (B,R) bool: what the policy chose
+    earlier: list[tuple[dict, ...]]  # (B,), as in Episode
 
     def select(self, rows):
         """Some rows, with padding that none of them needs cut off."""
-        part = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        part = {name: rows_of(x, rows) for name, x in vars(self).items()}
         left = int(part["prompt_mask"].any(0).nonzero().min())
         right = int(part["response_mask"].any(0).nonzero().max()) + 1
-        for name in part:
+        for name, x in part.items():
             if name.startswith("prompt_"):
-                part[name] = part[name][:, left:]
-            elif part[name].dim() == 2:
-                part[name] = part[name][:, :right]
+                part[name] = x[:, left:]
+            elif isinstance(x, torch.Tensor) and x.dim() == 2:
+                part[name] = x[:, :right]
         return type(self)(**part)
 
     def joined(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,16 +70,25 @@ class Tokens:
     def lengths(self) -> list[int]:
         return (self.prompt_mask.sum(1) + self.response_mask.sum(1)).tolist()
 
+    def last_turn(self) -> torch.Tensor:
+        """(B,R) bool: the policy's tokens that no environment's come after."""
+        replies = self.response_mask & ~self.action_mask
+        return self.action_mask & (replies.flip(1).cumsum(1).flip(1) == 0)
 
-def answered(prompts, samples) -> list[Episode]:
-    """A sampled answer (generation.engine.Samples) to each of `prompts` → episodes of one turn."""
-    episodes = []
-    for i, prompt in enumerate(prompts):
-        kept = samples.response_mask[i]
-        seen = (None if x is None else x[i][kept] for x in (samples.logprobs, samples.entropies))
-        answer = Segment(samples.response_ids[i][kept], True, *seen)
-        episodes.append(Episode(prompt.ids, [answer], samples.finish_reasons[i] == "stop"))
-    return episodes
+
+def rows_of(values, rows: list[int]):
+    """Some rows of a tensor, or of a list with one entry a row."""
+    return values[rows] if isinstance(values, torch.Tensor) else [values[i] for i in rows]
+
+
+def turn_of(samples: Samples, row: int, room: int) -> tuple[Segment, bool]:
+    """A row of samples as the policy's turn of at most `room` tokens, and whether it ended with the
+    stop token within these."""
+    kept = samples.response_mask[row].clone()
+    stopped = samples.finish_reasons[row] == "stop" and int(kept.sum()) <= room
+    kept[room:] = False
+    seen = (None if x is None else x[row][kept] for x in (samples.logprobs, samples.entropies))
+    return Segment(samples.response_ids[row][kept], True, *seen), stopped
 
 
 def lay_out(episodes: list[Episode], pad_id: int) -> Tokens:
@@ -83,7 +99,8 @@ def lay_out(episodes: list[Episode], pad_id: int) -> Tokens:
     prompts = batches.prompt_batch([e.prompt_ids for e in episodes], pad_id)
     attended = [torch.ones(len(x), dtype=torch.bool) for x in ids]
     responses = pad_sequence(ids, batch_first=True, padding_value=pad_id)
-    return Tokens(*prompts, responses, *(pad_sequence(x, True) for x in (attended, actions)))
+    masks = (pad_sequence(x, True) for x in (attended, actions))
+    return Tokens(*prompts, responses, *masks, [e.earlier for e in episodes])
 
 
 def numbers_of(episodes: list[Episode], name: str) -> torch.Tensor:

@@ -36,6 +36,7 @@ SHOWN = (
     "eval/verifier",
     "entropy",
     "response_length",
+    "turns",
     "eos_share",
     "explained_variance",
     "seconds",
@@ -47,19 +48,20 @@ EVALUATION_NOISE = 2**31
 def evaluate(models, prompts, config, device, report, when: str, facts: dict) -> dict:
     """Metrics of sampled answers to the held-out prompts; shows people a few of them. The score of
     each prompt is written to `facts`, as "scores_before" or "scores_after"."""
-    rollout, _ = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
+    rollout, found = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
     facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
     measured = measures.measure_rollout(rollout, config.estimator_of_kl())
+    measured |= {name: value for name, value in found.items() if name.startswith("score_")}
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout)
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
-    shown = zip(prompts[: config.sample_answers], texts, rollout.scores, strict=False)
-    lines = [
-        f"  {p.messages[-1]['content'][:120]!r}\n    → {text[:120]!r}  (score {score:.2f})"
-        for p, text, score in shown
-    ]
+    lines = []
+    for i, prompt in enumerate(prompts[: config.sample_answers]):
+        said = [turn["content"] for turn in (prompt.messages[-1], *rollout.earlier[i])] + [texts[i]]
+        whole = "\n    → ".join(f"{text[:120]!r}" for text in said)
+        lines.append(f"  {whole}  (score {rollout.scores[i]:.2f})")
     if lines:
         report.say("\n".join([f"answers {when}:", *lines]))
     return metrics

@@ -74,6 +74,15 @@ ROLLOUT = {
         "`--score_normalisation running` makes a cut answer cost a deviation more than the mean "
         "finished one",
     ): lambda r, _: r.finished.float().mean().item(),
+    Metric(
+        "turns",
+        "turns",
+        "of the policy, mean over the episodes; where an environment has replied to any",
+        "at `--max_turns`: the policy never ends; let the environment end, or raise it",
+    ): lambda r, _: 1 + sum(map(len, r.earlier)) / 2 / len(r.earlier) if any(r.earlier) else None,
+    Metric("reply_tokens", "tokens", "of the environment, mean over the episodes"): lambda r, _: (
+        (r.response_mask & ~r.action_mask).sum(1).float().mean().item() if any(r.earlier) else None
+    ),
     Metric("score_function", "score", "the part of `score` from `--reward_function`"): (
         lambda r, _: mean_unless_zero(r.function_scores)
     ),
@@ -133,6 +142,13 @@ ELSEWHERE = (
         "share",
         "scores beyond `--score_clip`",
         "above 0.1: normalise the scores, or raise `--score_clip`",
+    ),
+    Metric(
+        "score_function/…",
+        "score",
+        "mean of each `--reward_function` by its name, without its weight, where there are several",
+        "one rises while another falls: the first is bought with the second; change "
+        "`--reward_weights`",
     ),
     Metric("ratio", "", "mean probability ratio of new and old policy over the actions"),
     Metric("approx_kl", "nats an action", "how far an update moved the policy: KL(old ‖ new)"),

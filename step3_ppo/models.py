@@ -1,9 +1,9 @@
 """Actor, critic, reference, reward model, judge and EMA, each built once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from step3_ppo import ptx
+from step3_ppo.environments import environment as environments
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import process_group, zero
@@ -14,7 +14,7 @@ from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
-from utils.rewards import functions as scoring
+from utils.rewards import sums
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Models:
     critic: zero.TrainEngine | None
     reference: object
     reward: Scorer | None
-    reward_function: Callable | None
+    reward_function: sums.WeightedSum | None
+    environment: environments.Environment | None
     judge: Scorer | None
     ema: EMA | None
     ptx: ptx.Examples | None
@@ -59,11 +60,14 @@ def readers(config) -> dict[str, Reader]:
 
 def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     """of_scorers: what `readers` gave, where that was asked before."""
-    reward_function = scoring.load(config.reward_function) if config.reward_function else None
+    asked = config.reward_function, config.reward_weights, config.reward_function_timeout
+    reward_function = sums.load(*asked) if config.reward_function else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)
     of_scorers = readers(config) if of_scorers is None else of_scorers
+    by_text = [r for r in of_scorers.values() if reads_text(r, tokenizer)]
+    environment = environments.load(config, tokenizer, by_text)
     settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
@@ -111,6 +115,7 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         reference=reference,
         reward=reward,
         reward_function=reward_function,
+        environment=environment,
         judge=judge,
         ema=ema,
         ptx=examples,

@@ -9,23 +9,25 @@ import dataclasses
 import functools
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
 
 from step3_ppo import advantages as estimators
 from step3_ppo import algorithm, measures
-from step3_ppo.episodes import Episode, Tokens, answered, lay_out, numbers_of
+from step3_ppo.environments.play import play
+from step3_ppo.episodes import Episode, Tokens, lay_out, numbers_of, rows_of
 from utils.data import batches
 from utils.data.prompts import Prompt
 from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
-from utils.generation.engine import Request, Sampling, synced
+from utils.generation.engine import Sampling, synced
 from utils.generation.sampling import uniform_noise
 from utils.generation.weights import in_eval_mode
 from utils.models import language_model
-from utils.rewards import functions as reward_functions
+from utils.rewards.functions import FunctionError
+from utils.rewards.sums import Answers
 
 
 @dataclass
@@ -41,16 +43,16 @@ class Rollout(Tokens):
     scores: torch.Tensor  # (B,) fp32, of reward model and reward function, as they came
     function_scores: torch.Tensor  # (B,) fp32, the reward function's part of them
     judge_scores: torch.Tensor  # (B,) fp32, the judge's, of held-out answers only
-    finished: torch.Tensor  # (B,) bool: ended with the stop token, not at the limit
+    finished: torch.Tensor  # (B,) bool: ended by itself, not cut at a limit
     group: torch.Tensor  # (B,) int64: number of the row's prompt in the rollout
 
     def not_finite(self) -> list[str]:
         """Names and counts of what is not a finite number."""
         counts = []
-        for f in dataclasses.fields(self):
-            bad = ~getattr(self, f.name).isfinite()
+        for name, x in vars(self).items():
+            bad = ~x.isfinite() if isinstance(x, torch.Tensor) else torch.zeros(1)
             if bad.any():
-                counts.append(f"{int(bad.sum())} of {bad.numel()} {f.name}")
+                counts.append(f"{int(bad.sum())} of {bad.numel()} {name}")
         return counts
 
 
@@ -62,7 +64,8 @@ def collect(
     `copies` neighbours are one prompt: from here on their `group` says so.
 
     noise_step numbers the call: the same number gives the same samples. Returns (Rollout of all
-    rows on every rank, {"seconds_generate", "seconds_score"}).
+    rows on every rank, {"seconds_generate", "seconds_score"} and the mean score of each of several
+    reward functions).
     """
     started = time.time()
     noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
@@ -78,26 +81,25 @@ def collect(
     episodes = generate(models, own, noise[mine], config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
+    means = {}
     if models.reward_function is not None:
-        add_function_scores(rollout, models, prompts, config)
+        means = add_function_scores(rollout, models, prompts, config)
     seconds = {"seconds_generate": generated - started, "seconds_score": time.time() - generated}
-    return rollout, seconds
+    return rollout, seconds | means
 
 
 def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list[Episode]:
-    """The policy's answers to this rank's prompts, drawn by noise (B, max_response_length)."""
-    stop_id, pad_id = models.tokenizer.eos_token_id, models.tokenizer.pad_token_id
-    prompt_ids, prompt_mask = batches.prompt_batch([p.ids for p in prompts], pad_id)
+    """The policy's answers to this rank's prompts, drawn by noise (B, max_response_length); where
+    there is an environment, with its replies."""
     sampling = Sampling(
         config.max_response_length,
-        stop_id,
-        pad_id,
+        models.tokenizer.eos_token_id,
+        models.tokenizer.pad_token_id,
         config.temperature,
         logprobs=config.logprobs_from == "decode",
     )
     with synced(models.rollout_engine, models.actor) as engine:
-        samples = engine.generate(Request(prompt_ids, prompt_mask, noise), sampling)
-    return answered(prompts, samples)
+        return play(engine, prompts, noise, sampling, models.environment)
 
 
 def score(models, prompts, episodes: list[Episode], config, device, judge: bool, group) -> Rollout:
@@ -115,7 +117,7 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool,
     finished = torch.tensor([e.finished for e in episodes])
     texts = texts_of(models.tokenizer, tokens)
     limits = config.micro_batch_size, config.micro_batch_tokens
-    asked = (prompts, texts, finished, *tokens.joined(), *limits)
+    asked = (conversations(prompts, tokens), texts, finished, *tokens.joined(), *limits)
     rollout = Rollout(
         **vars(tokens),
         logprobs=logprobs,
@@ -138,48 +140,65 @@ def gather(part: Rollout, order: list[int]) -> Rollout:
     belongs to prompt order[i·n + r]; rows that `collect` dealt twice are left out."""
     rank, world = process_group.rank(), process_group.world_size()
     own = len(range(rank, len(order), world))
-    part = Rollout(**{f.name: getattr(part, f.name)[:own] for f in dataclasses.fields(part)})
+    part = Rollout(**{name: x[:own] for name, x in vars(part).items()})
     parts = [p for p in process_group.gather_objects(part) if len(p.scores)]
     prompt = max(p.prompt_ids.shape[1] for p in parts)
     response = max(p.response_ids.shape[1] for p in parts)
     back = torch.tensor([i for r in range(world) for i in order[r::world]]).argsort()
     fields = {}
     for f in dataclasses.fields(Rollout):
-        tensors = [getattr(p, f.name) for p in parts]
+        values = [getattr(p, f.name) for p in parts]
         if f.name.startswith("prompt_"):
-            tensors = [pad(t, (prompt - t.shape[1], 0)) for t in tensors]
-        elif tensors[0].dim() == 2:
-            tensors = [pad(t, (0, response - t.shape[1])) for t in tensors]
-        fields[f.name] = torch.cat(tensors)[back]
+            values = [pad(t, (prompt - t.shape[1], 0)) for t in values]
+        elif isinstance(values[0], torch.Tensor) and values[0].dim() == 2:
+            values = [pad(t, (0, response - t.shape[1])) for t in values]
+        is_tensor = isinstance(values[0], torch.Tensor)
+        whole = torch.cat(values) if is_tensor else list(itertools.chain(*values))
+        fields[f.name] = rows_of(whole, back.tolist())
     return Rollout(**fields)
 
 
 def texts_of(tokenizer, tokens: Tokens) -> list[str]:
-    """What follows each prompt, as text without special tokens."""
-    ids = tokens.response_ids.where(tokens.response_mask, tokenizer.pad_token_id)
+    """The policy's last turn of each row, which is all that follows the prompt where there is no
+    environment, as text without special tokens."""
+    ids = tokens.response_ids.where(tokens.last_turn(), tokenizer.pad_token_id)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> None:
-    """Call --reward_function once, on rank 0, with every row; all ranks get its scores or stop."""
+def conversations(prompts: list[Prompt], tokens: Tokens) -> list[Prompt]:
+    """The prompts with what was said behind them before the policy's last turn: what a reward model
+    reads as text before that."""
+    said = zip(prompts, tokens.earlier, strict=True)
+    return [replace(p, messages=(*p.messages, *turns)) if turns else p for p, turns in said]
+
+
+def answers_of(tokenizer, rollout: Rollout, prompts: list[Prompt]) -> Answers:
+    """The rollout's answers as reward functions see them: each the policy's last turn. Where turns
+    precede it, `episode` in the row holds all behind the prompt."""
+    texts, finished = texts_of(tokenizer, rollout), rollout.finished.tolist()
+    messages = [p.messages for p in conversations(prompts, rollout)]
+    rows = [
+        {**p.row, "episode": [*turns, {"role": "assistant", "content": text}]} if turns else p.row
+        for p, turns, text in zip(prompts, rollout.earlier, texts, strict=True)
+    ]
+    return Answers(messages, texts, rows, finished)
+
+
+def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config) -> dict:
+    """Call each --reward_function once, on rank 0, with every row; all ranks get the scores or
+    stop. Returns the mean of each, where there are several."""
     answer = None
     if process_group.is_main():
         try:
-            answer = reward_functions.call(
-                models.reward_function,
-                config.reward_function,
-                [p.messages[-1]["content"] for p in prompts],
-                texts_of(models.tokenizer, rollout),
-                [p.row for p in prompts],
-                config.reward_function_timeout,
-            )
-        except reward_functions.FunctionError as error:
+            answer = models.reward_function.scores(answers_of(models.tokenizer, rollout, prompts))
+        except FunctionError as error:
             answer = str(error)
     answer = process_group.gather_objects(answer)[0]
     if isinstance(answer, str):
         raise StopRun(answer)
-    rollout.function_scores = config.reward_function_coef * torch.tensor(answer, dtype=torch.float)
+    rollout.function_scores = config.reward_function_coef * models.reward_function.total(answer)
     rollout.scores = rollout.scores + rollout.function_scores
+    return models.reward_function.means(answer)
 
 
 def actor_logprobs(models, tokens: Tokens, config, device) -> list[torch.Tensor]:

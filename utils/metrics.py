@@ -23,7 +23,8 @@ PREFIXES = {
 
 @dataclass(frozen=True)
 class Metric:
-    """look_twice: when the value is a reason to stop and think, and what to do then."""
+    """A name that ends with … stands for all that begin so. look_twice: when the value is a reason
+    to stop and think, and what to do then."""
 
     name: str
     unit: str
@@ -43,6 +44,7 @@ def register(step: str, *rows: Metric) -> None:
 
 def known(name: str) -> bool:
     names = {name, *(name.removeprefix(prefix) for prefix in PREFIXES)}
+    names |= {name.partition("/")[0] + "/…" for name in names}
     return any(names & rows.keys() for rows in TABLE.values())
 
 

@@ -11,7 +11,7 @@ import torch
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks.probe import AFTER, BEFORE, Fault, FirstSteps, Probe, apart, check, worst
 from utils.distributed import process_group
-from utils.rewards import functions as scoring
+from utils.rewards.functions import FunctionError
 
 ROWS_ALONE = 8  # a rank scores so many again
 SLOW = 30.0  # seconds; a --reward_function that may take longer is not asked a second time
@@ -45,7 +45,8 @@ def _model_scores(probe: Probe) -> str:
     for row in rows:
         one = probe.rollout.select([row])
         texts = rollouts.texts_of(models.tokenizer, one)
-        score = models.reward.scores([probe.asked[row]], texts, one.finished, *one.joined(), 1)
+        asked = rollouts.conversations([probe.asked[row]], one)
+        score = models.reward.scores(asked, texts, one.finished, *one.joined(), 1)
         alone.append(score + one.function_scores)
     said = probe.must_agree(
         torch.cat(alone),
@@ -60,27 +61,21 @@ def _model_scores(probe: Probe) -> str:
 def _function_scores(probe: Probe) -> str:
     """--reward_function must give the rows, in another order, the scores that they had."""
     config, rollout, asked = probe.config, probe.rollout, probe.asked
-    name = f"--reward_function {config.reward_function}"
+    name = f"--reward_function {' '.join(config.reward_function)}"
     if probe.seconds_score > SLOW:
         long = f"{probe.seconds_score:.0f} s"
         return f"not checked: scoring took {long}, so {name} was not asked again"
-    texts = rollouts.texts_of(probe.models.tokenizer, rollout)
+    function = probe.models.reward_function
 
     def gap(order: list[int]) -> float:
         """Between the scores that the rows had and those that they get in this order."""
+        chosen, rows = rollout.select(order), [asked[i] for i in order]
         try:
-            scores = scoring.call(
-                probe.models.reward_function,
-                config.reward_function,
-                [asked[i].messages[-1]["content"] for i in order],
-                [texts[i] for i in order],
-                [asked[i].row for i in order],
-                config.reward_function_timeout,
-            )
-        except scoring.FunctionError as error:
+            scores = function.scores(rollouts.answers_of(probe.models.tokenizer, chosen, rows))
+        except FunctionError as error:
             raise Fault(f"asked again about the same rows: {error}") from None
-        scores = config.reward_function_coef * torch.tensor(scores, dtype=torch.float)
-        return apart(rollout.function_scores[order], scores)[1]
+        total = config.reward_function_coef * function.total(scores)
+        return apart(rollout.function_scores[order], total)[1]
 
     in_order, allowed = list(range(len(asked))), 10 * probe.tolerance
     # Prompt by prompt: a function may compare the answers to one prompt, which stand together.

@@ -145,7 +145,7 @@ def dropout_is_off(probe: Probe) -> str:
 def rollouts_are_on_policy(probe: Probe) -> str:
     """What rollouts store is what updates recompute."""
     own = probe.own_rows()
-    kept = own.response_mask
+    kept = own.action_mask
     said = probe.must_agree(
         own.logprobs[kept],
         train_forward(probe, own).cpu()[kept],
@@ -166,8 +166,8 @@ def reference_at_the_temperature(probe: Probe) -> str:
     seen = distributions(probe, own, probe.models.reference).logprobs.cpu()
     at = f"at temperature {probe.config.temperature:g}"
     return probe.must_agree(
-        seen[own.response_mask],
-        own.ref_logprobs[own.response_mask],
+        seen[own.action_mask],
+        own.ref_logprobs[own.action_mask],
         f"log-probabilities of the reference, by a softmax of its logits {at} and as stored,",
         "the KL would be to another distribution; see rollout.collect and --temperature",
     )
@@ -179,7 +179,7 @@ def no_kl_at_the_start(probe: Probe) -> str:
     config, rollout = probe.config, probe.rollout
     if config.reference_model not in ("", config.model_name_or_path):
         return f"the reference is another model, {config.reference_model}"
-    kept = rollout.response_mask
+    kept = rollout.action_mask
     what = "log-probabilities of actor and reference"
     cause = "the KL would not start at 0, though both are loaded from the same folder"
     return probe.must_agree(rollout.logprobs[kept], rollout.ref_logprobs[kept], what, cause)

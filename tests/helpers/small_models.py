@@ -90,6 +90,7 @@ def rollout_of(rows: list[dict]) -> Rollout:
         response_ids=responses(lambda r: r["response"], PAD),
         response_mask=responses(lambda r: [True] * len(r["response"]), False),
         action_mask=responses(lambda r: r.get("actions") or [True] * len(r["response"]), False),
+        earlier=[() for _ in rows],
         logprobs=responses(lambda r: r["logprobs"], 0.0),
         ref_logprobs=responses(lambda r: r["ref_logprobs"], 0.0),
         entropies=responses(lambda r: [1.0] * len(r["response"]), 0.0),

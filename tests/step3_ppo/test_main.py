@@ -32,6 +32,7 @@ def options(tiny, chain, folder):
         + ["--score_normalisation", "running", "--score_clip", 1.5, "--whiten_rewards"],
         "reinforce": ["--algorithm", "reinforce", *ONE_STEP, "--reward_model", ""]
         + ["--reward_function", f"{folder / 'own.py'}:score"]
+        + ["step3_ppo.rewards.shipped:count_of_numbers", "--reward_weights", 1, -0.5]
         + ["--ptx_coef", 1.5, "--ptx_data", folder / "texts.jsonl"],
         "sequence": ["--action_level", "sequence", "--score_normalisation", "fixed"]
         + ["--missing_eos_penalty", 1.0, "--ptx_coef", 0.5, "--ptx_data", tiny / "data/sft.jsonl"],
@@ -86,7 +87,14 @@ def test_every_option_takes_one_path(tiny, chain, tmp_path):
 
 def scores_add_up(a2c, reinforce, sequence, added):
     """The first rollout's answers are the same in all runs; who scores them differs."""
-    model, function = metrics_of(sequence, "score")[0], metrics_of(reinforce, "score")[0]
+    parts = [f"score_function/{name}" for name in ("score", "count_of_numbers")]
+    for where in ("", "eval/"):
+        length, numbers = (metrics_of(reinforce, where + part) for part in parts)
+        weighted = [a - 0.5 * b for a, b in zip(length, numbers, strict=True)]
+        assert len(weighted) > 1
+        assert metrics_of(reinforce, f"{where}score_function") == pytest.approx(weighted, rel=1e-5)
+    model, function = metrics_of(sequence, "score")[0], metrics_of(reinforce, parts[0])[0]
+    assert not metrics_of(added, "score_function/length_target")
     assert metrics_of(reinforce, "score") == metrics_of(reinforce, "score_function")
     assert metrics_of(a2c, "score")[0] == pytest.approx(model, rel=1e-6)
     assert metrics_of(added, "score_function")[0] == pytest.approx(0.5 * function, rel=1e-6)
@@ -166,7 +174,7 @@ def test_options_that_cannot_work(settings, said):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"reward_model": "", "reward_function": "own.py:score"},
+        {"reward_model": "", "reward_function": ["own.py:score"]},
         {"algorithm": "a2c"},
         {"algorithm": "reinforce", "samples_per_prompt": 2, "prompts_per_rollout": 32},
         {"dual_clip": 1.01, "clip_ratio_high": 0.28},

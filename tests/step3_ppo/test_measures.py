@@ -20,6 +20,8 @@ def rollout():
     tokens = {name: torch.randn(3, 5) * mask for name in ("logprobs", "ref_logprobs", "entropies")}
     return SimpleNamespace(
         action_mask=mask,
+        response_mask=mask,
+        earlier=[()] * 3,
         finished=torch.tensor([True, False, True]),
         scores=torch.randn(3),
         function_scores=torch.randn(3),
@@ -64,6 +66,14 @@ def test_what_is_not_asked_for_is_left_out(rollout):
     found = measures.measure_rollout(rollout, "k1")
     assert not {"score_function", "score_model"} & found.keys()
     assert found["judge"] == found["score"] and found["judge_std"] == found["score_std"]
+
+
+def test_turns_and_replies_are_counted_where_there_are_any(rollout):
+    rollout.earlier = [("call", "reply"), (), ("call", "reply", "call", "reply")]
+    rollout.response_mask = torch.ones(3, 5, dtype=torch.bool)
+    found = measures.measure_rollout(rollout, "k1")
+    assert found["turns"] == 2.0 and found["reply_tokens"] == pytest.approx(6 / 3)
+    assert found["response_length"] == 3.0
 
 
 def test_measures_of_an_experience(rollout):

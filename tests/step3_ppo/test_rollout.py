@@ -18,7 +18,8 @@ from utils.models import language_model
 def models_of(model) -> SimpleNamespace:
     """A policy that is its own reference, and nobody who scores."""
     actor = Engine(model)
-    none = dict.fromkeys(("critic", "reward", "judge", "reward_function", "frozen_offload"))
+    absent = ("critic", "reward", "judge", "reward_function", "environment", "frozen_offload")
+    none = dict.fromkeys(absent)
     return SimpleNamespace(
         **none,
         tokenizer=SimpleNamespace(

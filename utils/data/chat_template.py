@@ -294,6 +294,32 @@ def around_answer(tokenizer, messages) -> tuple[str, str]:
     return before, after
 
 
+def reply_ids(tokenizer, messages, reply: dict) -> list[int]:
+    """What stands between an answer's stop token and the next answer, where `reply` ({"role",
+    "content"}, a tool's or a user's) comes between: the same ids as in a row of training data.
+
+    messages: a conversation that ends with that answer, whose text changes nothing here. Texts of
+    special tokens are taken out of the reply: they would end its turn and begin another. Raises
+    TemplateError where the template has no such turn.
+    """
+    special = {*tokenizer.all_special_tokens}
+    special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    text = reply["content"]
+    while found := [token for token in special if token and token in text]:
+        text = functools.reduce(lambda text, token: text.replace(token, ""), found, text)
+    probe = PROBE
+    while any(probe in turn["content"] for turn in (*messages[:-1], reply)):
+        probe += PROBE
+    turns = (*messages[:-1], {"role": "assistant", "content": probe}, {**reply, "content": text})
+    _, _, after = _before_answer(tokenizer, turns).partition(probe)
+    _, stop, between = after.partition(tokenizer.eos_token)
+    if not stop:
+        raise TemplateError(
+            "the chat template puts no stop token between an answer and what follows it"
+        )
+    return _continuation_ids(tokenizer, between)
+
+
 def encode_whole(tokenizer, messages, answer: str, finished: bool) -> list[int]:
     """`answer` to `messages`, rendered and tokenised in one piece, with what the template puts
     behind the answer's stop token. An answer that is not finished ends the row, without one.

@@ -6,6 +6,7 @@ operations on the same addresses; "graph" is "static" with each step replayed as
 "auto" is "graph" on CUDA where it can be, else "eager".
 """
 
+import sys
 import warnings
 
 import torch
@@ -15,6 +16,7 @@ from utils.generation import graphs
 from utils.generation.kv_cache import KVCache
 from utils.kernels import packing, token_attention
 from utils.models import language_model
+from utils.pretrained import positions_of
 
 MODES = ("auto", "eager", "static", "graph")
 LEAVE_TOGETHER = 4  # stopped rows stay until so many can leave: each time other rows must move
@@ -67,6 +69,7 @@ class Decoder:
         self.mask = torch.ones(rows, length, dtype=torch.bool, device=device)
         self.mask[:, :width] = prompt_mask
         self.positions = language_model.positions(prompt_mask)[:, -1:]
+        self.last_position = (positions_of(model.config) or sys.maxsize) - 1
         if self.static:
             position.fill_(width)
         if self.captures:
@@ -77,7 +80,8 @@ class Decoder:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) tokens drawn → (B,V) logits of the next; with graphs, valid until the next step."""
-        self.positions = self.positions + 1
+        # A row may run on beyond its own room, for its neighbours; what it draws there is dropped.
+        self.positions = (self.positions + 1).clamp(max=self.last_position)
         ids = tokens[:, None]
         self.filled += 1
         if not self.static:

@@ -14,6 +14,7 @@ from step3_ppo.checks.probe import Fault, Probe
 from step3_ppo.rollout import Prompt, make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, TableActor, config_of, drawn_rows, rollout_of
+from utils.rewards.sums import Function, WeightedSum
 
 VOCABULARY, ROWS = 12, 24
 SETTINGS = {
@@ -170,8 +171,12 @@ def scored(function, seconds=0.1, copies=1) -> Probe:
     scores = 0.5 * torch.tensor(scores)
     rollout = rollout_of(drawn_rows(8, VOCABULARY, seed=1))
     return Probe(
-        SimpleNamespace(reward=None, reward_function=function, tokenizer=tokenizer),
-        config_of(reward_function="own.py:score", reward_function_coef=0.5),
+        SimpleNamespace(
+            reward=None,
+            reward_function=WeightedSum({"f": Function(function, "own.py:score", 5.0)}, [1.0]),
+            tokenizer=tokenizer,
+        ),
+        config_of(reward_function=["own.py:score"], reward_function_coef=0.5),
         torch.device("cpu"),
         tolerance=5e-5,
         train=[],

@@ -54,6 +54,12 @@ from utils.settings.command_line import build
             ["--reward_function", "step3_ppo.reward_functions:rouge_l"],
             "otherwise now: step3_ppo.rewards.shipped:rouge_l; set --reward_function",
         ),
+        (PPOConfig, ["--reward_function", "a:b", "c:d", "a:b"], "a:b stands there twice;"),
+        (
+            PPOConfig,
+            ["--reward_function", "a:b", "c:d", "--reward_weights", "1"],
+            "reward_weights=[1.0] has 1 numbers for 2 of --reward_function; give",
+        ),
         (PPOConfig, ["--critic_zero_stage", "4"], "critic_zero_stage=4 is not one of -1, 0"),
     ],
 )
