@@ -306,7 +306,7 @@ def test_the_shape_of_a_new_model_is_the_recipes_unless_a_file_says_another(tmp_
     job = run_all.Job(["tiny", "--output_dir", str(tmp_path / "out"), *own])
     made = {}
     monkeypatch.setattr(job, "make", lambda name, *_, **flags: made.update({name: flags}))
-    monkeypatch.setattr(job, "steps", lambda: ())
+    monkeypatch.setattr(pipeline.Plan, "stages", lambda plan: ())
     monkeypatch.setattr(job, "evaluate", lambda: None)
     job.run()
     assert (made["base model"]["vocab_size"], made["base model"]["max_positions"]) == (512, 256)
