@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from step3_preference.losses import LOSSES, How
+from step3_preference.losses import LOSSES, NUMBERS, How
 from utils.data.preferences import PAIRS
 from utils.planner.workload import Role, Workload
-from utils.settings.fields import setting
+from utils.settings.fields import free, setting
 from utils.settings.run_config import RunConfig
 
 OWN = -1.0  # of a number: the one that the loss has in LOSSES
@@ -33,7 +33,10 @@ class PreferenceConfig(RunConfig):
         choices=tuple(LOSSES),
     )
     preference_data: list[str] = setting(
-        [], "pairs or rankings: files, folders, hub names", needed=True
+        [],
+        "pairs or rankings, for kto also single answers with label true or false: files, folders, "
+        "hub names",
+        needed=True,
     )
     reference_model: str = setting("", "what log-ratios are to (default: the start model)")
     max_length: int = setting(1024, "tokens of prompt and answer (see --long_prompts)", at_least=8)
@@ -66,19 +69,34 @@ class PreferenceConfig(RunConfig):
         at_least=OWN,
         at_most=1e6,
     )
+    desirable_weight: float = setting(
+        OWN,
+        f"what a good answer's loss weighs; -1: {own('desirable_weight')}",
+        at_least=OWN,
+        at_most=1e6,
+    )
+    undesirable_weight: float = setting(
+        OWN,
+        f"what a bad answer's loss weighs; -1: {own('undesirable_weight')}",
+        at_least=OWN,
+        at_most=1e6,
+    )
+    self_check: str = free(
+        "on", "what must hold before training; warn: say and go on", choices=("on", "warn", "off")
+    )
+    ema_decay: float = setting(0.0, "of the averaged model, an optimizer step; 0: none", below=1)
 
     def how(self) -> How:
         """The numbers of the loss: those set here, else its own."""
         entry = LOSSES[self.loss]
-        names = ("beta", "margin", "label_smoothing", "sft_coef")
-        given = {name: getattr(self, name) for name in names}
-        own = {name: getattr(entry, name) or 0.0 for name in names}
-        return How(**{name: own[name] if given[name] == OWN else given[name] for name in names})
+        given = {name: getattr(self, name) for name in NUMBERS}
+        taken = {n: getattr(entry, n) or 0.0 if v == OWN else v for n, v in given.items()}
+        return How(**taken)
 
     def contradictions(self, world_size: int) -> Iterator[str]:
         yield from super().contradictions(world_size)
         entry = LOSSES[self.loss]
-        for name in ("beta", "margin", "label_smoothing", "sft_coef"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if value == OWN:
                 continue

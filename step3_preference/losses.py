@@ -3,7 +3,7 @@
 Each answer has a score s, made of its log-probability under the policy and, for most losses, under
 the frozen reference; β·s is the reward that the policy implies (Rafailov et al. 2023). A loss
 compares the scores w, l (P,) of P pairs of a better and a worse answer, or judges answers one by
-one (KTO), or a whole ranking (Plackett–Luce).
+one (KTO), or a whole ranking (Plackett–Luce). LOSSES is the table of them.
 
 Sources: Rafailov et al. 2023 (DPO, and Plackett–Luce in its appendix A.3); Mitchell 2023, "A note
 on DPO with noisy preferences" (cDPO); Chowdhury et al. 2024 (robust DPO); Azar et al. 2023 (IPO);
@@ -13,7 +13,7 @@ Pang et al. 2024 (the SFT term beside DPO's).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional as F
@@ -39,6 +39,11 @@ class How:
     margin: float = 0.0
     label_smoothing: float = 0.0
     sft_coef: float = 0.0
+    desirable_weight: float = 0.0
+    undesirable_weight: float = 0.0
+
+
+NUMBERS = tuple(field.name for field in fields(How))
 
 
 # Scores of answers.
@@ -111,39 +116,135 @@ def apo_down(w, l, how: How) -> torch.Tensor:  # noqa: E741
     return torch.sigmoid(how.beta * w) + 1 - torch.sigmoid(how.beta * (w - l))
 
 
-@dataclass(frozen=True)
+# Losses of answers one by one, and of rankings.
+
+
+def kto(scores: torch.Tensor, good: bool, z0: float, how: How) -> torch.Tensor:
+    """λ·(1 − σ(±β(s − z0))) (N,): + and λ_D for desirable answers, − and λ_U for others."""
+    weight = how.desirable_weight if good else how.undesirable_weight
+    above = how.beta * (scores - z0)
+    return weight * (1 - torch.sigmoid(above if good else -above))
+
+
+def plackett_luce(scores: torch.Tensor, labels: torch.Tensor, how: How) -> torch.Tensor:
+    """−log probability of a ranking of K answers: scores, labels (K,) → a scalar.
+
+    Each answer is chosen by softmax of β·s among itself and those below it. Ties claim nothing of
+    each other: equally good answers are each chosen before those below, in no order.
+    """
+    among = (labels[None] < labels[:, None]) | torch.eye(len(labels), dtype=torch.bool)
+    rewards = how.beta * scores
+    chances = rewards[None].masked_fill(~among.to(scores.device), -torch.inf).logsumexp(1)
+    return (chances - rewards).sum()
+
+
+class Labels:
+    """How good the answers of some rows are, laid end to end (N,), and what follows from it.
+
+    winners, losers, weights (P,): pairs, as ranked_pairs makes them. good, bad (N,): how often an
+    answer is the better or worse one of a pair, or 1 where it is judged by itself.
+    """
+
+    def __init__(self, labels: Sequence[Sequence[float]], device: torch.device):
+        self.rows = labels
+        winners, losers, weights = ranked_pairs(labels)
+        self.winners, self.losers = (
+            torch.tensor(i, dtype=torch.int64, device=device) for i in (winners, losers)
+        )
+        self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
+        alone = [len(row) == 1 for row in labels for _ in row]
+        flat = [label for row in labels for label in row]
+        sides = [
+            torch.tensor([x * y for x, y in zip(alone, side, strict=True)], dtype=torch.float64)
+            for side in ([label > 0 for label in flat], [label <= 0 for label in flat])
+        ]
+        self.good = sides[0].to(device).index_add(0, self.winners, self.weights)
+        self.bad = sides[1].to(device).index_add(0, self.losers, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
-    """compare: see above. beta and so on: what a run takes that does not set them; those that are
-    None are not read, and setting one is refused."""
+    """beta and so on: what a run takes that does not set them; those that are None are not read,
+    and setting one is refused."""
 
     meaning: str
     score: Callable[[Logprobs], torch.Tensor]
-    compare: Callable[[torch.Tensor, torch.Tensor, How], torch.Tensor]
     beta: float = 0.1
     margin: float | None = None
     label_smoothing: float | None = None
     sft_coef: float = 0.0
+    desirable_weight: float | None = None
+    undesirable_weight: float | None = None
+
+    takes_single = False  # rows of one answer that is judged by itself?
 
     @property
     def reads_reference(self) -> bool:
         return self.score in (ratio, mean_ratio)
 
+    def count(self, labels: Sequence[Sequence[float]]) -> int:
+        """What the sum over these rows is divided by."""
+        return len(labels)
 
-LOSSES = {
-    "dpo": Loss("−log σ of the difference of log-ratios to the reference", ratio, logistic),
-    "cdpo": Loss("dpo, labels wrong at a rate", ratio, conservative, label_smoothing=0.1),
-    "robust_dpo": Loss("dpo, that rate taken back", ratio, robust, label_smoothing=0.1),
-    "dpo_norm": Loss("dpo on means over tokens", mean_ratio, logistic, beta=5.0),
-    "ipo": Loss("squared distance of the mean log-ratios to a margin", mean_ratio, squared),
-    "simpo": Loss(
+    def total(self, scores, labels: Labels, z0: float, how: How) -> torch.Tensor:
+        """Σ over rows, in fp64. scores: (N,)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLoss(Loss):
+    """The pairs of a row weigh 1 together."""
+
+    compare: Callable[[torch.Tensor, torch.Tensor, How], torch.Tensor]
+
+    def total(self, scores, labels, z0, how):
+        return (
+            labels.weights * self.compare(scores[labels.winners], scores[labels.losers], how)
+        ).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTO(Loss):
+    """Answers one by one. A comparison counts as two: its better and its worse answers, each side
+    weighing 1 together, as its pairs name them."""
+
+    takes_single = True
+
+    def count(self, labels):
+        return sum(2 if len(row) > 1 else 1 for row in labels)
+
+    def total(self, scores, labels, z0, how):
+        good, bad = (kto(scores, side, z0, how) for side in (True, False))
+        return (labels.good * good + labels.bad * bad).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingLoss(Loss):
+    def total(self, scores, labels, z0, how):
+        parts = scores.split([len(row) for row in labels.rows])
+        ranked = zip(parts, labels.rows, strict=True)
+        return sum(plackett_luce(part, torch.tensor(row), how) for part, row in ranked)
+
+
+def _pairs(meaning: str, score: Callable, compare: Callable, **numbers) -> PairLoss:
+    return PairLoss(meaning=meaning, score=score, compare=compare, **numbers)
+
+
+LOSSES: dict[str, Loss] = {
+    "dpo": _pairs("−log σ of the difference of log-ratios to the reference", ratio, logistic),
+    "cdpo": _pairs("dpo, labels wrong at a rate", ratio, conservative, label_smoothing=0.1),
+    "robust_dpo": _pairs("dpo, that rate taken back", ratio, robust, label_smoothing=0.1),
+    "dpo_norm": _pairs("dpo on means over tokens", mean_ratio, logistic, beta=5.0),
+    "ipo": _pairs("squared distance of the mean log-ratios to a margin", mean_ratio, squared),
+    "simpo": _pairs(
         "mean log-probabilities a margin apart; no reference",
         mean_logprob,
         logistic,
         beta=2.0,
         margin=1.0,
     ),
-    "orpo": Loss("SFT and an odds ratio; no reference", mean_logprob, odds_ratio, sft_coef=1.0),
-    "slic": Loss(
+    "orpo": _pairs("SFT and an odds ratio; no reference", mean_logprob, odds_ratio, sft_coef=1.0),
+    "slic": _pairs(
         "hinge of log-probabilities, and SFT; no reference",
         logprob,
         hinge,
@@ -151,43 +252,47 @@ LOSSES = {
         margin=1.0,
         sft_coef=0.1,
     ),
-    "apo_zero": Loss("chosen up, rejected down", ratio, apo_zero),
-    "apo_down": Loss("both down, rejected further", ratio, apo_down),
+    "apo_zero": _pairs("chosen up, rejected down", ratio, apo_zero),
+    "apo_down": _pairs("both down, rejected further", ratio, apo_down),
+    "kto": KTO(
+        meaning="answers judged one by one, against the KL to the reference",
+        score=ratio,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+    ),
+    "plackett_luce": RankingLoss(meaning="the whole ranking of K answers", score=ratio),
 }
 
 
 def batch_loss(
-    loss: Loss, x: Logprobs, labels: Sequence[Sequence[float]], how: How
+    loss: Loss, x: Logprobs, labels: Sequence[Sequence[float]], how: How, z0: float = 0.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed loss of whole rows, each of which weighs 1, and statistics (sums, see `means`).
+    """Summed loss of whole rows, and statistics (sums, see `means`).
 
-    labels: of each row's answers, higher is better; x has these answers laid end to end.
+    labels: of each row's answers, higher is better; x has these answers laid end to end. z0: KTO's
+    KL of the whole optimizer step, in nats an answer.
     """
-    pairs = ranked_pairs(labels)
-    winners, losers = (torch.tensor(i, dtype=torch.int64) for i in pairs[:2])
-    winners, losers = winners.to(x.policy.device), losers.to(x.policy.device)
-    weights = torch.tensor(pairs[2], dtype=torch.float64, device=x.policy.device)
-    scores = loss.score(x)
-    total = (weights * loss.compare(scores[winners], scores[losers], how)).sum()
+    made, scores = Labels(labels, x.policy.device), loss.score(x)
+    total = loss.total(scores, made, z0, how)
     if how.sft_coef:
-        total = total - how.sft_coef * (weights * mean_logprob(x)[winners]).sum()
+        total = total - how.sft_coef * (made.good * mean_logprob(x)).sum()
     with torch.no_grad():
         rewards = how.beta * scores
-        ahead = (rewards[winners] - rewards[losers]).sign()
-        stats = {"loss": total, "pairs": weights.sum()}
-        stats["accuracy"] = (weights * (1 + ahead) / 2).sum()
-        for who, rows in (("chosen", winners), ("rejected", losers)):
-            for what, value in (
-                ("reward", rewards),
-                ("logprob", x.policy),
-                ("length", x.lengths),
-            ):
-                stats[f"{who}_{what}"] = (weights * value[rows]).sum()
+        ahead = (rewards[made.winners] - rewards[made.losers]).sign()
+        stats = {"loss": total, "count": loss.count(labels), "pairs": made.weights.sum()}
+        stats["accuracy"] = (made.weights * (1 + ahead) / 2).sum()
+        measured = (("reward", rewards), ("logprob", x.policy), ("length", x.lengths))
+        for who, weights in (("chosen", made.good), ("rejected", made.bad)):
+            stats[who] = weights.sum()
+            stats |= {f"{who}_{what}": (weights * value).sum() for what, value in measured}
     return total.float(), stats
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Statistics of `batch_loss`, summed over any rows → metrics."""
-    pairs = sums["pairs"] or float("nan")
-    found = {name: value / pairs for name, value in sums.items() if name != "pairs"}
+    """Statistics of `batch_loss`, summed over any rows → metrics; NaN where no row has them."""
+    found = {}
+    for name, value in sums.items():
+        over = {"loss": "count", "accuracy": "pairs"}.get(name, name.split("_")[0])
+        if over != name and name != "count":
+            found[name] = value / sums[over] if sums[over] else float("nan")
     return found | {"margin": found["chosen_reward"] - found["rejected_reward"]}

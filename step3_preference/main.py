@@ -4,6 +4,7 @@ deepspeed step3_preference/main.py --model_name_or_path SFT --preference_data DA
     --output_dir FOLDER
 """
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from step3_preference import logprobs, losses
+from step3_preference.checks import SelfCheck
 from step3_preference.config import PreferenceConfig
 from step3_preference.losses import LOSSES, Logprobs
+from step3_preference.watch import Watch
 from utils import metrics
 from utils.checkpoints.model_folder import ModelFolder
 from utils.data import batches, comparisons, preferences
@@ -24,6 +27,7 @@ from utils.data.preferences import Answers
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import language_model
+from utils.models.ema import EMA
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -42,113 +46,196 @@ metrics.register(
     Metric("rejected_logprob", "nats an answer", "of the worse answers"),
     Metric("chosen_length", "tokens", "mean length of the better answers, stop token included"),
     Metric("rejected_length", "tokens", "of the worse answers"),
+    Metric(
+        "kl",
+        "nats an answer",
+        "KTO's z0: the KL to the reference by answers to other prompts, at least 0",
+    ),
     Metric("eval/accuracy_low", "share", "lower end of its 95 % interval, by prompt"),
     Metric("eval/accuracy_high", "share", "upper end"),
     Metric("eval/accuracy_longer_answer", "share", "accuracy of always choosing the longer answer"),
+    Metric(
+        "eval/prefers_longer",
+        "share",
+        "pairs of different length whose longer answer has the higher implied reward",
+        "well above `eval/accuracy_longer_answer`: answers will grow",
+    ),
     Metric("eval/pairs", "", "how many pairs were held out"),
 )
 
 
-def numbers(policy: torch.Tensor, reference: list[list[float]], rows: Sequence[Answers]):
-    """Logprobs of the answers of some rows laid end to end. policy: (N,); reference: by row."""
-    kind = dict(dtype=torch.float64, device=policy.device)
-    lengths = [len(a) - b for row in rows for a, b in zip(row.answers, row.begins, strict=True)]
-    return Logprobs(
-        policy,
-        torch.tensor([x for row in reference for x in row], **kind),
-        torch.tensor(lengths, **kind),
-    )
+class Rows:
+    """The rows of a run, training or held out, and what the reference says of them.
+
+    rows: a View of Answers. reference: its log-probabilities of them, by row; 0 where the loss has
+    no reference. mismatched, and mismatched_reference: the same of KTO's answers to other prompts,
+    where the loss is KTO.
+    """
+
+    def __init__(self, rows, name: str, config):
+        self.rows, self.name = rows, name
+        single = LOSSES[config.loss].takes_single
+        self.mismatched = preferences.Mismatched(rows, config.max_length) if single else ()
+
+    def views(self) -> dict[str, Sequence[Answers]]:
+        found = {self.name: self.rows, f"{self.name}_mismatched": self.mismatched}
+        return {name: rows for name, rows in found.items() if rows}
+
+    def refer(self, numbers: dict[str, list]) -> None:
+        """numbers: of logprobs.of_reference; empty for a loss without one."""
+        nothing = [[0.0] * len(row.labels) for row in self.rows] if not numbers else None
+        self.reference = numbers.get(self.name, nothing)
+        self.mismatched_reference = numbers.get(f"{self.name}_mismatched", ())
+
+    def of(self, chosen: Sequence[int], policy: torch.Tensor) -> tuple[Logprobs, list]:
+        """(log-probabilities of the answers of some rows laid end to end, their labels by row).
+        policy: (N,)."""
+        some, kind = [self.rows[i] for i in chosen], dict(dtype=torch.float64, device=policy.device)
+        lengths = [len(a) - b for row in some for a, b in zip(row.answers, row.begins, strict=True)]
+        reference = torch.tensor([x for i in chosen for x in self.reference[i]], **kind)
+        x = Logprobs(policy, reference, torch.tensor(lengths, **kind))
+        return x, [row.labels for row in some]
+
+    @torch.no_grad()
+    def z0(self, engine, chosen: Sequence[int], budget, device) -> float:
+        """KTO's estimate of the KL to the reference, in nats an answer and at least 0: the mean
+        log-ratio of mismatched answers to the prompts of `chosen`, over all ranks."""
+        if not self.mismatched:
+            return 0.0
+        sums = metrics.Sums(device)
+        for micro in comparisons.deal(chosen, self.mismatched, *budget):
+            # A rank whose rows have run out goes forward with the others, as ZeRO-3 needs.
+            some = [self.mismatched[i] for i in micro or [0]]
+            policy = logprobs.of_answers(engine, some, device).sum()
+            reference = sum(self.mismatched_reference[i][0] for i in micro)
+            sums.add({"kl": (policy - reference) * bool(micro)})
+        return max(0.0, sums.over(len(chosen))["kl"])
 
 
-def evaluate(engine, held, reference, config, device) -> dict[str, float]:
-    """Metrics of the held-out rows, accuracy with its 95 % interval by prompt."""
+def prefers_longer(scores, lengths) -> float:
+    """Share of pairs of one prompt's answers, of different length, whose longer answer has the
+    higher score; ties count half."""
+    right = [
+        (s > t) + (s == t) / 2
+        for row, sizes in zip(scores, lengths, strict=True)
+        for s, n in zip(row, sizes, strict=True)
+        for t, m in zip(row, sizes, strict=True)
+        if n > m
+    ]
+    return sum(right) / len(right) if right else 0.5
+
+
+def evaluate(engine, held: Rows, config, device) -> dict[str, float]:
+    """Metrics of the held-out rows; the accuracy of pairs with its 95 % interval by prompt."""
     from utils.confidence import ranking_accuracy
 
     budget = config.micro_batch_size, config.micro_batch_tokens
-    rows = list(held)
-    policy = logprobs.of_all(engine, rows, device, budget)
-    x = numbers(torch.tensor([p for row in policy for p in row]).double(), reference, rows)
-    labels, loss = [row.labels for row in rows], LOSSES[config.loss]
-    _, sums = losses.batch_loss(loss, x, labels, config.how())
+    every, loss = range(len(held.rows)), LOSSES[config.loss]
+    policy = [x for row in logprobs.of_all(engine, held.rows, device, budget) for x in row]
+    x, labels = held.of(every, torch.tensor(policy, dtype=torch.float64))
+    z0 = held.z0(engine, every, budget, device)
+    _, sums = losses.batch_loss(loss, x, labels, config.how(), z0)
     measured = losses.means({name: float(value) for name, value in sums.items()})
-    scores = iter(loss.score(x).tolist())
-    scores = [[next(scores) for _ in row.labels] for row in rows]
-    lengths = [row.characters for row in rows]
-    ranked = ranking_accuracy(labels, scores, lengths, [row.prompt for row in rows])
-    ranked.pop("margin")
-    return {f"eval/{name}": value for name, value in (measured | ranked).items()}
+    measured |= {"kl": z0} if held.mismatched else {}
+    scores = [part.tolist() for part in loss.score(x).split(list(map(len, labels)))]
+    rows = list(held.rows)
+    if any(len(row) > 1 for row in labels):
+        lengths, prompts = [row.characters for row in rows], [row.prompt for row in rows]
+        measured |= ranking_accuracy(labels, scores, lengths, prompts) | {
+            "margin": measured["margin"]
+        }
+        measured["prefers_longer"] = prefers_longer(scores, lengths)
+    return {f"eval/{name}": value for name, value in measured.items()}
 
 
 def main() -> None:
     config = command_line.parse(PreferenceConfig, __doc__)
     run = Run(config)
-    device = run.device
+    device, method, how = run.device, LOSSES[config.loss], config.how()
 
     # Data, the reference's log-probabilities, model, engine.
     tokenizer = run.load_tokenizer(config.max_length, "--max_length")
-    train, held = preferences.load(
+    views = preferences.load(
         config.preference_data,
         tokenizer,
         config.pick(DataSettings),
         config.max_length,
         config.pairs,
+        method.takes_single,
         run.say,
     )
-    rows = config.global_batch_size
-    steps = config.max_steps or batches.steps_of(config.epochs, rows, len(train))
+    train, held = (Rows(v, n, config) for v, n in zip(views, ("train", "held"), strict=True))
+    size, count = config.global_batch_size, len(train.rows)
+    steps = config.max_steps or batches.steps_of(config.epochs, size, count)
     run.announce(f"step 3 by preferences, {config.loss}: {steps} steps", steps)
-    method, how = LOSSES[config.loss], config.how()
+    numbers = {}
     if method.reads_reference:
-        parts = {"train": train, "held": held}
-        reference = logprobs.of_reference(config, parts, tokenizer, run)
-    else:
-        reference = {
-            name: [[0.0] * len(row.labels) for row in part]
-            for name, part in (("train", train), ("held", held))
-        }
+        numbers = logprobs.of_reference(config, train.views() | held.views(), tokenizer, run)
+    train.refer(numbers)
+    held.refer(numbers)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
         config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
     )
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
+    ema = EMA(engine.module, config.ema_decay) if config.ema_decay else None
     budget = config.micro_batch_size, config.micro_batch_tokens
+    measure = functools.partial(evaluate, engine, held, config, device)
 
-    def measure() -> dict[str, float]:
-        return evaluate(engine, held, reference["held"], config, device)
-
-    folder = ModelFolder(engine.module, tokenizer, run.settings)
-    done = run.restore({".": folder}, {"model": engine}, train.fingerprint())
+    folders = {".": ModelFolder(engine.module, tokenizer, run.settings)}
+    engines = {"model": engine}
+    if ema is not None:
+        folders["ema"] = ModelFolder(engine.module, tokenizer, run.settings, ema)
+        engines["average"] = ema
+    watch = Watch(config, run.say)
+    done = run.restore(folders, engines, train.rows.fingerprint(), watch=watch)
+    check = SelfCheck(config, run, tokenizer, engine, train, held)
+    check.before_the_first_step(done)
     before = run.once("before", measure)
+    if run.resumed_from is None:
+        watch.warn(0, before)
 
     with run:
         for step in range(done, steps):
             tick = time.time()
-            chosen = batches.rows_of_step(step, rows, len(train), config.seed)
+            chosen = batches.rows_of_step(step, size, count, config.seed)
+            z0 = train.z0(engine, chosen, budget, device)
+            normaliser = method.count([train.rows[i].labels for i in chosen])  # of all ranks
             sums = metrics.Sums(device)
-            for micro in comparisons.deal(chosen, train, *budget):
-                some = [train[i] for i in micro]
-                policy = logprobs.of_answers(engine, some, device)
-                x = numbers(policy, [reference["train"][i] for i in micro], some)
-                loss, stats = losses.batch_loss(method, x, [row.labels for row in some], how)
-                engine.backward(loss, normaliser=len(chosen))
+            for micro in comparisons.deal(chosen, train.rows, *budget):
+                policy = logprobs.of_answers(engine, [train.rows[i] for i in micro], device)
+                loss, stats = losses.batch_loss(method, *train.of(micro, policy), how, z0)
+                engine.backward(loss, normaliser)
                 sums.add(stats)
             measured = engine.step()
+            if ema is not None:
+                ema.update()
             run.bad_steps.note(measured["skipped"])
-            measured |= losses.means(sums.over(1))
+            measured |= losses.means(sums.over(1)) | ({"kl": z0} if train.mismatched else {})
             measured["seconds"] = time.time() - tick
+            check.after_a_step(chosen, z0, measured)
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
                 measured |= measure()
+            watch.warn(step + 1, measured)
             run.after_step(step + 1, measured, SHOWN)
 
     after = measure()
+    watch.warn(steps, after)
     run.save()
     result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
     result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()} | {"steps": steps}
+    accuracy = (
+        ""
+        if "pairs_after" not in result
+        else (
+            f"accuracy {result['accuracy_after']:.3f} (95 % by prompt: "
+            f"{result['accuracy_low_after']:.3f} to {result['accuracy_high_after']:.3f}, "
+            f"{result['pairs_after']} pairs), "
+        )
+    )
     run.finish(
         result,
-        f"held-out loss {result['loss_before']:.4f} → {result['loss_after']:.4f}, accuracy "
-        f"{result['accuracy_after']:.3f} (95 % by prompt: {result['accuracy_low_after']:.3f} to "
-        f"{result['accuracy_high_after']:.3f}, {result['pairs_after']} pairs), margin "
+        f"held-out loss {result['loss_before']:.4f} → {result['loss_after']:.4f}, {accuracy}margin "
         f"{result['margin_after']:.3f}; saved {config.output_dir}",
     )
 

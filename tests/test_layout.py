@@ -25,7 +25,14 @@ FLOORS = (
     ("utils.distributed", "utils.data", "utils.rewards"),
     ("utils.kernels", "utils.models"),
     ("utils.generation", "utils.checkpoints"),
-    ("utils.planner", "utils.run", "utils.report", "utils.metrics", "utils.confidence"),
+    (
+        "utils.planner",
+        "utils.run",
+        "utils.report",
+        "utils.metrics",
+        "utils.confidence",
+        "utils.verdicts",
+    ),
     ("step1_sft", "step2_reward", "step3_ppo", "step3_preference"),
     ("evaluation",),
 )

@@ -8,12 +8,13 @@ import torch
 import yaml
 
 from step3_ppo import algorithm
-from step3_ppo.checks.probe import BEFORE, COPIES, Doubt, Fault, Probe, check, distributions
+from step3_ppo.checks.probe import BEFORE, COPIES, Probe, check, distributions
 from utils.data import chat_template, comparisons, fitting, rows, splits, tables
 from utils.data.loading import DataSettings
 from utils.distributed import process_group
 from utils.generation import sampling as generation
 from utils.models import scorer
+from utils.verdicts import Doubt, Fault
 
 PROMPTS_TRIED, COMPARISONS_TRIED = 8, 64
 

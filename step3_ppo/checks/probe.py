@@ -1,8 +1,7 @@
 """What the self-check's checks share: what they are given, how they measure, how they judge.
 
 A check is a function registered by `@check(when, name)`. It takes a Probe or FirstSteps, returns
-what it measured, or raises Fault or Doubt. Every rank runs every check on the same rows and takes
-part in every collective.
+what it measured, or raises Fault or Doubt; see utils/verdicts.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +14,10 @@ from step3_ppo.models import Models
 from step3_ppo.rollout import Experience, Prompt, Rollout
 from utils.distributed import process_group
 from utils.models import language_model, scorer
+from utils.verdicts import Fault
 
 COPIES, MOST_TOKENS, NOISE = 4, 32, 2**31 + 7  # answers a prompt and rank; a noise of its own
 LOGITS_AT_ONCE = 2**26  # numbers; 256 MiB in fp32
-
-
-class Fault(Exception):
-    """Something is wrong: what, the values, the likely cause, the remedy. Stops the run, unless
-    --self_check warn."""
-
-
-class Doubt(Exception):
-    """Something that may be wrong or intended, told like a Fault. The run goes on."""
 
 
 BEFORE: dict[str, Callable] = {}  # given a Probe, before the first optimizer step

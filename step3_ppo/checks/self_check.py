@@ -7,20 +7,18 @@ its checkpoint is read. No check draws random numbers that its rollouts would mi
 """
 
 import dataclasses
-import sys
 
 import step3_ppo.checks.data  # noqa: F401  (registers its checks)
 import step3_ppo.checks.models  # noqa: F401
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks import alignment, probe, updates
-from step3_ppo.checks.probe import AFTER, AT_START, BEFORE, Doubt, Fault, FirstSteps, Probe
+from step3_ppo.checks.probe import AFTER, AT_START, BEFORE, FirstSteps, Probe
+from utils import verdicts
 from utils.distributed import process_group, zero
-from utils.distributed.process_group import StopRun
 from utils.seeding import undisturbed
 
 PROBE_PROMPTS = 8
 TOLERANCE = {"fp32": 5e-5, "fp16": 4e-3, "bf16": 2e-2}  # that rounding explains, see Probe
-LEVELS = ("FAULT", "DOUBT", "passed")
 
 
 class SelfCheck:
@@ -73,32 +71,8 @@ class SelfCheck:
         return Probe(*settings, rollout, asked, seconds["seconds_score"])
 
     def _run(self, checks: dict, given: Probe | FirstSteps, when: str) -> None:
-        self.say(f"self-check, {when}:")
-        faults = []
-        for name, check in checks.items():
-            verdict = None
-            try:
-                verdict = ("passed", check(given))
-            except Doubt as doubt:
-                verdict = ("DOUBT", str(doubt))
-            except Fault as fault:
-                verdict = ("FAULT", str(fault))
-            finally:
-                if verdict is None:  # another error ends the run, as it would anywhere
-                    rank = process_group.rank()
-                    broken = f"self-check, {when}: {name!r} broke off on rank {rank}, no verdict:"
-                    print(broken, file=sys.stderr, flush=True)
-            # A fault on one rank stops all of them, at the same place.
-            verdicts = process_group.gather_objects(verdict)
-            level, text = min(verdicts, key=lambda v: LEVELS.index(v[0]))
-            self.say(f"  {level}  {name}: {text}")
-            if level == "FAULT":
-                faults.append(f"{name}: {text}")
+        faults = verdicts.run(checks, given, when, self.say)
         if self.models.frozen_offload is not None:
             self.models.frozen_offload.park()  # the models that the checks brought to the GPU
-        if faults and self.config.self_check == "on":
-            raise StopRun(
-                f"the self-check found {len(faults)} fault{'s'[: len(faults) > 1]}, nothing was "
-                "trained on past this point (--self_check warn goes on all the same):\n  - "
-                + "\n  - ".join(faults)
-            )
+        if self.config.self_check == "on":
+            verdicts.stop_at(faults)

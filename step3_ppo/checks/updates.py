@@ -2,9 +2,10 @@
 
 import torch
 
-from step3_ppo.checks.probe import AFTER, Doubt, Fault, FirstSteps, check
+from step3_ppo.checks.probe import AFTER, FirstSteps, check
 from utils.checkpoints import engine_state
 from utils.distributed import process_group, zero
+from utils.verdicts import Doubt, Fault
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 CHECKSUM_CHUNK = 2**22  # weights summed at once: 32 MB of positions

@@ -1,15 +1,17 @@
 """Each loss against its paper's formula, written out for one pair in plain floats; gradients
 against finite differences and, by hand, their signs."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from step3_preference import losses
-from step3_preference.losses import LOSSES, How, Logprobs
+from step3_preference.losses import LOSSES, NUMBERS, How, Logprobs, PairLoss
 
 # Answers of one prompt: policy and reference log-probability, tokens, label.
+PAIRS = [name for name, loss in LOSSES.items() if isinstance(loss, PairLoss)]
 CHOSEN, REJECTED = (-12.3, -14.1, 5), (-20.2, -18.9, 9)
 
 
@@ -51,21 +53,20 @@ def by_paper(name, w, l, beta, margin, epsilon):  # noqa: E741
 
 
 def how_of(name, **given) -> How:
-    entry, names = LOSSES[name], ("beta", "margin", "label_smoothing", "sft_coef")
-    return How(**({n: getattr(entry, n) or 0.0 for n in names} | given))
+    return How(**({n: getattr(LOSSES[name], n) or 0.0 for n in NUMBERS} | given))
 
 
-def loss_of(name, rows, labels, how):
+def loss_of(name, rows, labels, how, z0=0.0):
     """rows: (log π, log π_ref, tokens) of all answers laid end to end, log π perhaps a tensor."""
     policy, reference, lengths = (
         torch.stack([torch.as_tensor(row[i], dtype=torch.float64) for row in rows])
         for i in range(3)
     )
-    return losses.batch_loss(LOSSES[name], Logprobs(policy, reference, lengths), labels, how)
+    return losses.batch_loss(LOSSES[name], Logprobs(policy, reference, lengths), labels, how, z0)
 
 
 @pytest.mark.parametrize("pair", [(CHOSEN, REJECTED), (REJECTED, CHOSEN)], ids=["ahead", "behind"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_costs_what_the_paper_says(name, pair):
     for beta in (LOSSES[name].beta, 0.37):
         how = how_of(name, beta=beta)
@@ -80,7 +81,7 @@ def test_a_pair_costs_what_the_paper_says(name, pair):
 SIGNS = {"apo_down": (-1, -1), "slic": (1, 0)}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PAIRS)
 def test_gradients_are_the_slopes_and_point_where_they_should(name):
     rows, how = (CHOSEN, (-21.0, -20.5, 9)), how_of(name)
     p = torch.tensor([row[0] for row in rows], dtype=torch.float64, requires_grad=True)
@@ -121,7 +122,7 @@ def test_ipo_rests_where_its_margin_is():
         assert math.copysign(sign, slope) == sign if sign else slope.item() == 0.0
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_pairs_of_a_prompt_weigh_one_together(name):
     """Three answers, two of them tied, beside a plain pair: by enumeration; the sums likewise."""
     middle, how = (-15.0, -15.5, 7), how_of(name)
@@ -174,3 +175,93 @@ def test_an_sft_term_may_be_added_to_any():
     _, sums = loss_of("dpo", (CHOSEN, REJECTED), [[1, 0]], how)
     expected = by_paper("dpo", CHOSEN, REJECTED, 0.1, 0, 0) + 0.7 * 12.3 / 5
     assert float(sums["loss"]) == pytest.approx(expected, rel=1e-12)
+
+
+# KTO.
+
+
+def kto_by_paper(rows, good, z0, beta, desirable, undesirable):
+    """λ_y − v(x, y) of each answer, eq. 8 of the paper; rows: (log π, log π_ref, tokens)."""
+    found = []
+    for (p, r, _), is_good in zip(rows, good, strict=True):
+        reward = p - r
+        if is_good:
+            found.append(desirable - desirable * sigmoid(beta * (reward - z0)))
+        else:
+            found.append(undesirable - undesirable * sigmoid(beta * (z0 - reward)))
+    return found
+
+
+@pytest.mark.parametrize("z0", [0.0, 0.9])
+def test_kto_judges_each_answer_by_itself(z0):
+    rows, labels = [CHOSEN, REJECTED, CHOSEN], [[1.0], [0.0], [0.0]]
+    how = how_of("kto", beta=0.4, desirable_weight=1.3, undesirable_weight=0.8)
+    expected = kto_by_paper(rows, [True, False, False], z0, 0.4, 1.3, 0.8)
+    _, sums = loss_of("kto", rows, labels, how, z0)
+    assert float(sums["loss"]) == pytest.approx(sum(expected), rel=1e-12)
+    assert LOSSES["kto"].count(labels) == 3
+    found = losses.means({k: float(v) for k, v in sums.items()})
+    assert found["loss"] == pytest.approx(sum(expected) / 3) and math.isnan(found["accuracy"])
+    assert found["chosen_reward"] == pytest.approx(0.4 * (-12.3 + 14.1))
+    assert found["rejected_logprob"] == pytest.approx((-20.2 - 12.3) / 2)
+
+
+def test_kto_reads_a_comparison_as_good_and_bad_answers():
+    """As its pairs taken apart: of three answers the middle one is as often good as bad."""
+    middle, how = (-15.0, -15.5, 7), how_of("kto", beta=0.4)
+    rows, labels = [CHOSEN, middle, REJECTED, CHOSEN], [[3.0, 2.0, 1.0], [0.0]]
+    good = kto_by_paper(rows, [True] * 4, 0.3, 0.4, 1.0, 1.0)
+    bad = kto_by_paper(rows, [False] * 4, 0.3, 0.4, 1.0, 1.0)
+    expected = (2 * good[0] + good[1] + bad[1] + 2 * bad[2]) / 3 + bad[3]
+    _, sums = loss_of("kto", rows, labels, how, 0.3)
+    assert float(sums["loss"]) == pytest.approx(expected, rel=1e-12)
+    assert LOSSES["kto"].count(labels) == float(sums["count"]) == 3
+
+
+def test_kto_raises_good_answers_and_lowers_bad_ones():
+    p = torch.tensor([-12.3, -20.2], dtype=torch.float64, requires_grad=True)
+    rows, how = [(p[0], -14.1, 5), (p[1], -18.9, 9)], how_of("kto")
+    (slope,) = torch.autograd.grad(loss_of("kto", rows, [[1.0], [0.0]], how, 0.5)[1]["loss"], p)
+    for i, sign in enumerate((-1, 1)):
+        # λβσ(1 − σ) of each answer alone: z0 has no gradient.
+        s = sigmoid(0.1 * ((1.8, -1.3)[i] - 0.5))
+        assert slope[i].item() == pytest.approx(sign * 0.1 * s * (1 - s), rel=1e-9)
+
+
+# Plackett–Luce.
+
+
+def chance_of_order(rewards, order) -> float:
+    chance, left = 1.0, list(order)
+    for i in order:
+        chance *= math.exp(rewards[i]) / sum(math.exp(rewards[j]) for j in left)
+        left.remove(i)
+    return chance
+
+
+def test_a_ranking_costs_the_logarithm_of_its_chance():
+    rows = [(-3.0, -2.5, 4), (-6.0, -7.5, 6), (-4.0, -4.0, 3), (-9.0, -8.0, 9)]
+    labels, how = [2.0, 5.0, 1.0, 4.0], how_of("plackett_luce", beta=0.7)
+    rewards = [0.7 * (p - r) for p, r, _ in rows]
+    chances = [chance_of_order(rewards, order) for order in itertools.permutations(range(4))]
+    assert sum(chances) == pytest.approx(1.0)
+    expected = -math.log(chance_of_order(rewards, [1, 3, 0, 2]))
+    _, sums = loss_of("plackett_luce", rows, [labels], how)
+    assert float(sums["loss"]) == pytest.approx(expected, rel=1e-12)
+    # Two answers are DPO's pair; several rows add up.
+    pair = by_paper("dpo", CHOSEN, REJECTED, 0.7, 0, 0)
+    both = [*rows, REJECTED, CHOSEN]
+    _, sums = loss_of("plackett_luce", both, [labels, [0, 1]], how)
+    assert float(sums["loss"]) == pytest.approx(expected + pair, rel=1e-12)
+
+
+def test_ties_of_a_ranking_claim_nothing_of_each_other():
+    rows = [(-3.0, -2.5, 4), (-6.0, -7.5, 6), (-4.0, -4.4, 3), (-9.0, -8.0, 9)]
+    p = torch.tensor([row[0] for row in rows], dtype=torch.float64, requires_grad=True)
+    given = [(p[i], *row[1:]) for i, row in enumerate(rows)]
+    _, sums = loss_of("plackett_luce", given, [[1, 1, 0, 0]], how_of("plackett_luce", beta=0.7))
+    e = [math.exp(0.7 * (q - r)) for q, r, _ in rows]
+    expected = -sum(math.log(e[i] / (e[i] + e[2] + e[3])) for i in (0, 1))
+    assert sums["loss"].item() == pytest.approx(expected, rel=1e-12)
+    (slope,) = torch.autograd.grad(sums["loss"], p)
+    assert slope.sign().tolist() == [-1, -1, 1, 1]

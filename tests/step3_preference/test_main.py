@@ -1,47 +1,89 @@
 """Step 3 by preferences as a whole: one trajectory, resumed runs, the reference's numbers."""
 
-import numpy as np
+import json
+import math
+
 import pytest
+from safetensors.torch import load_file
 
 from tests.helpers.jobs import preference
-from tests.helpers.running import assert_same_path, built_once, metrics_of, run_ranks
+from tests.helpers.running import CLOSE, assert_same_path, built_once, metrics_of, run_ranks
+from tests.utils.checkpoints.test_checkpoints import assert_same_end, stopped
 
 # Every way to divide the same rows: (ranks, flags).
 WAYS = {
-    "plain": (1, []),
-    "packed, one row": (1, ["--packing", "on", "--micro_batch_size", 1]),
-    "tokens": (1, ["--micro_batch_tokens", 300, "--packing", "on"]),
-    "two ranks": (2, ["--packing", "on"]),
+    "plain": (1, ["--micro_batch_size", 8]),
+    "packed": (1, ["--packing", "on", "--micro_batch_tokens", 300]),
+    "two ranks": (2, ["--packing", "on", "--micro_batch_size", 1]),
     "two ranks in shards": (2, ["--zero_stage", 3]),
     "two ranks in shards, packed": (2, ["--zero_stage", 3, "--packing", "on", "--offload", "all"]),
 }
-LOSS = ["loss", "grad_norm", "margin", "chosen_logprob", "rejected_logprob"]
+FLAGS = {"dpo": [], "kto": ["--loss", "kto", "--beta", 0.5, "--ema_decay", 0.5]}
+NUMBERS = ["loss", "grad_norm", "margin", "chosen_logprob", "rejected_logprob"]
+
+
+def write_comparisons(tiny, path) -> None:
+    """48 rows of two to four answers to prompts of step 1's data: the right one, others'."""
+    rows = [json.loads(line) for line in (tiny / "data/sft.jsonl").read_text().splitlines()]
+    texts, made = [row["output"] for row in rows], []
+    for n in range(48):
+        others = [texts[(n + 7 * k) % len(texts)] for k in range(1, 2 + n % 3)]
+        answers = dict.fromkeys([texts[n], *others, f"{texts[n]}, well"])
+        scores = [float(len(answers) - i) for i in range(len(answers))]
+        made.append({"prompt": rows[n]["instruction"], "responses": [*answers], "scores": scores})
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
 
 
 @pytest.fixture(scope="module")
 def walked(tiny, chain, tmp_path_factory):
-    """{way: its folder}."""
+    """{loss: {way: its folder}}."""
 
     def build(root):
+        write_comparisons(tiny, root / "comparisons.jsonl")
+        data = ["--preference_data", root / "comparisons.jsonl"]
         for ranks in (1, 2):
-            run_ranks(
-                [
-                    preference(tiny, chain / "sft", root / name, *flags)
-                    for name, (n, flags) in WAYS.items()
-                    if n == ranks
-                ],
-                ranks,
-            )
+            jobs = [
+                preference(tiny, chain / "sft", root / f"{loss} {name}", *data, *flags, *more)
+                for name, (n, flags) in WAYS.items()
+                for loss, more in FLAGS.items()
+                if n == ranks
+            ]
+            if ranks == 2:
+                again = data + WAYS["two ranks in shards"][1] + FLAGS["kto"]
+                begun = preference(tiny, chain / "sft", root / "asked", *again)
+                resumed = preference(
+                    tiny, chain / "sft", root / "asked", *again, "--resume", "auto"
+                )
+                jobs += [stopped(begun, 3, "SIGTERM"), resumed]
+            (root / f"said {ranks}").write_text(run_ranks(jobs, ranks))
 
     root = built_once(tmp_path_factory, "preferences", build)
-    return {name: root / name for name in WAYS}
+    return {loss: {name: root / f"{loss} {name}" for name in WAYS} for loss in FLAGS}
 
 
-def test_one_path_on_any_ranks_stages_and_micro_batches(walked):
-    assert_same_path(walked, LOSS)
-    assert metrics_of(walked["plain"], "loss")[0] == pytest.approx(np.log(2), abs=1e-9)
-
-
-def test_the_margin_is_nothing_before_the_first_step(walked):
-    for name, folder in walked.items():
+@pytest.mark.parametrize("loss", FLAGS)
+def test_one_path_on_any_ranks_stages_and_micro_batches(walked, loss):
+    names = [*NUMBERS, *(["kl"] if loss == "kto" else [])]
+    assert_same_path(walked[loss], names)
+    start = {"dpo": math.log(2), "kto": 0.5}[loss]  # of margins that are 0
+    for name, folder in walked[loss].items():
+        assert metrics_of(folder, "loss")[0] == pytest.approx(start, abs=1e-5), name
         assert abs(metrics_of(folder, "margin")[0]) < 1e-4, name
+    results = [json.loads((f / "result.json").read_text()) for f in walked[loss].values()]
+    for name in ("loss_after", "accuracy_after", "margin_after"):
+        assert [r[name] for r in results] == pytest.approx([results[0][name]] * 5, **CLOSE), name
+
+
+def test_the_average_follows_the_weights(walked):
+    for folder in walked["kto"].values():
+        own, average = (load_file(folder / f"{x}model.safetensors") for x in ("", "ema/"))
+        gaps = [float((own[name] - average[name]).abs().max()) for name in own]
+        assert 1e-5 < max(gaps) < 5e-3
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(walked):
+    """To the last bit, its average too; the reference's numbers are read, not computed again."""
+    whole = walked["kto"]["two ranks in shards"]
+    assert_same_end(whole.parent / "asked", whole)
+    said = (whole.parent / "said 2").read_text()
+    assert said.count(f"read from {whole.parent / 'asked'}") == 1

@@ -1,5 +1,6 @@
 """Step 2's data: comparisons as tokens, and which rank scores which of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ SPLITS = {"train": ("train_prefs", "train"), "eval": ("test_prefs", "validation"
 
 @dataclass(frozen=True)
 class Comparison:
-    """K >= 2 answers to one prompt with K finite scores, higher is better.
+    """K >= 2 answers to one prompt with K finite scores, higher is better; or one that is judged by
+    itself, good (1) or bad (0).
 
     All scores may be equal, as in real rankings: such a row is sound, but teaches nothing.
     finished: whether each answer ended by itself and was not cut at the length limit it was sampled
@@ -56,7 +58,7 @@ def _convert(schema: Schema, row: Row, reading: Reading) -> list[Comparison]:
     made = []
     for part, each in schemas.parts(schema, row, reading):
         prompt = schemas.prompt_of(part, each, reading)
-        responses, scores = part.ranked(each.data, reading)
+        responses, scores = (part.ranked or part.judged)(each.data, reading)
         seen: dict[str, float] = {}
         for number, (text, score) in enumerate(zip(responses, scores, strict=True), 1):
             if seen.setdefault(text, score) != score:
@@ -91,6 +93,7 @@ COMPARISONS = Kind(
     },
     lambda columns, _: Ranked(**columns),
 )
+JUDGED = dataclasses.replace(COMPARISONS, use="judged")  # and single answers, for KTO
 load_comparisons = functools.partial(load_items, COMPARISONS)
 
 

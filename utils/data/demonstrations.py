@@ -10,7 +10,7 @@ import pyarrow as pa
 from utils.data import fitting, schemas
 from utils.data.chat_template import Encoded
 from utils.data.loading import DataSettings, Kind, load_items
-from utils.data.readers import Reading
+from utils.data.readers import Reading, truth
 from utils.data.rows import BadRows, Row
 from utils.data.schemas import Schema
 from utils.data.splits import load_step, train_and_held_out
@@ -35,7 +35,7 @@ class Conversation:
 
 
 def _convert(schema: Schema, row: Row, reading: Reading) -> list[Conversation]:
-    if _is_bad_example(row.data):
+    if truth(row.data.get("label")) is False:  # KTO's
         reading.note("have label false: what not to answer is no demonstration, left out")
         return []
     made = []
@@ -43,14 +43,6 @@ def _convert(schema: Schema, row: Row, reading: Reading) -> list[Conversation]:
         prompt = schemas.prompt_of(part, each, reading)
         made.append(Conversation((*prompt, part.answer(each.data, reading)), each.where))
     return made
-
-
-def _is_bad_example(data: dict) -> bool:
-    """KTO's `label`, as JSON and CSV spell it, says that the answer is a bad one."""
-    label = data.get("label")
-    if isinstance(label, str):
-        return label.strip().lower() in ("false", "0")
-    return isinstance(label, (bool, int, float)) and label == 0
 
 
 DEMONSTRATIONS = Kind(

@@ -1,14 +1,15 @@
-"""Answers whose log-probabilities are compared: comparisons as tokens, each row with the place
-where its answer begins."""
+"""Answers whose log-probabilities are compared: comparisons, or answers judged one by one, as
+tokens, each row with the place where its answer begins."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from utils.data import fitting
-from utils.data.comparisons import COMPARISONS, Comparison
+from utils.data.comparisons import COMPARISONS, JUDGED, Comparison
 from utils.data.loading import DataSettings
 from utils.data.rows import BadRow
 from utils.data.splits import train_and_held_out
@@ -21,7 +22,8 @@ PAIRS = ("all", "best_worst")
 class Answers:
     """K answers to one prompt, each as tokens behind that prompt.
 
-    begins: where each row's answer begins. labels: how good it is, higher is better. characters:
+    begins: where each row's answer begins. labels: how good it is, higher is better; of a single
+    answer, which is judged by itself, 1 for a good one and 0 for a bad one. characters:
     the length of its text. prompt: a number that is equal for rows of the same prompt.
     """
 
@@ -73,29 +75,69 @@ def load(
     settings: DataSettings,
     max_length: int,
     pairs: str,
+    single: bool,
     say: Callable[[str], None],
 ) -> tuple[View, View]:
     """(training rows, held-out rows) as Answers. Comparisons whose answers are all equally good are
-    left out. Ends the run where either is empty."""
+    left out. single: rows of one answer that is judged by itself will do. Ends the run where either
+    is empty."""
     bad = settings.bad_rows()
     encode = Encode(tokenizer, max_length, settings.long_prompts, pairs)
     columns = {"answers": pa.list_(TOKENS), "begins": pa.list_(pa.int64())}
     columns |= {name: COMPARISONS.columns[name] for name in ("labels", "characters", "prompt")}
-    kind = dataclasses.replace(COMPARISONS, columns=columns, build=lambda c, _: Answers(**c))
+    kind = JUDGED if single else COMPARISONS
+    kind = dataclasses.replace(kind, columns=columns, build=lambda c, _: Answers(**c))
     views = train_and_held_out(kind, names, encode, settings, 2, bad)
     usable = [view.usable() for view in views]
-    train, held = (view.having("labels", lambda v: len(set(v)) > 1) for view in usable)
+    train, held = (view.having("labels", _teaches) for view in usable)
     ties = sum(map(len, usable)) - len(train) - len(held)
     say(
-        f"{len(train)} comparisons to train on, {len(held)} held out; {ties} left out, whose "
-        "answers are all equally good"
+        f"{len(train)} rows to train on, {len(held)} held out; {ties} left out, whose answers are "
+        "all equally good"
     )
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit(
-            "no comparison to train or evaluate on; give more --preference_data, or raise "
+            "no row to train or evaluate on; give more --preference_data, or raise "
             f"--max_length (now {max_length})"
         )
     for view, part in zip(views, ("answers to train on", "held-out answers"), strict=True):
         say(view.counts().line(part))
     return train, held
+
+
+def _teaches(labels: Sequence[float]) -> bool:
+    return len(labels) == 1 or len(set(labels)) > 1
+
+
+class Mismatched(Sequence):
+    """Rows of Answers: to each prompt of `rows` an answer to another one, the next before it in
+    `rows`, of whose answers they take turns. Ends the run where all rows have one prompt.
+
+    KTO takes how much likelier the policy finds such answers than the reference for the KL between
+    them. Which row has which is fixed, so that the reference's numbers can be computed once.
+    """
+
+    def __init__(self, rows: View, max_length: int):
+        self.rows, self.max_length = rows, max_length
+        prompts = rows.numbers("prompt")
+        if len(set(prompts.tolist())) < 2:
+            raise SystemExit(
+                f"loss=kto estimates a KL by answers to other prompts, and all of {len(rows)} rows "
+                "have one prompt; give more --preference_data, or raise --eval_fraction"
+            )
+        self.other = np.arange(len(rows)) - 1
+        while (same := prompts[self.other] == prompts).any():
+            self.other -= same
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Answers:
+        row, other = self.rows[i], self.rows[int(self.other[i]) % len(self)]
+        k = i % len(other.answers)
+        ids = row.answers[0][: row.begins[0]] + other.answers[k][other.begins[k] :]
+        return Answers([ids[: self.max_length]], [row.begins[0]], [0.0], [0])
+
+    def fingerprint(self) -> str:
+        return f"mismatched {self.rows.fingerprint()}"

@@ -41,9 +41,10 @@ EXTRA = {*SYSTEM, "input", "context", "history", "label", "tools"}.union(*PAIR_S
 class Reading:
     """What rows are read for and how; remarks about them.
 
-    use: "demonstration", "text" (the same or plain text), "prompt" or "comparison". schema: a name,
-    or "auto". columns: {ours: theirs} of those that have other names in the data. texts: "auto"
-    (transcripts become turns), "transcript" (all texts are transcripts) or "plain" (none is).
+    use: "demonstration", "text" (the same or plain text), "prompt", "comparison" or "judged" (the
+    same or single answers called good or bad). schema: a name, or "auto". columns: {ours: theirs}
+    of those that have other names in the data. texts: "auto" (transcripts become turns),
+    "transcript" (all texts are transcripts) or "plain" (none is).
     notes: for each remark the number of rows it holds for.
     """
 
@@ -271,6 +272,23 @@ def pair(data: dict, reading: Reading) -> tuple[list[str], list[float]]:
                 raise BadRow(f"{names[0]} {high} is below {names[1]} {low}")
             return texts, [high, low]
     return texts, [1.0, 0.0]
+
+
+def judged(data: dict, reading: Reading) -> tuple[list[str], list[float]]:
+    """KTO's rows: the one answer, and 1 where `label` calls it a good one, 0 where a bad one."""
+    turn, label = answer_in(PROMPT, *ANSWER)(data, reading), truth(data.get("label"))
+    if label is None:
+        raise BadRow(f"label is {data.get('label')!r}, neither true (a good answer) nor false")
+    if "tool_calls" in turn:
+        raise BadRow("the answer calls a tool, and only text can be judged")
+    return [turn["content"]], [float(label)]
+
+
+def truth(value: Any) -> bool | None:
+    """A truth value as JSON and CSV spell it; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def _number(value: Any) -> float | None:

@@ -26,6 +26,7 @@ from utils.data.readers import (
     first_turn,
     in_prompt,
     instruction,
+    judged,
     listed,
     nectar,
     pair,
@@ -47,16 +48,18 @@ class Schema:
     """How rows of one shape are recognised and read.
 
     columns: each entry lists alternatives, of which one must be there. prompt: the turns up to the
-    last user's. answer: the assistant's turn behind them. ranked: answers and their scores. Of
-    these, None is what the rows do not hold. optional: other columns that are read. only: a further
-    condition. join: makes one row of several before any is read, and names their schema. unfold:
-    the rows that one row stands for, each with the name of its schema.
+    last user's. answer: the assistant's turn behind them. ranked: answers and their scores. judged:
+    one answer and its score, 1 for a good one and 0 for a bad one. Of these, None is what the rows
+    do not hold. optional: other columns that are read. only: a further condition. join: makes one
+    row of several before any is read, and names their schema. unfold: the rows that one row stands
+    for, each with the name of its schema.
     """
 
     columns: tuple[tuple[str, ...], ...]
     prompt: Callable[[dict, Reading], list[dict]] | None = None
     answer: Callable[[dict, Reading], dict] | None = None
     ranked: Callable[[dict, Reading], tuple[list[str], list[float]]] | None = None
+    judged: Callable[[dict, Reading], tuple[list[str], list[float]]] | None = None
     optional: tuple[str, ...] = ()
     only: Callable[[dict], bool] | None = None
     join: Callable[[Iterable[Row], BadRows, Counter], tuple[list[Row], str]] | None = None
@@ -81,7 +84,9 @@ class Schema:
             return True
         if use in LEARNED:
             return bool(self.answer) or (use == "text" and self.is_plain_text)
-        return bool(self.ranked if use == "comparison" else self.prompt)
+        if use in ("comparison", "judged"):
+            return bool(self.ranked or (use == "judged" and self.judged))
+        return bool(self.prompt)
 
     @property
     def is_plain_text(self) -> bool:
@@ -130,7 +135,9 @@ SCHEMAS = {
         (("prompt",), ("responses",), ("scores", "ranks")), in_prompt, best_of(listed), listed
     ),
     # TRL's, texts or lists of turns; KTO; GSM8K
-    "prompt_completion": Schema((PROMPT, ANSWER), before_completion, answer_in(PROMPT, *ANSWER)),
+    "prompt_completion": Schema(
+        (PROMPT, ANSWER), before_completion, answer_in(PROMPT, *ANSWER), judged=judged
+    ),
     "prompt": Schema((PROMPT,), in_prompt),
     # MT-Bench's question.jsonl, and FastChat's older one
     "turns": Schema((("turns",),), first_turn),

@@ -8,7 +8,7 @@ from utils.data import chat_template, preferences
 from utils.data.comparisons import Comparison
 from utils.data.loading import DataSettings
 from utils.data.preferences import Encode
-from utils.data.rows import BadRow
+from utils.data.rows import BadRow, DataError
 
 PROMPT = ({"role": "user", "content": "What is 3 + 4?"},)
 
@@ -77,7 +77,68 @@ def test_rows_that_are_all_ties_are_left_out_and_counted(tokenizer, tmp_path):
     file, said = tmp_path / "rows.jsonl", []
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = DataSettings(str(tmp_path), eval_fraction=0.2)
-    train, held = preferences.load([str(file)], tokenizer, settings, 96, "all", said.append)
+    train, held = preferences.load([str(file)], tokenizer, settings, 96, "all", False, said.append)
     assert len(train) + len(held) == 7 and "1 left out" in said[0]
     assert all(len(row.answers) == len(row.begins) == 2 for row in [*train, *held])
     assert not {row.prompt for row in train} & {row.prompt for row in held}
+
+
+def save(path, rows) -> list[str]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+def judged_rows(count: int) -> list[dict]:
+    return [
+        {"prompt": f"p{n}", "completion": f"answer {n}", "label": n % 3 > 0} for n in range(count)
+    ]
+
+
+def test_answers_judged_one_by_one_stand_beside_comparisons(tokenizer, tmp_path):
+    rows = [*judged_rows(8), {"prompt": "q", "completion": "x", "label": "maybe"}]
+    files = save(tmp_path / "judged.jsonl", rows)
+    pairs = [{"prompt": f"r{n}", "chosen": "a", "rejected": "b"} for n in range(8)]
+    files += save(tmp_path / "pairs.jsonl", pairs)
+    settings = DataSettings(str(tmp_path), eval_fraction=0.2, max_bad_rows=0.5)
+    parts = preferences.load(files, tokenizer, settings, 96, "all", True, lambda _: None)
+    every = [row for part in parts for row in part]
+    labels = {
+        text.removesuffix(tokenizer.eos_token): label
+        for row in every
+        for text, label in zip(texts(tokenizer, row), row.labels, strict=True)
+    }
+    expected = {row["completion"]: float(row["label"]) for row in rows[:8]} | {"a": 1.0, "b": 0.0}
+    assert labels == expected and len(every) == 16
+    bad = (tmp_path / "bad_rows.jsonl").read_text()
+    assert "label is 'maybe', neither true (a good answer) nor false" in bad
+    with pytest.raises(DataError, match="fit no schema known here"):
+        preferences.load(files, tokenizer, settings, 96, "all", False, lambda _: None)
+
+
+def test_a_mismatched_answer_is_another_prompts(tokenizer, tmp_path):
+    rows = [{**row, "prompt": f"p{n // 2}"} for n, row in enumerate(judged_rows(20))]
+    settings = DataSettings(str(tmp_path), eval_fraction=0.5)
+    files = save(tmp_path / "judged.jsonl", rows)
+    parts = preferences.load(files, tokenizer, settings, 96, "all", True, lambda _: None)
+    for part in parts:
+        made = preferences.Mismatched(part, 96)
+        assert len(made) == len(part) == len(list(made))
+        for i, row in enumerate(made):
+            (ids,), (begin,) = row.answers, row.begins
+            own = part[i]
+            assert ids[:begin] == own.answers[0][: own.begins[0]]
+            givers = [other for other in part if ids[begin:] == other.answers[0][other.begins[0] :]]
+            assert len(givers) == 1 and givers[0].prompt != own.prompt
+    assert max(len(row.answers[0]) for row in preferences.Mismatched(parts[0], 16)) == 16
+
+
+def test_mismatched_answers_take_turns_and_need_two_prompts(tokenizer, tmp_path):
+    rows = [{"prompt": f"p{n}", "responses": ["a", "b"], "scores": [1, 0]} for n in range(6)]
+    settings = DataSettings(str(tmp_path), eval_fraction=0.1)
+    files = save(tmp_path / "ranked.jsonl", rows)
+    train, held = preferences.load(files, tokenizer, settings, 96, "all", True, lambda _: None)
+    found = [texts(tokenizer, row)[0][0] for row in preferences.Mismatched(train, 96)]
+    assert found == ["a", "b"] * (len(train) // 2) + ["a"] * (len(train) % 2)
+    assert len(held) == 1
+    with pytest.raises(SystemExit, match="all of 1 rows have one prompt"):
+        preferences.Mismatched(held, 96)
