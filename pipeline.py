@@ -57,7 +57,12 @@ METHODS = {
             *("ppo", "algorithm", FAMILIES[:2]),
             "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo",
         ),
-        ("preference", "loss", (), "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto"),
+        (
+            "preference",
+            "loss",
+            (),
+            "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce",
+        ),
         ("preference", "loss", FAMILIES[2:], "simpo orpo slic"),
         ("sft", "", (), "best_of_n"),
     )

@@ -17,7 +17,8 @@ FAMILIES = ("critic_free", "groups", "no_reference")
 METHODS = tuple(
     "ppo a2c reinforce reinforce++ remax "
     "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo "
-    "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto simpo orpo slic best_of_n".split()
+    "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce "
+    "simpo orpo slic best_of_n".split()
 )
 LATER = ("later_ppo", "later_preference")
 # `run` is read by run_all.sh itself; `scratch` is the shape of a model from random weights.
