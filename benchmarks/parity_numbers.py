@@ -209,6 +209,7 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         action_mask=mask,
         earlier=[()] * len(ids),
         logprobs=logprobs * mask,
+        engine_logprobs=logprobs * mask,
         ref_logprobs=ref_logprobs * mask,
         entropies=entropies * mask,
         values=values * mask,

@@ -21,6 +21,8 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """x with mean 0 (or, without `shift_mean`, its own) and variance 1 over the masked tokens,
     0 elsewhere."""
+    if not mask.any():
+        return torch.zeros_like(x)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -46,6 +48,7 @@ class Earned:
     mask: torch.Tensor  # (B,A) bool
     group: torch.Tensor  # (B,) int64
     lengths: torch.Tensor  # (B,) int64, actions of the answer in tokens
+    baseline: torch.Tensor | None = None  # (B,) score of the greedy answer to the prompt, if known
 
     def totals(self) -> torch.Tensor:
         """(B,) fp64: what each answer has earned."""
@@ -134,3 +137,9 @@ def opo(totals: torch.Tensor, group: torch.Tensor, lengths: torch.Tensor) -> tor
     weights = lengths.to(totals.dtype)
     baseline = _sum_of_group(weights * totals, group) / _sum_of_group(weights, group)
     return (totals - baseline).where(~alike(totals, group), 0.0)
+
+
+def remax(totals: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+    """r − the score of the policy's greedy answer to the same prompt: Li et al. 2023 (ReMax). It
+    needs no other answers, and costs one more to generate and to score for each prompt."""
+    return totals - baseline.double()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from step3_ppo.advantages import gae, group_differences, grpo, opo, rloo
+from step3_ppo.advantages import gae, group_differences, grpo, opo, remax, rloo
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 NORMALISATIONS = ("token", "sequence", "constant")
@@ -57,6 +57,19 @@ def penalise_cut(scores, finished, penalty: float, stand_in: float = torch.inf):
     """
     mean = scores[finished].mean().item() if finished.any() else stand_in
     return torch.where(finished, scores, scores.clamp(max=mean) - penalty)
+
+
+def overlong(lengths: torch.Tensor, longest: int, buffer: int) -> torch.Tensor:
+    """(B,) lengths in tokens → (B,) 0 up to longest − buffer, then rising to 1 at `longest`: the
+    soft penalty of DAPO, equation 13, as a share of its most."""
+    return ((lengths - (longest - buffer)) / buffer).clamp(0.0, 1.0)
+
+
+def importance_weights(logprobs, engine_logprobs, mask, cap: float) -> torch.Tensor:
+    """(B,R) min(π / π_engine, cap), what an action counts whose engine drew it from another
+    distribution than the policy that is trained; 1 where they agree, and off the mask. Yao et al.
+    2025 (truncated importance sampling)."""
+    return ((logprobs - engine_logprobs) * mask).exp().clamp(max=cap)
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float, kl_estimator: str = "k1"):
@@ -216,6 +229,10 @@ def of_lengths(earned, config):
     return earned.at_every_action(opo(earned.totals(), earned.group, earned.lengths))
 
 
+def of_greedy(earned, config):
+    return earned.at_every_action(remax(earned.totals(), earned.baseline))
+
+
 def clipped_ratio(new_logprobs, part, config, of_answers: bool = False):
     numbers = new_logprobs, part.logprobs, part.advantages, part.action_mask
     clips = *config.clips(), config.dual_clip
@@ -246,6 +263,8 @@ class Algorithm:
     loss: Callable = clipped_ratio  # gives the weighted sum over actions, and its statistics
     critic: bool = False  # is there one to train?
     groups: bool = False  # does it compare several answers to a prompt?
+    trust_region: bool = False  # is each step shortened until it stays within --trust_region?
+    greedy: bool = False  # does it compare them with the greedy answer?
     one_step: bool = False  # does its loss hold for one optimizer step a rollout only?
     reads: tuple[str, ...] = ()  # settings that not every algorithm makes use of
     # What settings are where the user leaves them to the algorithm.
@@ -265,6 +284,12 @@ PPO_CLIPS = (*CLIPS, "dual_clip")
 OF_TOKENS = ("gamma", "whiten_advantages")
 
 _PPO = dict(critic=True, reads=(*CRITIC, *OF_TOKENS, *PPO_CLIPS))
+_TRPO = dict(
+    critic=True,
+    trust_region=True,
+    reads=("trust_region", *CRITIC, *OF_TOKENS),
+    clips=(math.inf, math.inf),  # the trust region stands in their place
+)
 _A2C = dict(critic=True, one_step=True, reads=(*CRITIC, *OF_TOKENS))
 _REINFORCE = dict(one_step=True, reads=OF_TOKENS)
 _GROUP = dict(groups=True, reads=PPO_CLIPS)
@@ -275,6 +300,11 @@ _GSPO = dict(reads=PPO_CLIPS, clips=(3e-4, 4e-4))
 _DIFFERENCES = of_group(group_differences)
 ALGORITHMS = {
     "ppo": Algorithm("the clipped ratio of PPO, with a critic", with_critic, **_PPO),
+    "trpo": Algorithm(
+        "ppo with a limit of the KL, kept by a line search, in place of the clip",
+        with_critic,
+        **_TRPO,
+    ),
     "a2c": Algorithm("no ratio, one optimizer step a rollout", with_critic, no_ratio, **_A2C),
     "reinforce": Algorithm("a2c without a critic", returns_alone, no_ratio, **_REINFORCE),
     "reinforce++": Algorithm("ppo without a critic", returns_alone, reads=(*OF_TOKENS, *PPO_CLIPS)),
@@ -292,6 +322,9 @@ ALGORITHMS = {
         **_GROUP | _GRPO | {"loss_normalisation": "constant"},
     ),
     "rloo": Algorithm("score − mean of the prompt's other answers", of_group(rloo), **_GROUP),
+    "remax": Algorithm(
+        "score − score of the greedy answer", of_greedy, greedy=True, reads=PPO_CLIPS
+    ),
     "opo": Algorithm("score − mean weighted by length", of_lengths, **_GROUP),
     "gspo": Algorithm(
         "grpo with one ratio for an answer",

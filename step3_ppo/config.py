@@ -121,6 +121,16 @@ class PPOConfig(RunConfig):
         "pass; auto: decode where both agreed on the first batch sampled",
         choices=("auto", "decode", "forward"),
     )
+    importance_cap: float = setting(
+        0.0,
+        "for engines whose log-probabilities differ from the trainer's: a token counts min(π / "
+        "π_engine, this) in the policy's loss (2 is usual); 0: 1",
+    )
+    dynamic_sampling: int = setting(
+        0,
+        "prompts whose answers all score alike give way to others, at most so many times a "
+        "rollout (DAPO)",
+    )
     ppo_epochs: int = setting(1, "passes over each rollout", at_least=1)
     temperature: float = setting(1.0, "of sampling and of the log-probabilities", above=0)
     # A rollout that leaves out tokens is not drawn from the policy whose log-probabilities PPO
@@ -146,6 +156,11 @@ class PPOConfig(RunConfig):
         "peak, of the actor: for billions of weights (one of a million: 1e-4)",
         above=0,
         at_most=1,
+    )
+    freeze_bottom_layers: int = setting(
+        0,
+        "layers of the actor, from below, that stay as they are, and with them its embeddings and "
+        "a head that is tied to these; 0: all of it is trained",
     )
     critic_learning_rate: float = setting(
         0.0, "peak learning rate of the critic; 0: five times the actor's", at_most=1
@@ -186,6 +201,11 @@ class PPOConfig(RunConfig):
         "0.2, of gspo 3e-4 down and 4e-4 up, of cispo 4 up and not limited down",
     )
     clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
+    trust_region: float = setting(
+        0.01,
+        "trpo: how far a step may take the policy from the one that sampled, nats an action",
+        above=0,
+    )
     dual_clip: float = setting(0.0, "a token of advantage A < 0 counts at most as this × A; 0: off")
     clip_value: float = setting(
         0.0,
@@ -205,6 +225,15 @@ class PPOConfig(RunConfig):
         0.0,
         "a response cut at the limit gets min(its own score, mean of the rollout's finished ones) "
         "− this, after normalisation and clip: in deviations where scores are normalised; 0: off",
+    )
+    overlong_penalty: float = setting(
+        0.0,
+        "what an answer of max_response_length pays, in the unit of the shaped scores: rising from "
+        "0 where the last overlong_buffer tokens before the limit begin (DAPO)",
+    )
+    overlong_buffer: int = setting(0, "tokens; see there", only_with="overlong_penalty")
+    mask_cut_answers: bool = setting(
+        False, "answers cut at the limit are compared with the others, and not learned from"
     )
     ptx_coef: float = setting(
         0.0, "weight of the language-model loss on --ptx_data in the actor's (InstructGPT: 27.8)"
@@ -274,7 +303,17 @@ class PPOConfig(RunConfig):
                 "kl_estimator=k1 with kl_in=loss: its gradient is 0 on average and holds nothing "
                 "back; set --kl_estimator k3 or k2, or --kl_in reward"
             )
-        if ALGORITHMS[self.algorithm].groups and self.samples_per_prompt < 2:
+        if self.dynamic_sampling and not self.compares_groups():
+            yield (
+                f"dynamic_sampling={self.dynamic_sampling} is for algorithms that compare the "
+                f"answers to a prompt, and {self.algorithm} does not; leave it out"
+            )
+        if self.overlong_penalty and not 0 < self.overlong_buffer <= self.max_response_length:
+            yield (
+                f"overlong_penalty needs 0 < overlong_buffer={self.overlong_buffer} ≤ "
+                f"max_response_length={self.max_response_length}; set --overlong_buffer"
+            )
+        if self.compares_groups() and self.samples_per_prompt < 2:
             yield (
                 f"algorithm={self.algorithm} compares the answers to one prompt and "
                 f"samples_per_prompt={self.samples_per_prompt} gives none to compare with; set "
@@ -296,7 +335,7 @@ class PPOConfig(RunConfig):
 
     def shortened(self) -> "PPOConfig":
         """The same run with a first rollout of one optimizer step, for --check_only."""
-        samples = self.samples_per_prompt if ALGORITHMS[self.algorithm].groups else 1
+        samples = self.samples_per_prompt if self.compares_groups() else 1
         prompts = -(-self.global_batch_size // samples)
         one = dict(samples_per_prompt=samples, ppo_epochs=1, sample_answers=0)
         one |= dict(prompts_per_rollout=prompts, global_batch_size=prompts * samples)
@@ -321,6 +360,9 @@ class PPOConfig(RunConfig):
 
     def has_critic(self) -> bool:
         return ALGORITHMS[self.algorithm].critic
+
+    def compares_groups(self) -> bool:
+        return ALGORITHMS[self.algorithm].groups
 
     def unread(self) -> list[str]:
         """Settings that this algorithm makes no use of, and that are not at their defaults."""

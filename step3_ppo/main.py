@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from step3_ppo import measures, old_logprobs
+from step3_ppo import drawing, measures, old_logprobs
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
@@ -21,8 +21,8 @@ from step3_ppo.models import build, outputs, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
 from utils import report as reporting
-from utils.data import batches, toy_tasks
 from utils.data import prompts as prompt_data
+from utils.data import toy_tasks
 from utils.data.loading import DataSettings
 from utils.distributed import program
 from utils.models.scorer import reads_text
@@ -153,15 +153,10 @@ def main() -> None:
     with run:
         for step in range(done, config.max_steps):
             tick = time.time()
-            chosen = batches.rows_of_step(
-                step, config.prompts_per_rollout, len(prompts), config.seed
-            )
-            sampled = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
-            rollout, metrics = rollouts.collect(
-                models, sampled, config, device, noise_step=step, copies=config.samples_per_prompt
-            )
+            drawn = drawing.draw(models, prompts, config, device, step)
+            rollout, sampled, greedy, metrics = drawn
             if watch.may_train_on(rollout, step):
-                experience, measured = rollouts.make_experience(rollout, config, state)
+                experience, measured = rollouts.make_experience(rollout, config, state, greedy)
                 metrics |= measured
                 state.adapt(metrics["kl"], len(sampled), config)
                 trained = time.time()

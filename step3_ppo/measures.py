@@ -35,6 +35,26 @@ def explained_variance(experience, config) -> float | None:
     return advantages.explained_variance(values, returns, mask).item()
 
 
+def groups_alike(experience, config) -> float | None:
+    if not config.compares_groups():
+        return None
+    alike, group = advantages.alike(experience.scores, experience.group), experience.group
+    return len(group[alike].unique()) / len(group.unique())
+
+
+def engine_moves(experience, config):
+    """(actions,) log π − log π_engine, by the policy that is trained and by the engine."""
+    if not config.importance_cap:
+        return None
+    rollout = experience.rollout
+    return (rollout.logprobs - rollout.engine_logprobs)[rollout.action_mask]
+
+
+def of_engine(experience, config, measure) -> float | None:
+    moves = engine_moves(experience, config)
+    return None if moves is None else measure(moves).float().mean().item()
+
+
 # Of (rollout, kl_estimator).
 ROLLOUT = {
     Metric(
@@ -134,6 +154,24 @@ EXPERIENCE = {
         "of the returns by the critic: 1 is perfect, 0 useless",
         "below 0 for long: raise `--critic_learning_rate`",
     ): lambda e, config, state: explained_variance(e, config),
+    Metric(
+        "groups_alike",
+        "share",
+        "prompts whose answers all count the same score: they teach nothing",
+        "above 0.5: easier or harder prompts, more `--samples_per_prompt`, `--dynamic_sampling`",
+    ): lambda e, config, state: groups_alike(e, config),
+    Metric(
+        "engine_gap",
+        "nats a token",
+        "mean distance of the log-probabilities of the engine that sampled from the trainer's, "
+        "with `--importance_cap`",
+        "above 0.1: the engine's weights are old, or its dtype or temperature another",
+    ): lambda e, config, state: of_engine(e, config, lambda moves: moves.abs()),
+    Metric(
+        "importance_capped", "share", "tokens that weigh `--importance_cap`, and not their ratio"
+    ): lambda e, config, state: of_engine(
+        e, config, lambda moves: moves.exp() > config.importance_cap
+    ),
 }
 # Computed where they arise: in state.py, algorithm.py, update.py and main.py.
 ELSEWHERE = (
@@ -143,6 +181,8 @@ ELSEWHERE = (
         "scores beyond `--score_clip`",
         "above 0.1: normalise the scores, or raise `--score_clip`",
     ),
+    Metric("overlong", "share", "of `--overlong_penalty` that an answer pays, mean over them"),
+    Metric("groups_drawn", "prompts", "sampled for the rollout, with `--dynamic_sampling`"),
     Metric(
         "score_function/…",
         "score",
@@ -158,6 +198,13 @@ ELSEWHERE = (
         "actions whose ratio is outside the clip range",
         "above 0.4: fewer `--ppo_epochs`, lower `--learning_rate`",
     ),
+    Metric(
+        "trust_region_step",
+        "share",
+        "trpo: how much of a step was taken, mean over the updates",
+        "near 0: lower `--learning_rate`, or raise `--trust_region`",
+    ),
+    Metric("trust_region_kl", "nats an action", "trpo: KL(sampled ‖ new) after what was taken"),
     Metric("policy_loss", "", "mean over the actions, by `--loss_normalisation`"),
     Metric("kl_in_loss", "nats an action", "KL to the reference in the loss, mean as of the loss"),
     Metric("value_loss", "score²", "½ (V − return)², mean over the actions"),

@@ -37,6 +37,8 @@ class Rollout(Tokens):
     an environment's text too.)"""
 
     logprobs: torch.Tensor  # (B,R) fp32, of the policy that sampled
+    # (B,R) fp32, as the engine that sampled computed them, if --importance_cap asks; else the same.
+    engine_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor  # (B,R) fp32
     entropies: torch.Tensor  # (B,R) fp32, nats
     values: torch.Tensor  # (B,R) fp32
@@ -58,14 +60,21 @@ class Rollout(Tokens):
 
 @torch.no_grad()
 def collect(
-    models, prompts: list[Prompt], config, device, noise_step: int, judge=False, copies: int = 1
+    models,
+    prompts: list[Prompt],
+    config,
+    device,
+    noise_step: int,
+    judge: bool = False,
+    copies: int = 1,
+    greedy: bool = False,
 ):
     """Sample and score one response for each of `prompts` (all ranks' rows), of which each
     `copies` neighbours are one prompt: from here on their `group` says so.
 
-    noise_step numbers the call: the same number gives the same samples. Returns (Rollout of all
-    rows on every rank, {"seconds_generate", "seconds_score"} and the mean score of each of several
-    reward functions).
+    noise_step numbers the call: the same number gives the same samples. greedy: the likeliest
+    tokens, without noise. Returns (Rollout of all rows on every rank, {"seconds_generate",
+    "seconds_score"} and the mean score of each of several reward functions).
     """
     started = time.time()
     noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
@@ -78,7 +87,7 @@ def collect(
     mine = list(itertools.islice(itertools.cycle(order), per_rank * world))[rank::world]
     own, group = [prompts[i] for i in mine], torch.tensor(mine) // copies
 
-    episodes = generate(models, own, noise[mine], config)
+    episodes = generate(models, own, None if greedy else noise[mine], config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
     means = {}
@@ -88,15 +97,15 @@ def collect(
     return rollout, seconds | means
 
 
-def generate(models, prompts: list[Prompt], noise: torch.Tensor, config) -> list[Episode]:
-    """The policy's answers to this rank's prompts, drawn by noise (B, max_response_length); where
-    there is an environment, with its replies."""
+def generate(models, prompts: list[Prompt], noise: torch.Tensor | None, config) -> list[Episode]:
+    """The policy's answers to this rank's prompts, drawn by noise (B, max_response_length), or
+    greedy; where there is an environment, with its replies."""
     sampling = Sampling(
         config.max_response_length,
         models.tokenizer.eos_token_id,
         models.tokenizer.pad_token_id,
         config.temperature,
-        logprobs=config.logprobs_from == "decode",
+        logprobs=config.logprobs_from == "decode" or config.importance_cap > 0,
     )
     with synced(models.rollout_engine, models.actor) as engine:
         return play(engine, prompts, noise, sampling, models.environment)
@@ -109,6 +118,7 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool,
         logprobs, entropies = (numbers_of(episodes, x) for x in ("logprobs", "entropies"))
     else:
         logprobs, entropies = actor_logprobs(models, tokens, config, device)
+    engine_logprobs = numbers_of(episodes, "logprobs") if config.importance_cap else logprobs
     of_each = functools.partial(in_micro_batches, tokens, config, device)
     ref_logprobs, _ = of_each(logprobs_of, models.reference, config.temperature)
     values, zeros = torch.zeros_like(logprobs), torch.zeros(len(episodes))
@@ -121,6 +131,7 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool,
     rollout = Rollout(
         **vars(tokens),
         logprobs=logprobs,
+        engine_logprobs=engine_logprobs,
         ref_logprobs=ref_logprobs,
         entropies=entropies,
         values=values,
@@ -142,9 +153,15 @@ def gather(part: Rollout, order: list[int]) -> Rollout:
     own = len(range(rank, len(order), world))
     part = Rollout(**{name: x[:own] for name, x in vars(part).items()})
     parts = [p for p in process_group.gather_objects(part) if len(p.scores)]
+    back = torch.tensor([i for r in range(world) for i in order[r::world]]).argsort()
+    whole = vars(stacked(parts))
+    return Rollout(**{name: rows_of(x, back.tolist()) for name, x in whole.items()})
+
+
+def stacked(parts: list[Rollout]) -> Rollout:
+    """The rows of all parts below each other, padded to the longest of them."""
     prompt = max(p.prompt_ids.shape[1] for p in parts)
     response = max(p.response_ids.shape[1] for p in parts)
-    back = torch.tensor([i for r in range(world) for i in order[r::world]]).argsort()
     fields = {}
     for f in dataclasses.fields(Rollout):
         values = [getattr(p, f.name) for p in parts]
@@ -153,8 +170,7 @@ def gather(part: Rollout, order: list[int]) -> Rollout:
         elif isinstance(values[0], torch.Tensor) and values[0].dim() == 2:
             values = [pad(t, (0, response - t.shape[1])) for t in values]
         is_tensor = isinstance(values[0], torch.Tensor)
-        whole = torch.cat(values) if is_tensor else list(itertools.chain(*values))
-        fields[f.name] = rows_of(whole, back.tolist())
+        fields[f.name] = torch.cat(values) if is_tensor else list(itertools.chain(*values))
     return Rollout(**fields)
 
 
@@ -261,6 +277,8 @@ class Experience:
     kl_in_loss: float = 0.0  # the cost of a nat there; 0: it is charged in the rewards
     scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
     rewards: torch.Tensor | None = None  # (B,A), of the whole rollout only too
+    # (B,) fp32, as `scores`, of the greedy answer to the row's prompt; None where there is none.
+    baseline: torch.Tensor | None = None
 
     @property
     def group(self) -> torch.Tensor:
@@ -268,8 +286,11 @@ class Experience:
         return self.rollout.group
 
 
-def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[str, float]]:
-    """Scores → rewards → advantages; and the rollout's metrics."""
+def make_experience(
+    rollout: Rollout, config, state, greedy: Rollout | None = None
+) -> tuple[Experience, dict[str, float]]:
+    """Scores → rewards → advantages; and the rollout's metrics. greedy: row g answers the prompt of
+    group g."""
     mask, logprobs, values = rollout.action_mask, rollout.logprobs, rollout.values
     scores, clipped = state.shape_scores(rollout, config)
     in_loss = config.place_of_kl() == "loss"
@@ -283,13 +304,17 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
     if config.whiten_rewards:
         rewards = estimators.whiten(rewards, mask, shift_mean=False)
     method = algorithm.ALGORITHMS[config.algorithm]
+    baseline = None if greedy is None else state.shaped(greedy, config)[0][rollout.group]
     lengths = rollout.action_mask.sum(1)
-    earned = estimators.Earned(rewards, values, mask, rollout.group, lengths)
+    earned = estimators.Earned(rewards, values, mask, rollout.group, lengths, baseline)
     advantages, returns = method.advantages(earned, config)
-    weights = algorithm.loss_weights(mask, config.normalisation(), config.max_response_length)
+    learned = mask  # what the updates learn from
+    if config.mask_cut_answers:
+        learned = mask & rollout.finished[:, None]
+    weights = algorithm.loss_weights(learned, config.normalisation(), config.max_response_length)
     experience = Experience(
         rollout,
-        mask,
+        learned,
         logprobs,
         values,
         advantages,
@@ -298,9 +323,20 @@ def make_experience(rollout: Rollout, config, state) -> tuple[Experience, dict[s
         kl_in_loss=state.kl_coef if in_loss else 0.0,
         scores=scores,
         rewards=rewards,
+        baseline=baseline,
     )
     metrics = measures.measure_rollout(rollout, estimator) | clipped
-    metrics |= measures.measure_experience(experience, config, state)
+    of_all = dataclasses.replace(experience, action_mask=mask)
+    metrics |= measures.measure_experience(of_all, config, state)
+    if config.mask_cut_answers:
+        experience.advantages = advantages * learned
     if "whiten_advantages" in method.reads and config.whiten_advantages:
-        experience.advantages = estimators.whiten(advantages, mask)
+        experience.advantages = estimators.whiten(advantages, learned)
+    if config.importance_cap:
+        engine = rollout.engine_logprobs
+        if config.action_level == "sequence":
+            engine = algorithm.one_action(engine, rollout.action_mask)
+        experience.advantages = experience.advantages * algorithm.importance_weights(
+            logprobs, engine, mask, config.importance_cap
+        )
     return experience, metrics

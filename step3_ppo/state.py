@@ -57,6 +57,14 @@ class State:
     def shape_scores(self, rollout, config) -> tuple[torch.Tensor, dict[str, float]]:
         """A rollout's scores → (B,) normalised, then clipped, then with the penalty of cut answers;
         and the share that was clipped. The statistics are of the scores as they came."""
+        if config.score_normalisation == "running":
+            self.see(rollout.scores)
+        if rollout.finished.any():
+            self.finished_score = rollout.scores[rollout.finished].mean().item()
+        return self.shaped(rollout, config)
+
+    def shaped(self, rollout, config) -> tuple[torch.Tensor, dict[str, float]]:
+        """The same by the statistics as they are."""
         scores, finished, limit = rollout.scores, rollout.finished, config.score_clip or math.inf
 
         def shape(scores: torch.Tensor) -> torch.Tensor:
@@ -64,19 +72,21 @@ class State:
                 scores = self.normalised(scores)
             return scores.clamp(-limit, limit)
 
-        if config.score_normalisation == "running":
-            self.see(scores)
-        if finished.any():
-            self.finished_score = scores[finished].mean().item()
-        shaped = shape(scores)
-        metrics = {"score_clipped": (shaped.abs() == limit).float().mean().item()}
+        shaped, metrics = shape(scores), {}
+        if config.score_clip > 0:
+            metrics["score_clipped"] = (shaped.abs() == limit).float().mean().item()
         # After the clip, which would else give back what an answer at its lower end has to pay.
         if config.missing_eos_penalty > 0:
             known = self.finished_score is not None
             stand_in = shape(torch.tensor(self.finished_score)).item() if known else math.inf
             penalty = config.missing_eos_penalty
             shaped = algorithm.penalise_cut(shaped, finished, penalty, stand_in)
-        return shaped, metrics if config.score_clip > 0 else {}
+        if config.overlong_penalty > 0:
+            sizes = config.max_response_length, config.overlong_buffer
+            share = algorithm.overlong(rollout.response_mask.sum(1), *sizes)
+            shaped = shaped - config.overlong_penalty * share
+            metrics["overlong"] = share.mean().item()
+        return shaped, metrics
 
     def adapt(self, kl: float, sequences: int, config) -> None:
         """Move the KL coefficient towards --kl_target, after a rollout of mean KL `kl`."""

@@ -143,10 +143,11 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
     config, experience = steps.probe.config, steps.experience
     if config.algorithm not in DEFINITIONS:
         return f"not checked: DEFINITIONS has no second definition of {config.algorithm}"
-    _scores_keep_their_order(experience)
+    _scores_keep_their_order(experience, config)
     kl_coef, rollout = steps.metrics["kl_coef"], experience.rollout
     expected, scale = advantages_by_definition(experience, config, kl_coef)
     old, ref = (x.double().numpy() for x in (rollout.logprobs, rollout.ref_logprobs))
+    learned = rollout.finished.numpy() | (not config.mask_cut_answers)
     in_loss = kl_coef * (config.place_of_kl() == "loss")
     prompts = _unpadded(rollout.prompt_ids, rollout.prompt_mask)
     responses = _unpadded(rollout.response_ids, rollout.response_mask)
@@ -160,15 +161,15 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
         for row in places.get(content, []):  # several, where an answer was drawn twice
             ratio = _ratio(new - old[row, :size], kept, config)
             pull = in_loss * _pull_of_kl(new - ref[row, :size], config) * kept
-            wanted = expected[row, :size] * ratio - pull
+            wanted = expected[row, :size] * ratio - pull * learned[row]
             gap = np.abs(weight / share - wanted) / (scale[row] + np.abs(wanted))
             gap = np.nan_to_num(gap, nan=np.inf)
             candidates.append(gap[np.abs(ratio - 1) < narrow])  # beyond it clips may cut it off
         if not candidates:  # in no row of the rollout: a fault, once all ranks have joined
             candidates.append(np.full(1, np.inf))
         gaps += min(candidates, key=lambda gap: gap.max(initial=0.0)).tolist()
-        tokens += int(kept.sum())
-        answers += 1
+        tokens += int(kept.sum()) * bool(learned[row])
+        answers += config.normalisation() == "constant" or bool(learned[row])
     mean, most = worst(float(np.mean(gaps)), float(np.max(gaps)))
     if mean > ARITHMETIC or most > 10 * ARITHMETIC:
         raise Fault(
@@ -180,14 +181,19 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
     return f"{tokens} tokens of the first minibatch weigh in the loss what they should"
 
 
-def _scores_keep_their_order(experience) -> None:
+def _scores_keep_their_order(experience, config) -> None:
     """Normalised, clipped or charged for being cut, a better score never becomes the worse one."""
-    raw, counted = experience.rollout.scores, experience.scores
+    raw, counted, slack = experience.rollout.scores, experience.scores, 0.0
+    if config.overlong_penalty:  # which a long answer pays, however good
+        lengths, longest = experience.rollout.response_mask.sum(1), config.max_response_length
+        beyond = 1 - (longest - lengths) / config.overlong_buffer
+        counted = counted + config.overlong_penalty * beyond.clamp(0, 1)
+        slack = ARITHMETIC * (1 + config.overlong_penalty)
     for group in (experience.rollout.finished, ~experience.rollout.finished):
         rows = group.nonzero().flatten()
         rows = rows[raw[rows].argsort()].tolist()
         for low, high in itertools.pairwise(rows):
-            if counted[low] > counted[high] and raw[low] < raw[high]:
+            if counted[low] > counted[high] + slack and raw[low] < raw[high]:
                 raise Fault(
                     f"scores {raw[low]:.4g} and {raw[high]:.4g} of rows {low} and {high} count as "
                     f"{counted[low]:.4g} and {counted[high]:.4g}: rewards are another row's; see "
@@ -202,7 +208,7 @@ def _loss_is_divided(trace, tokens: int, answers: int, config) -> None:
         *process_group.gather_objects((tokens, answers, own)), strict=True
     )
     by_token = config.normalisation() == "token" and config.action_level == "token"
-    expected = process_group.world_size() / sum(all_tokens if by_token else all_answers)
+    expected = process_group.world_size() / max(sum(all_tokens if by_token else all_answers), 1)
     for factor in factors:
         twos = 0.0 if factor is None else float(np.log2(factor / expected))
         if not abs(twos - round(twos)) < ARITHMETIC:
@@ -252,12 +258,18 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
         rewards, values = rewards.sum(1, keepdims=True), values[rows, tokens.argmax(1), None]
         mask = np.ones_like(rewards)
     values, size = values * mask, 0.0
+    learned = rollout.finished.numpy()[:, None] | (not config.mask_cut_answers)
     if config.whiten_rewards:  # their mean stays
         mean, spread = rewards[mask > 0].mean(), np.sqrt(rewards[mask > 0].var() + 1e-8)
         size = np.abs(rewards).max() / spread
         rewards = ((rewards - mean) / spread + mean) * mask
     definition, whitened = DEFINITIONS[config.algorithm]
-    if definition in (_gae, _returns):
+    if config.algorithm == "remax":
+        baseline = experience.baseline.double().numpy()
+        size = max(size, np.abs(baseline).max())
+        advantages = (rewards.sum(1) - baseline)[:, None] * mask
+        deviation = np.ones(len(rewards))
+    elif definition in (_gae, _returns):
         advantages, deviation = definition(rewards, values, mask, config), np.ones(len(rewards))
     else:
         advantages, deviation = np.zeros(len(rewards)), np.ones(len(rewards))
@@ -269,11 +281,15 @@ def advantages_by_definition(experience, config, kl_coef: float) -> tuple[np.nda
         size = max(size, np.abs(totals).max())
         advantages = advantages[:, None] * mask
     if whitened and config.whiten_advantages:
-        counted = advantages[mask > 0]
+        counted = advantages[(mask > 0) & learned]
         spread = np.sqrt(counted.var() + 1e-8)
         advantages, deviation = (advantages - counted.mean()) / spread, deviation * spread
+    if config.importance_cap:
+        moves = (logprobs - rollout.engine_logprobs.double().numpy()) * tokens
+        moves = moves.sum(1, keepdims=True) if config.action_level == "sequence" else moves
+        advantages = advantages * np.minimum(np.exp(moves), config.importance_cap)
     size = max(size, np.abs(rewards).max(), np.abs(values).max())
-    return advantages * tokens, 1 + size / deviation
+    return advantages * tokens * learned, 1 + size / deviation
 
 
 def _gae(rewards, values, mask, config, lam=None) -> np.ndarray:
@@ -316,6 +332,7 @@ def _opo(totals, lengths):
 # By --algorithm: its advantages, and whether --whiten_advantages is for it.
 DEFINITIONS = {
     "ppo": (_gae, True),
+    "trpo": (_gae, True),
     "a2c": (_gae, True),
     "reinforce": (_returns, True),
     "grpo": (_grpo, False),
@@ -323,6 +340,7 @@ DEFINITIONS = {
     "rloo": (_rloo, False),
     "reinforce++": (_returns, True),
     "reinforce++_baseline": (_dr_grpo, True),
+    "remax": (None, False),
     "opo": (_opo, False),
     "gspo": (_grpo, False),
     "cispo": (_grpo, False),

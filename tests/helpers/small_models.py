@@ -92,6 +92,7 @@ def rollout_of(rows: list[dict]) -> Rollout:
         action_mask=responses(lambda r: r.get("actions") or [True] * len(r["response"]), False),
         earlier=[() for _ in rows],
         logprobs=responses(lambda r: r["logprobs"], 0.0),
+        engine_logprobs=responses(lambda r: r.get("engine", r["logprobs"]), 0.0),
         ref_logprobs=responses(lambda r: r["ref_logprobs"], 0.0),
         entropies=responses(lambda r: [1.0] * len(r["response"]), 0.0),
         values=responses(lambda r: r["values"], 0.0),

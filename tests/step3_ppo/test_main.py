@@ -137,6 +137,14 @@ def states_are_saved(a2c, reinforce, sequence, added):
             {"algorithm": "reinforce", "prompts_per_rollout": 128},
             "--global_batch_size 128 (now 64), one step a rollout",
         ),
+        ({"dynamic_sampling": 2}, "dynamic_sampling=2 is for algorithms that compare the answers"),
+        ({"overlong_penalty": 1.0}, "needs 0 < overlong_buffer=0 ≤ max_response_length=512"),
+        ({"overlong_buffer": 9}, "overlong_buffer=9 is read only with --overlong_penalty"),
+        ({"kl_in": "loss", "kl_estimator": "k1"}, "its gradient is 0 on average and holds nothing"),
+        (
+            {"algorithm": "gspo", "action_level": "sequence", "samples_per_prompt": 4},
+            "gspo's ratio is by the mean over the answer's tokens",
+        ),
         ({"algorithm": "grpo"}, "samples_per_prompt=1 gives none to compare with; set --samples"),
         (
             {"algorithm": "reinforce++", "lam": 0.9},

@@ -20,6 +20,7 @@ def rollout():
     tokens = {name: torch.randn(3, 5) * mask for name in ("logprobs", "ref_logprobs", "entropies")}
     return SimpleNamespace(
         action_mask=mask,
+        engine_logprobs=tokens["logprobs"] + 0.25 * mask,
         response_mask=mask,
         earlier=[()] * 3,
         finished=torch.tensor([True, False, True]),
@@ -84,6 +85,8 @@ def test_measures_of_an_experience(rollout):
         action_mask=mask, rewards=rewards, values=values, advantages=advantages, returns=returns
     )
     flat = {name: x.double()[mask].tolist() for name, x in vars(experience).items()}
+    experience.rollout, experience.group = rollout, torch.tensor([1, 0, 1])
+    experience.scores = torch.tensor([2.0, 5.0, 2.0])
     errors = [r - v for r, v in zip(flat["returns"], flat["values"], strict=True)]
     expected = {
         "kl_coef": 0.3,
@@ -94,11 +97,27 @@ def test_measures_of_an_experience(rollout):
         - statistics.pvariance(errors) / statistics.pvariance(flat["returns"]),
     }
     for critic in (True, False):
-        config = SimpleNamespace(has_critic=lambda critic=critic: critic)
+        config = SimpleNamespace(
+            has_critic=lambda critic=critic: critic, compares_groups=lambda: False, importance_cap=0
+        )
         state = SimpleNamespace(kl_coef=0.3)
         found = measures.measure_experience(experience, config, state)
         assert found == pytest.approx(expected, rel=1e-5)
         expected.pop("explained_variance", None)
+
+
+def test_groups_that_teach_nothing_and_the_engine_s_distance(rollout):
+    """Rows of one group need not be neighbours; the engine says 0.25 nats more of each token."""
+    experience = SimpleNamespace(rollout=rollout, group=torch.tensor([4, 0, 4]))
+    for scores, share in (([2.0, 5.0, 2.0], 1.0), ([2.0, 5.0, 2.1], 0.5)):
+        experience.scores = torch.tensor(scores)
+        config = SimpleNamespace(compares_groups=lambda: True, importance_cap=0.7)
+        assert measures.groups_alike(experience, config) == share
+    assert measures.of_engine(experience, config, abs) == pytest.approx(0.25)
+    named = {row.name: f for row, f in measures.EXPERIENCE.items()}
+    for cap, share in ((0.77, 1.0), (0.79, 0.0)):  # e^−0.25 = 0.779
+        config.importance_cap = cap
+        assert named["importance_capped"](experience, config, None) == share
 
 
 def test_a_new_metric_is_one_entry(rollout, monkeypatch):

@@ -138,6 +138,25 @@ def test_where_none_finished_the_last_ones_that_did_stand_in(clip):
     assert state.finished_score == pytest.approx(last, rel=1e-5)
 
 
+def test_the_penalty_of_overlong_answers_is_dapo_s():
+    """Yu et al. 2025, equation 13, with L_max = 6 and L_cache = 4, on the shaped scores."""
+    rows = drawn_rows(9, 12, seed=1)
+    lengths = [len(row["response"]) for row in rows]
+    assert set(lengths) == {1, 2, 3, 4, 5, 6}
+    settings = dict(max_response_length=6, overlong_penalty=0.5, overlong_buffer=4)
+    plain, long = (
+        State(kl_coef=0.0).shape_scores(
+            rollout_of(rows), config_of(score_normalisation="running", **more)
+        )
+        for more in ({}, settings)
+    )
+    shares = {1: 0.0, 2: 0.0, 3: 0.25, 4: 0.5, 5: 0.75, 6: 1.0}
+    expected = [x - 0.5 * shares[n] for x, n in zip(plain[0].tolist(), lengths, strict=True)]
+    assert long[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert long[1]["overlong"] == pytest.approx(np.mean([shares[n] for n in lengths]))
+    assert "overlong" not in plain[1]
+
+
 def test_scores_that_do_not_differ_cannot_be_normalised_by_their_deviation():
     state = State(kl_coef=0.1)
     with pytest.raises(StopRun, match="all score 0.25.*--score_normalisation running"):

@@ -273,6 +273,85 @@ def test_an_answer_that_is_one_action_pays_for_the_kl_of_all_its_tokens(models):
     assert_equal(actor, expected.float())
 
 
+@pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
+def test_masked_answers_are_compared_and_not_learned_from(models, normalisation):
+    """DAPO's overlong filtering: their scores count in their group, their tokens not in the loss;
+    what the sum is divided by counts the others (a constant length: all answers)."""
+    rows = [row | {"group": group_of(i)} for i, row in enumerate(rows_near(models))]
+    models.critic, total, kept = None, 0.0, [i for i in MINIBATCH if rows[i]["finished"]]
+    assert 2 < len(kept) < len(MINIBATCH)
+    for i in kept:
+        own = [other["score"] for j, other in enumerate(rows) if group_of(j) == group_of(i)]
+        a, new = (
+            rows[i]["score"] - sum(own) / len(own),
+            answer_logprobs(models.actor.module, rows[i]),
+        )
+        ratios = [(x - old).exp() for x, old in zip(new, rows[i]["logprobs"], strict=True)]
+        divisor = {
+            "token": sum(len(rows[j]["response"]) for j in kept),
+            "sequence": len(kept) * len(new),
+            "constant": len(MINIBATCH) * 10,
+        }[normalisation]
+        total -= sum(min(r * a, clip(r, 0.8, 1.2) * a) for r in ratios) / divisor
+        total += (
+            KL_COEF
+            * sum(
+                (ref - x).exp() - 1 + x - ref
+                for x, ref in zip(new, rows[i]["ref_logprobs"], strict=True)
+            )
+            / divisor
+        )
+    settings = dict(algorithm="dr_grpo", loss_normalisation=normalisation, mask_cut_answers=True)
+    settings |= dict(samples_per_prompt=2, max_response_length=10)
+    expected = gradient_by_hand(total, models.actor.module).float()
+    for world in (1, 2):
+        actor, _, _ = gradients(models, rows, world=world, micro_batch_size=2, **settings)
+        assert_equal(actor, expected)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce++", "grpo"])
+def test_where_every_answer_is_cut_nothing_is_learned(models, algorithm):
+    rows = [row | {"finished": False, "group": i // 2} for i, row in enumerate(rows_near(models))]
+    settings = dict(algorithm=algorithm, mask_cut_answers=True, samples_per_prompt=2)
+    if algorithm != "ppo":
+        models.critic = None
+    actor, critic, metrics = gradients(models, rows, **settings)
+    assert not actor.any() and (critic is None or not critic.any())
+    assert all(math.isfinite(x) for x in metrics.values())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_engine_that_samples_from_another_distribution_is_weighed(models, level):
+    """Yao et al. 2025: min(π / π_engine, 1.1) before each term of the policy's loss, not of the KL;
+    where the engine agrees nothing changes."""
+    rows = [row | {"group": group_of(i)} for i, row in enumerate(rows_near(models))]
+    for i, row in enumerate(rows):
+        moves = [0.1 * ((t + i) % 5 - 2) + 0.06 * (-1) ** i for t in range(len(row["response"]))]
+        row["engine"] = [x + m for x, m in zip(row["logprobs"], moves, strict=True)]
+    models.critic, total, weights = None, 0.0, []
+    for i in MINIBATCH:
+        row, new = rows[i], answer_logprobs(models.actor.module, rows[i])
+        same = [rows[j]["score"] for j in range(12) if group_of(j) == group_of(i) and j != i]
+        a, old, engine = row["score"] - sum(same) / len(same), row["logprobs"], row["engine"]
+        kl = sum((x - ref) ** 2 / 2 for x, ref in zip(new, row["ref_logprobs"], strict=True))
+        if level == "sequence":
+            new, old, engine = [sum(new)], [sum(old)], [sum(engine)]
+        for x, before, drawn in zip(new, old, engine, strict=True):
+            weights.append(min(math.exp(before - drawn), 1.1))
+            ratio = (x - before).exp()
+            total -= weights[-1] * min(ratio * a, clip(ratio, 0.8, 1.2) * a)
+        total += KL_COEF * kl
+    assert min(weights) < 0.95 and max(weights) == 1.1
+    settings = dict(algorithm="rloo", action_level=level, kl_in="loss", kl_estimator="k2")
+    settings |= dict(samples_per_prompt=2)
+    actor, _, _ = gradients(models, rows, importance_cap=1.1, **settings)
+    expected = gradient_by_hand(total / len(weights), models.actor.module)
+    assert_equal(actor, expected.float())
+    agreeing = [row | {"engine": row["logprobs"]} for row in rows]
+    one, other = (gradients(models, agreeing, importance_cap=c, **settings)[0] for c in (0.0, 1.1))
+    assert torch.equal(one, other) and not torch.equal(one, actor)
+
+
 # An environment's turns between the policy's.
 
 
@@ -411,3 +490,25 @@ def test_no_split_into_ranks_and_micro_batches_changes_a_gradient(models, settin
         torch.testing.assert_close(other_critic, critic, rtol=1e-4, atol=2e-6, msg=message)
         for name in ("policy_loss", "value_loss", "ratio", "value_gap"):
             assert others[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), message
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence"])
+def test_distance_and_loss_are_those_of_the_rows_answer_by_answer(models, normalisation):
+    rows = rows_near(models)
+    settings = dict(algorithm="trpo", loss_normalisation=normalisation, micro_batch_size=3)
+    config = config_of(prompts_per_rollout=12, global_batch_size=len(MINIBATCH), **settings)
+    experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=0.1))
+    tokens = sum(len(rows[i]["response"]) for i in MINIBATCH)
+    normaliser = tokens if normalisation == "token" else len(MINIBATCH)
+    found = update.distance_and_loss(models.actor, experience, MINIBATCH, normaliser, config, CPU)
+    kl = loss = 0.0
+    with torch.no_grad():
+        for i in MINIBATCH:
+            new = [float(x) for x in answer_logprobs(models.actor.module, rows[i])]
+            for t, (now, old) in enumerate(zip(new, rows[i]["logprobs"], strict=True)):
+                ratio = math.exp(now - old)
+                kl += (ratio - 1 - math.log(ratio)) / tokens
+                share = 1 / tokens if normalisation == "token" else 1 / (len(new) * len(MINIBATCH))
+                loss -= ratio * float(experience.advantages[i, t]) * share
+    assert found == pytest.approx((kl, loss), rel=1e-4, abs=1e-6)
+    assert abs(loss) > 1e-3 and kl > 1e-3

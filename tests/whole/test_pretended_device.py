@@ -12,7 +12,7 @@ import torch
 from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.pretended_device import Pretended
 from tests.helpers.running import CLOSE, ROOT, metrics_of, run_ranks
-from tests.utils.checkpoints.test_checkpoints import assert_same_end
+from tests.helpers.same_end import assert_same_end
 
 # What may be mixed, and what may not. The same on a GPU, where there is one.
 

@@ -41,6 +41,18 @@ SETTINGS = {
     "gspo": {"algorithm": "gspo"},
     "cispo": {"algorithm": "cispo"},
     "ppo, KL in the loss": {"kl_in": "loss", "loss_normalisation": "constant"},
+    "remax": {"algorithm": "remax"},
+    "sequences of remax": {"algorithm": "remax", "action_level": "sequence"},
+    "grpo, overlong": {"algorithm": "grpo", "overlong_penalty": 0.7, "overlong_buffer": 3},
+    "grpo, cut answers masked": {"algorithm": "grpo", "mask_cut_answers": True},
+    "dr_grpo, cut answers masked": {"algorithm": "dr_grpo", "mask_cut_answers": True},
+    "ppo, cut answers masked": {"mask_cut_answers": True},
+    "grpo, another engine": {"algorithm": "grpo", "importance_cap": 1.2},
+    "sequences of a2c, another engine": {
+        "algorithm": "a2c",
+        "action_level": "sequence",
+        "importance_cap": 1.2,
+    },
     "reinforce++": {"algorithm": "reinforce++", "gamma": 0.9},
     "reinforce++_baseline": {"algorithm": "reinforce++_baseline"},
     "cut answers": {"missing_eos_penalty": 2.0, "dual_clip": 3.0, "clip_ratio_high": 0.3},
@@ -54,12 +66,19 @@ def experience_of(**settings):
     for i, row in enumerate(rows):  # what a table of zeros says of each token
         row["group"] = i % 7
         row["logprobs"] = [-float(np.log(VOCABULARY))] * len(row["response"])
+        if settings.get("importance_cap"):
+            row["engine"] = [x + 0.3 * ((t + i) % 5 - 2) for t, x in enumerate(row["logprobs"])]
         if not ALGORITHMS[settings.get("algorithm", "ppo")].critic:
             row["values"] = [0.0] * len(row["response"])
     config = config_of(
-        prompts_per_rollout=ROWS, global_batch_size=ROWS, micro_batch_size=5, **settings
+        prompts_per_rollout=ROWS,
+        global_batch_size=ROWS,
+        micro_batch_size=5,
+        max_response_length=7,
+        **settings,
     )
-    return config, *make_experience(rollout_of(rows), config, State(kl_coef=0.3))
+    greedy = rollout_of(drawn_rows(7, VOCABULARY, seed=4)) if config.algorithm == "remax" else None
+    return config, *make_experience(rollout_of(rows), config, State(kl_coef=0.3), greedy)
 
 
 def trained(config, experience, metrics, learned_from=None):
@@ -79,15 +98,20 @@ def test_definitions_and_training_agree_on_every_advantage(settings):
     found, _ = alignment.advantages_by_definition(experience, config, metrics["kl_coef"])
     mask = experience.rollout.response_mask.numpy()
     trained = experience.advantages.expand(found.shape).numpy()
+    if config.mask_cut_answers:
+        assert not trained[~experience.rollout.finished.numpy()].any()
     assert np.abs(trained[mask]).max() > 0.1
     np.testing.assert_allclose(found[mask], trained[mask], rtol=1e-4, atol=1e-5)
     assert not found[~mask].any()
+    if settings.get("importance_cap"):
+        assert metrics["engine_gap"] > 0.2 and 0 < metrics["importance_capped"] < 1
 
 
 @pytest.mark.parametrize("settings", RULES)
 def test_each_token_is_followed_to_the_loss(settings):
     steps = trained(*experience_of(**settings))
-    tokens = int(steps.experience.rollout.response_mask.sum())
+    learned = steps.experience.rollout.finished | (not settings.get("mask_cut_answers"))
+    tokens = int(steps.experience.rollout.response_mask[learned].sum())
     said = alignment.advantages_reach_their_tokens(steps)
     assert said.startswith(f"{tokens} tokens of the first minibatch")
 
