@@ -101,10 +101,11 @@ class PreferenceConfig(RunConfig):
         entry = LOSSES[self.loss]
         for name in NUMBERS:
             value = getattr(self, name)
-            if value == OWN:
+            if value <= OWN:  # the bounds refuse what is below
                 continue
             if value < 0 or (name == "beta" and value == 0):
-                yield f"{name}={value} must be above 0, or -1 for the loss's own; set --{name}"
+                bound = "above 0" if name == "beta" else "at least 0"
+                yield f"{name}={value} must be {bound}, or -1 for the loss's own; set --{name}"
             elif getattr(entry, name) is None:
                 others = [n for n, other in LOSSES.items() if getattr(other, name) is not None]
                 yield (
