@@ -176,6 +176,29 @@ def test_run_all_walks_the_whole_way(tmp_path, rounds):
     assert "verifier, 512 held-out prompts" in output
 
 
+@pytest.mark.slow
+def test_run_all_compares_methods_and_goes_on_with_more(tmp_path):
+    """Three methods in two rounds, then a fourth in the same folder: what is finished stays."""
+    out, few = tmp_path / "out", "--sft.max_steps 60 --collect.num_prompts 100 --reward.max_steps 6"
+    few += " --ppo.max_steps 2 --later_ppo.max_steps 2 --ppo.ppo_epochs 1 --ppo.max_eval_rows 16"
+    few += " --preference.max_steps 4 --round_prompts disjoint --replay_share 0.5"
+    flags = ["--output_dir", out, "--rounds", 2, *few.split(), "--method", "grpo", "dpo", "simpo"]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0, output
+    weights = out / "step3_dpo/model.safetensors"
+    made, summary = weights.stat().st_mtime, json.loads((out / "summary.json").read_text())
+    assert list(summary["methods"]) == ["sft", "grpo", "dpo", "simpo"]
+    assert summary["methods"]["sft"]["kl"] == 0 != summary["methods"]["dpo"]["kl"]
+    assert {"shared", "grpo", "dpo", "simpo"} == summary["seconds"].keys()
+    flags += ["best_of_n", "--best_of_n.max_steps", 4]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0 and "best_of_n  " in output, output
+    assert weights.stat().st_mtime == made
+    assert "best_of_n" in json.loads((out / "summary.json").read_text())["methods"]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0 and "finished before" in output
+
+
 SECTIONS = {program: name for name, program in pipeline.PROGRAMS.items()}
 SECTIONS["evaluation/methods.py"] = "collect"
 # Stands for Python: is it in run_all.py and launch.py, and writes down all else.
