@@ -263,6 +263,7 @@ class Algorithm:
     loss: Callable = clipped_ratio  # gives the weighted sum over actions, and its statistics
     critic: bool = False  # is there one to train?
     groups: bool = False  # does it compare several answers to a prompt?
+    trust_region: bool = False  # is each step shortened until it stays within --trust_region?
     greedy: bool = False  # does it compare them with the greedy answer?
     one_step: bool = False  # does its loss hold for one optimizer step a rollout only?
     reads: tuple[str, ...] = ()  # settings that not every algorithm makes use of
@@ -283,6 +284,12 @@ PPO_CLIPS = (*CLIPS, "dual_clip")
 OF_TOKENS = ("gamma", "whiten_advantages")
 
 _PPO = dict(critic=True, reads=(*CRITIC, *OF_TOKENS, *PPO_CLIPS))
+_TRPO = dict(
+    critic=True,
+    trust_region=True,
+    reads=("trust_region", *CRITIC, *OF_TOKENS),
+    clips=(math.inf, math.inf),  # the trust region stands in their place
+)
 _A2C = dict(critic=True, one_step=True, reads=(*CRITIC, *OF_TOKENS))
 _REINFORCE = dict(one_step=True, reads=OF_TOKENS)
 _GROUP = dict(groups=True, reads=PPO_CLIPS)
@@ -293,6 +300,11 @@ _GSPO = dict(reads=PPO_CLIPS, clips=(3e-4, 4e-4))
 _DIFFERENCES = of_group(group_differences)
 ALGORITHMS = {
     "ppo": Algorithm("the clipped ratio of PPO, with a critic", with_critic, **_PPO),
+    "trpo": Algorithm(
+        "ppo with a limit of the KL, kept by a line search, in place of the clip",
+        with_critic,
+        **_TRPO,
+    ),
     "a2c": Algorithm("no ratio, one optimizer step a rollout", with_critic, no_ratio, **_A2C),
     "reinforce": Algorithm("a2c without a critic", returns_alone, no_ratio, **_REINFORCE),
     "reinforce++": Algorithm("ppo without a critic", returns_alone, reads=(*OF_TOKENS, *PPO_CLIPS)),

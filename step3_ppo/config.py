@@ -157,6 +157,11 @@ class PPOConfig(RunConfig):
         above=0,
         at_most=1,
     )
+    freeze_bottom_layers: int = setting(
+        0,
+        "layers of the actor, from below, that stay as they are, and with them its embeddings and "
+        "a head that is tied to these; 0: all of it is trained",
+    )
     critic_learning_rate: float = setting(
         0.0, "peak learning rate of the critic; 0: five times the actor's", at_most=1
     )
@@ -196,6 +201,11 @@ class PPOConfig(RunConfig):
         "0.2, of gspo 3e-4 down and 4e-4 up, of cispo 4 up and not limited down",
     )
     clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
+    trust_region: float = setting(
+        0.01,
+        "trpo: how far a step may take the policy from the one that sampled, nats an action",
+        above=0,
+    )
     dual_clip: float = setting(0.0, "a token of advantage A < 0 counts at most as this × A; 0: off")
     clip_value: float = setting(
         0.0,

@@ -198,6 +198,13 @@ ELSEWHERE = (
         "actions whose ratio is outside the clip range",
         "above 0.4: fewer `--ppo_epochs`, lower `--learning_rate`",
     ),
+    Metric(
+        "trust_region_step",
+        "share",
+        "trpo: how much of a step was taken, mean over the updates",
+        "near 0: lower `--learning_rate`, or raise `--trust_region`",
+    ),
+    Metric("trust_region_kl", "nats an action", "trpo: KL(sampled ‖ new) after what was taken"),
     Metric("policy_loss", "", "mean over the actions, by `--loss_normalisation`"),
     Metric("kl_in_loss", "nats an action", "KL to the reference in the loss, mean as of the loss"),
     Metric("value_loss", "score²", "½ (V − return)², mean over the actions"),

@@ -72,6 +72,8 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
     model = language_model.load(settings, name, zero_stage=stage, **loading)
+    for p in language_model.bottom_of(model, config.freeze_bottom_layers).values():
+        p.requires_grad_(False)
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.has_critic():

@@ -1,10 +1,15 @@
 """The updates on one rollout: optimizer steps of actor and critic on its minibatches."""
 
-from step3_ppo import algorithm, ptx
+import math
+
+import torch
+
+from step3_ppo import algorithm, ptx, trust_region
 from step3_ppo.rollout import Experience
 from utils import metrics
 from utils.data import batches
 from utils.distributed import host_memory
+from utils.generation.weights import in_eval_mode
 from utils.models import language_model
 
 
@@ -67,16 +72,8 @@ def step_actor(
     normaliser = algorithm.loss_normaliser(mask, config.normalisation())
     sums = metrics.Sums(device)
     for ids, mask, actions, part in micro_batches(experience, rows, config, device):
-        of_tokens, _ = language_model.response_logprobs(
-            actor, ids, mask, actions.shape[1], temperature=config.temperature, actions=actions
-        )
-        new_logprobs = of_tokens
-        if config.action_level == "sequence":
-            new_logprobs = algorithm.one_action(of_tokens, host_memory.send(actions, device))
-        loss, stats = method.loss(new_logprobs, part, config)
-        if experience.kl_in_loss:
-            stats["kl_in_loss"] = kl = kl_term(of_tokens, part, config, device)
-            loss = loss + experience.kl_in_loss * kl
+        price = experience.kl_in_loss
+        of_tokens, loss, stats = policy_terms(actor, ids, mask, actions, part, price, config)
         if follow is not None:
             follow(ids, mask, actions, of_tokens, loss)
         actor.backward(loss, normaliser=normaliser)
@@ -87,7 +84,52 @@ def step_actor(
     if models.ptx is not None:
         pad_id = models.tokenizer.pad_token_id
         extra = ptx.add_gradient(actor, models.ptx, config, pad_id, device)
-    return _finish(actor, sums, count, "actor") | extra
+    if not method.trust_region:
+        return _finish(actor, sums, count, "actor") | extra
+    before = trust_region.Before(actor)
+    measured = _finish(actor, sums, count, "actor") | extra
+    measured |= {"trust_region_step": 0.0, "trust_region_kl": math.nan}
+    if not measured["actor_skipped"]:
+        loss = measured["policy_loss"] + experience.kl_in_loss * measured.get("kl_in_loss", 0.0)
+
+        def measure() -> tuple[float, float]:
+            return distance_and_loss(actor, experience, rows, normaliser, config, device)
+
+        measured |= trust_region.search(before, measure, loss, config.trust_region)
+    return measured
+
+
+def policy_terms(actor, ids, mask, actions, part: Experience, price: float, config):
+    """Of one micro-batch: (b,R) log-probabilities of its tokens, the sum that is its loss, and
+    statistics. price: what a nat of KL costs in the loss."""
+    method, device = algorithm.ALGORITHMS[config.algorithm], ids.device
+    of_tokens, _ = language_model.response_logprobs(
+        actor, ids, mask, actions.shape[1], temperature=config.temperature, actions=actions
+    )
+    new_logprobs = of_tokens
+    if config.action_level == "sequence":
+        new_logprobs = algorithm.one_action(of_tokens, host_memory.send(actions, device))
+    loss, stats = method.loss(new_logprobs, part, config)
+    if price:
+        stats["kl_in_loss"] = kl = kl_term(of_tokens, part, config, device)
+        loss = loss + price * kl
+    return of_tokens, loss, stats
+
+
+@torch.no_grad()
+def distance_and_loss(
+    actor, experience: Experience, rows: list[int], normaliser: int, config, device
+) -> tuple[float, float]:
+    """(KL of the policy that sampled to the actor as it is, nats an action; the policy's loss), on
+    global rows `rows`, without a gradient."""
+    count = max(int(experience.action_mask[rows].sum()), 1)
+    sums, price = metrics.Sums(device), experience.kl_in_loss
+    with in_eval_mode(actor):
+        for ids, mask, actions, part in micro_batches(experience, rows, config, device):
+            _, loss, stats = policy_terms(actor, ids, mask, actions, part, price, config)
+            sums.add({"kl": stats["approx_kl"], "loss": loss * (count / normaliser)})
+    found = sums.over(count)
+    return found["kl"], found["loss"]
 
 
 def kl_term(of_tokens, part: Experience, config, device):

@@ -332,6 +332,7 @@ def _opo(totals, lengths):
 # By --algorithm: its advantages, and whether --whiten_advantages is for it.
 DEFINITIONS = {
     "ppo": (_gae, True),
+    "trpo": (_gae, True),
     "a2c": (_gae, True),
     "reinforce": (_returns, True),
     "grpo": (_grpo, False),

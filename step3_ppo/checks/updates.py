@@ -5,6 +5,7 @@ import torch
 from step3_ppo.checks.probe import AFTER, FirstSteps, check
 from utils.checkpoints import engine_state
 from utils.distributed import process_group, zero
+from utils.models import language_model
 from utils.verdicts import Doubt, Fault
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -99,8 +100,11 @@ def on_policy_at_the_first_update(steps: FirstSteps) -> str:
 def gradients_reach(steps: FirstSteps) -> str:
     """Every weight that should train has had a gradient; no frozen one has, nor has it changed."""
     models, before, counts = steps.probe.models, steps.weights, []
+    held = steps.probe.config.freeze_bottom_layers
+    held = language_model.bottom_of(models.actor.module, held).keys()
     for name, engine in models.trained().items():
-        weights = [n for n, _ in engine.module.named_parameters()]
+        weights = {n for n, _ in engine.module.named_parameters()}
+        weights = sorted(weights - held if name == "actor" else weights)
         missing = [n for n in weights if n not in before.gradients[name]]
         if missing:
             raise Fault(
@@ -108,6 +112,8 @@ def gradients_reach(steps: FirstSteps) -> str:
                 f"{missing[0]}): they are frozen or not on the path to the loss and will not train"
             )
         counts.append(f"{len(weights)} of the {name}")
+    if held & before.gradients["actor"]:
+        raise Fault("weights below --freeze_bottom_layers had a gradient: they are trained")
     for name, model in models.frozen().items():
         trained = [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None]
         if trained:
@@ -133,6 +139,8 @@ def weights_move(steps: FirstSteps) -> str:
             said.append(f"the {name}'s at a learning rate of {rate:.2g}")
         elif metrics[f"{name}_skipped"] == 1.0:
             raise Doubt(f"every step of the {name} was skipped; see the lines above")
+        elif name == "actor" and metrics.get("trust_region_step") == 0.0:
+            said.append("not the actor's, as no part of a step kept to --trust_region")
         elif norm == 0.0:
             said.append(f"not the {name}'s, whose gradient was 0")
         else:

@@ -490,3 +490,25 @@ def test_no_split_into_ranks_and_micro_batches_changes_a_gradient(models, settin
         torch.testing.assert_close(other_critic, critic, rtol=1e-4, atol=2e-6, msg=message)
         for name in ("policy_loss", "value_loss", "ratio", "value_gap"):
             assert others[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), message
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence"])
+def test_distance_and_loss_are_those_of_the_rows_answer_by_answer(models, normalisation):
+    rows = rows_near(models)
+    settings = dict(algorithm="trpo", loss_normalisation=normalisation, micro_batch_size=3)
+    config = config_of(prompts_per_rollout=12, global_batch_size=len(MINIBATCH), **settings)
+    experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=0.1))
+    tokens = sum(len(rows[i]["response"]) for i in MINIBATCH)
+    normaliser = tokens if normalisation == "token" else len(MINIBATCH)
+    found = update.distance_and_loss(models.actor, experience, MINIBATCH, normaliser, config, CPU)
+    kl = loss = 0.0
+    with torch.no_grad():
+        for i in MINIBATCH:
+            new = [float(x) for x in answer_logprobs(models.actor.module, rows[i])]
+            for t, (now, old) in enumerate(zip(new, rows[i]["logprobs"], strict=True)):
+                ratio = math.exp(now - old)
+                kl += (ratio - 1 - math.log(ratio)) / tokens
+                share = 1 / tokens if normalisation == "token" else 1 / (len(new) * len(MINIBATCH))
+                loss -= ratio * float(experience.advantages[i, t]) * share
+    assert found == pytest.approx((kl, loss), rel=1e-4, abs=1e-6)
+    assert abs(loss) > 1e-3 and kl > 1e-3

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from tests.helpers.jobs import collect, ppo, reward, sft
 from tests.helpers.running import ROOT, run_ranks
-from tests.utils.checkpoints.test_checkpoints import assert_same_end
+from tests.helpers.same_end import assert_same_end
 from utils.checkpoints import manifest
 from utils.distributed.process_group import free_port
 

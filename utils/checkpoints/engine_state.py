@@ -124,7 +124,7 @@ def restore(engine, part: str, reader, record: dict | None) -> None:
     _fill(part, spans_of(engine, create=lambda name: reader.has(part, name, "exp_avg")), reader)
     if isinstance(engine, EMA):
         return
-    _publish(engine.engine.optimizer)
+    publish(engine.engine.optimizer)
     inner, scaler = engine.engine, getattr(engine.engine.optimizer, "loss_scaler", None)
     for name in COUNTERS:
         setattr(inner, name, record["counters"][name])
@@ -154,7 +154,7 @@ def record_of(engine) -> dict | None:
     }
 
 
-def _publish(optimizer) -> None:
+def publish(optimizer) -> None:
     """Master weights → the weights that the model computes with, as after an optimizer step."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
         optimizer.checkpoint_event_prologue()

@@ -1,6 +1,5 @@
 """A run that was stopped and taken up again ends as one that was not, bit for bit."""
 
-import json
 import random
 import shutil
 import subprocess
@@ -13,10 +12,10 @@ import torch
 from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.running import ROOT, run_ranks
 from tests.helpers.running import metrics_of as values_of
+from tests.helpers.same_end import assert_same_end, metrics_of
 from utils.checkpoints import engine_state, manifest
 from utils.seeding import seed_everything
 
-TIMES = ("seconds", "tokens_per_second")  # and what begins so
 # Draws by every generator: a check that drew one number, or left one drawn, would be seen.
 NOISY_REWARD = """import random
 
@@ -60,26 +59,6 @@ def another_day(job, days: int):
     """tests/helpers/another_day.py: no rank sees the day that the run began on."""
     program, argv = job
     return "tests/helpers/another_day.py", [days, ROOT / program, *argv]
-
-
-def metrics_of(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def assert_same_end(folder, reference) -> None:
-    """Metrics apart from times, final weights and PPO's state are equal to the last bit."""
-    assert metrics_of(folder) == metrics_of(reference)
-    weights = sorted(p.relative_to(reference) for p in reference.rglob("*.safetensors"))
-    weights = [p for p in weights if p.parts[0] != "checkpoints"]
-    assert weights
-    for name in [*weights, *(["state.json"] if (reference / "state.json").exists() else [])]:
-        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
-    results = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
-    assert [{k: v for k, v in r.items() if k != "seconds"} for r in results][0] == {
-        k: v for k, v in results[1].items() if k != "seconds"
-    }
-    assert not list(folder.rglob("*.writing")) and not list(folder.rglob(".step-*"))
 
 
 def whole_and_stopped(job, out, stage: int, ends=("asked", "crashed")) -> list:
