@@ -44,8 +44,11 @@ class PreferenceConfig(RunConfig):
     pairs: str = setting(
         "all",
         "of a ranking of K answers: all pairs, which weigh 1 together, or its best against its "
-        "worst",
+        "worst or a random one below it",
         choices=PAIRS,
+    )
+    pair_margin: float = setting(
+        0.0, "rankings whose best and worst kept answer differ by no more in score are left out"
     )
     learning_rate: float = setting(
         1e-6, "peak: for billions of weights (one of a million: 1e-4)", above=0, at_most=1
