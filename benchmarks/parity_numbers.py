@@ -194,6 +194,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     raw_on, returns_on = advantages.gae(rewards_on, values, steps, config.gamma, config.lam)
     whitened, whitened_on = whiten(theirs["raw_advantages"], mask)
     their_mask, their_steps = ~theirs["padding_mask"], ~theirs["padding_mask_p1"]
+    spread = logprobs[mask].std().item()
     rows = [
         compare("response mask", mask, their_mask, tolerance=0.0),
         by_design("steps with value and reward", mask, their_steps, STEPS),
@@ -203,8 +204,14 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         by_design("log-probs off the mask", logprobs, theirs["logprobs"], FILL, ~mask),
         compare("scores", rollout.scores, theirs["scores"]),
         compare("values", values, theirs["values"], steps),
-        compare("KL a token", kl, theirs["kl"]),
-        compare("rewards without the score", penalties, theirs["non_score_reward"]),
+        # Differences of log-probabilities: the rounding is theirs, however small what is left.
+        compare("KL a token", kl, theirs["kl"], scale=spread),
+        compare(
+            "rewards without the score",
+            penalties,
+            theirs["non_score_reward"],
+            scale=config.kl_coef * spread,
+        ),
         by_design("rewards", rewards, theirs["rewards"], STEPS),
         compare("  rewards on TRL's steps", rewards_on, theirs["rewards"]),
         by_design("advantages", raw, theirs["raw_advantages"], BOOTSTRAP, mask),
