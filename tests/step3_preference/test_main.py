@@ -8,15 +8,15 @@ from safetensors.torch import load_file
 
 from tests.helpers.jobs import preference
 from tests.helpers.running import CLOSE, assert_same_path, built_once, metrics_of, run_ranks
-from tests.utils.checkpoints.test_checkpoints import assert_same_end, stopped
+from tests.helpers.same_end import assert_same_end
+from tests.utils.checkpoints.test_checkpoints import stopped
 
 # Every way to divide the same rows: (ranks, flags).
 WAYS = {
     "plain": (1, ["--micro_batch_size", 8]),
     "packed": (1, ["--packing", "on", "--micro_batch_tokens", 300]),
-    "two ranks": (2, ["--packing", "on", "--micro_batch_size", 1]),
-    "two ranks in shards": (2, ["--zero_stage", 3]),
-    "two ranks in shards, packed": (2, ["--zero_stage", 3, "--packing", "on", "--offload", "all"]),
+    "two ranks": (2, ["--micro_batch_size", 1]),
+    "two ranks in shards": (2, ["--zero_stage", 3, "--packing", "on"]),
 }
 FLAGS = {"dpo": [], "kto": ["--loss", "kto", "--beta", 0.5, "--ema_decay", 0.5]}
 NUMBERS = ["loss", "grad_norm", "margin", "chosen_logprob", "rejected_logprob"]
@@ -71,7 +71,7 @@ def test_one_path_on_any_ranks_stages_and_micro_batches(walked, loss):
         assert abs(metrics_of(folder, "margin")[0]) < 1e-4, name
     results = [json.loads((f / "result.json").read_text()) for f in walked[loss].values()]
     for name in ("loss_after", "accuracy_after", "margin_after"):
-        assert [r[name] for r in results] == pytest.approx([results[0][name]] * 5, **CLOSE), name
+        assert [r[name] for r in results] == pytest.approx([results[0][name]] * 4, **CLOSE), name
 
 
 def test_the_average_follows_the_weights(walked):

@@ -9,7 +9,7 @@ or rude, so that feedback has something to teach), prompts for collecting compar
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,7 +254,6 @@ def write(
     Demonstrations are drawn with replacement over their own prompts; `held_out` prompts are kept
     out of both other files.
     """
-    folder = Path(folder)
     tasks = draw_tasks(prompts + held_out, seed)
     r = random.Random(seed + 1)
     # Families with few prompts run dry first, so the drawing order is not even: shuffle it.
@@ -266,7 +265,12 @@ def write(
         answer = bad_answer if r.random() < bad_share else right_answer
         demos.append({"instruction": task.prompt, "input": "", "output": answer(task, r)})
     files = {"sft": demos, "prompts": map(row_of, train), "held_out": map(row_of, test)}
-    paths = {name: folder / f"{name}.jsonl" for name in files}
+    return write_files(folder, files)
+
+
+def write_files(folder: str | Path, files: dict[str, Iterable[dict]]) -> dict[str, Path]:
+    """Rows by the name of their file → FOLDER/NAME.jsonl; returns the paths by name."""
+    paths = {name: Path(folder) / f"{name}.jsonl" for name in files}
     for name, rows in files.items():
         with whole_files.writing(paths[name]) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

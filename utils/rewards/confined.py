@@ -150,23 +150,26 @@ def run(job: int, memory: int, seconds: int, output: int, confined: bool) -> Non
         exec(compile(source, "answer.py", "exec"), program.__dict__)
 
 
-def serve(name: str, root: str, memory: int, seconds: float, confined: bool) -> None:
+def serve(name: str, paths: list[str], memory: int, seconds: float, confined: bool) -> None:
     """Answer calls of a function of ours: a line of JSON arguments in, a line of JSON out. A call
-    that takes longer than so many seconds ends the process; one that needs more memory, or deeper
-    recursion, is answered with null."""
-    sys.path.insert(0, root)
+    that takes more than so many seconds of processor time ends the process; one that needs more
+    memory, or deeper recursion, is answered with null. paths: where Python looks for modules."""
+    sys.path[:] = paths
     place, _, attribute = name.partition(":")
     function = getattr(importlib.import_module(place), attribute)
     limit(memory, 0, 1 << 20)
     if confined:
-        confine([root])
+        confine(paths)
     for line in sys.stdin:
-        # Without a handler the signal ends the process, whatever code is running.
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Without a handler the signal ends the process, whatever code is running. Processor time,
+        # so that a busy machine gives the same answers; the clock in case it waits for something.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 20 * seconds)
         try:
             answer = json.dumps(function(*json.loads(line)))
         except (MemoryError, RecursionError):
             answer = "null"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(answer, flush=True)
 

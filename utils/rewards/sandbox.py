@@ -116,7 +116,8 @@ class Servants:
     """Processes that answer calls of one function of ours, kept from one batch to the next.
 
     name: package.module:function, of arguments and a result that JSON can hold. A call that takes
-    longer than `seconds`, or more than `memory` bytes, gives None. RuntimeError where one fails.
+    more than `seconds` of processor time, or `memory` bytes, gives None; one that fails raises
+    RuntimeError.
     """
 
     def __init__(self, name: str, seconds: float, memory: int = 2048 * MEGABYTE):
@@ -142,12 +143,13 @@ class Servants:
             self.idle.put(process)
             return json.loads(line)
         process.stdin.close()
-        if process.wait() != -signal.SIGALRM:
+        if process.wait() not in (-signal.SIGPROF, -signal.SIGALRM):
             raise RuntimeError(f"{self.name} failed, exit code {process.returncode}; see stderr")
         return None
 
     def _started(self) -> subprocess.Popen:
         # They run our own code: the time limit holds where nothing can be confined, too.
-        asked = (self.name, ROOT, self.memory, self.seconds, not refusal())
+        paths = [ROOT, *filter(os.path.isabs, sys.path)]
+        asked = (self.name, paths, self.memory, self.seconds, not refusal())
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         return subprocess.Popen(_command("serve", *asked), **pipes, env=ENVIRONMENT, cwd="/")

@@ -9,16 +9,21 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from step3_ppo import rollout as rollouts
+from step3_ppo import update
 from step3_ppo.environments import play as playing
 from step3_ppo.environments.environment import Environment
 from step3_ppo.episodes import lay_out, numbers_of
+from step3_ppo.state import State
 from tests.helpers.chat_templates import byte_level
-from tests.helpers.small_models import Engine
+from tests.helpers.small_models import Engine, config_of
 from utils.data import chat_template
+from utils.data.prompts import Prompt
 from utils.distributed.process_group import StopRun
 from utils.generation.engine import Sampling, synced
 from utils.generation.engines.native import NativeEngine
 from utils.generation.sampling import uniform_noise
+from utils.rewards.sums import WeightedSum
 
 LIMIT, TURNS, TEMPERATURE = 70, 3, 1.3
 QUESTIONS = ["one", "two and three", "a", "four five six seven", "8", "nine, ten", "", "eleven"]
@@ -60,13 +65,10 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    messages = [({"role": "user", "content": text},) for text in QUESTIONS]
-    return [
-        SimpleNamespace(
-            messages=turns, row={"n": n}, ids=chat_template.encode_prompt(tokenizer, turns)
-        )
-        for n, turns in enumerate(messages)
-    ]
+    asked = [({"role": "user", "content": text},) for text in QUESTIONS]
+    ids = [chat_template.encode_prompt(tokenizer, turns) for turns in asked]
+    rows = zip(asked, ids, strict=True)
+    return [Prompt(turns, "", {"n": n}, own) for n, (turns, own) in enumerate(rows)]
 
 
 class Counted(NativeEngine):
@@ -218,6 +220,20 @@ def test_without_an_environment_the_first_turn_is_all(model, tokenizer, prompts,
         assert episode.finished == (int(only.ids[-1]) == tokenizer.eos_token_id)
 
 
+def test_a_reply_needs_room_for_itself_and_a_token(model, tokenizer, prompts, noise, whole):
+    row = next(i for i, e in enumerate(whole) if e.earlier)
+    used, empty = len(whole[row].segments[0].ids), {"role": "tool", "content": ""}
+    asked = [*prompts[row].messages, whole[row].earlier[0]]
+    frame = len(chat_template.reply_ids(tokenizer, asked, empty))
+    for spare, fits in ((1, True), (0, False)):
+        text = "x" * (LIMIT - used - frame - spare)
+        settings = [prompts[row]], noise[[row]], lambda *_, said=text: [said], 2
+        ((episode,), _) = played(model, tokenizer, *settings)
+        assert len(episode.segments) == (3 if fits else 1) and not episode.finished
+        behind = sum(len(s.ids) for s in episode.segments)
+        assert behind == (LIMIT if fits else used) and bool(episode.earlier) == fits
+
+
 def test_nobody_is_asked_where_no_turn_has_ended(model, tokenizer, prompts, noise):
     def never(conversations, rows):
         raise AssertionError
@@ -250,3 +266,88 @@ def test_a_model_with_as_many_positions_as_a_row_may_have_tokens(tokenizer, prom
     (episodes, engine) = played(gpt2, tokenizer, prompts, noise, long)
     widths = [len(e.ids()) for e in episodes]
     assert max(widths) <= longest and engine.asked[1][1] + max(widths) > longest
+
+
+# What is learned from.
+
+
+@pytest.fixture(scope="module")
+def first_step(model, tokenizer, prompts):
+    """A rollout on which a copy of the model has its gradient, and all that it was made of."""
+    seen = []
+
+    def priced(answers):
+        """Changes with the last turn and with those before it."""
+        seen.append(answers)
+        rows = zip(answers.texts, answers.rows, strict=True)
+        return [len(text) + 10.0 * len(row.get("episode", ())) for text, row in rows]
+
+    models = SimpleNamespace(
+        tokenizer=tokenizer,
+        actor=Engine(copy.deepcopy(model)),
+        reference=model,
+        rollout_engine=NativeEngine(),
+        reward_function=WeightedSum({"priced": priced}, [1.0]),
+        environment=Environment(says, "says", tokenizer, "tool", TURNS, 60.0),
+        **dict.fromkeys(("critic", "reward", "judge", "frozen_offload", "ptx")),
+    )
+    config = config_of(
+        algorithm="reinforce",
+        whiten_advantages=False,
+        kl_coef=0.0,
+        temperature=TEMPERATURE,
+        max_response_length=LIMIT,
+        micro_batch_size=5,
+        logprobs_from="decode",
+    )
+    device = torch.device("cpu")
+    rollout, _ = rollouts.collect(models, prompts, config, device, noise_step=0)
+    experience, measured = rollouts.make_experience(rollout, config, State(kl_coef=0.0))
+    everything = list(range(len(prompts)))
+    measured |= update.step_actor(models, experience, everything, config, device)
+    return SimpleNamespace(rollout=rollout, seen=seen, measured=measured, actor=models.actor)
+
+
+def test_replies_have_no_gradient_and_the_ratio_begins_at_one(first_step, prompts):
+    """The whole way, from sampling to the gradient, against −Σ score · ∇log p of the policy's own
+    tokens, row by row."""
+    rollout, measured, actor = first_step.rollout, first_step.measured, first_step.actor
+    assert measured["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(measured["approx_kl"]) < 1e-9 and abs(measured["kl"]) < 1e-4
+    assert measured["turns"] > 1 and measured["reply_tokens"] > 1
+    found = actor.gradient()
+    losses, count = {True: 0.0, False: 0.0}, 0
+    for i, prompt in enumerate(prompts):
+        kept = rollout.response_mask[i]
+        ids, actions = rollout.response_ids[i][kept], rollout.action_mask[i][kept]
+        count += int(actions.sum())
+        logits = actor(torch.tensor([[*prompt.ids, *ids.tolist()]])).logits[0, -len(ids) - 1 : -1]
+        logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        for own in losses:  # of the policy's tokens; of all, as a fault would have it
+            losses[own] -= rollout.scores[i] * (logprobs * (actions if own else 1)).sum()
+    gradients = {}
+    for own, loss in losses.items():
+        (loss / count).backward(retain_graph=True)
+        gradients[own] = actor.gradient()
+    size = gradients[True].abs().max()
+    assert (found - gradients[True]).abs().max() < 1e-4 * size
+    assert (found - gradients[False]).abs().max() > 0.1 * size
+
+
+def test_reward_functions_see_the_last_turn_and_the_whole_episode(first_step, prompts):
+    (answers,) = first_step.seen
+    several = 0
+    for i, (messages, text, row) in enumerate(
+        zip(answers.messages, answers.texts, answers.rows, strict=True)
+    ):
+        asked = {"role": "user", "content": QUESTIONS[i]}
+        assert messages[0] == asked and row["n"] == i
+        assert [turn["role"] for turn in messages[1:]] == ["assistant", "tool"] * (
+            len(messages) // 2
+        )
+        if "episode" in row:
+            several += 1
+            assert row["episode"] == [*messages[1:], {"role": "assistant", "content": text}]
+        else:
+            assert len(messages) == 1
+    assert 2 <= several < len(prompts)
