@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +24,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluation.summary import read_metrics, read_result, verdicts  # noqa: E402
+from step3_ppo.algorithm import ALGORITHMS  # noqa: E402
 
 # One optimizer step a rollout, so sixteen times fewer than PPO takes: they bear a higher rate.
 ONE_STEP = ["--ppo_epochs", "1", "--global_batch_size", "128", "--learning_rate", "5e-4"]
+# For algorithms that compare the answers to a prompt: rollouts as large as the recipe's.
+GROUPS = ["--prompts_per_rollout", "16", "--samples_per_prompt", "8"]
+
+
+def algorithm_flags(name: str) -> list[str]:
+    """What --algorithm takes beside the recipe, whose settings are PPO's: those that it does not
+    read, and that it would refuse, are taken back."""
+    method = ALGORITHMS[name]
+    unread = [x for x in ("critic_learning_rate", "clip_value") if x not in method.reads]
+    flags = [word for setting in unread for word in (f"--{setting}", "0")]
+    flags += GROUPS if method.groups else []
+    return ["--algorithm", name, *flags, *(ONE_STEP if method.one_step else [])]
+
+
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
     "β 0": ["--kl_coef", "0"],
@@ -35,8 +50,8 @@ VARIANTS: dict[str, list[str]] = {
     "β 0.2": ["--kl_coef", "0.2"],
     "1 epoch": ["--ppo_epochs", "1"],
     "sequence-level PPO": ["--action_level", "sequence"],
-    "A2C": ["--algorithm", "a2c", *ONE_STEP],
-    "REINFORCE": ["--algorithm", "reinforce", *ONE_STEP],
+    "A2C": algorithm_flags("a2c"),
+    "REINFORCE": algorithm_flags("reinforce"),
 }
 CURVES = {"β 0": "0", "β 0.02": "0.02", "β 0.05": "0.05", "recipe": "0.1", "β 0.2": "0.2"}
 ROUNDS = 3
@@ -49,27 +64,35 @@ def recipe_flags(section: str) -> list[str]:
 
 
 def run(program: str, *flags, done: Path) -> None:
-    """One step as one process on one core, unless `done` is there; its output goes beside it."""
+    """One step as one process on one core, unless `done` is there; its output goes beside it, and
+    what it took, summed over the starts of a run that was stopped and went on: CPU seconds, and
+    bytes of memory at the most."""
     if done.exists():
         return
     done.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *program.split(), *map(str, flags)]
     if program.startswith("step"):
         command += ["--resume", "auto"]
-    log = done.parent / f"{Path(program.split()[-1]).stem}_log.txt"
+    stem = Path(program.split()[-1]).stem
+    log, cost = (done.parent / f"{stem}_{what}" for what in ("log.txt", "cost.json"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(log, "w", encoding="utf-8") as out:
-        code = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-        ).returncode
+        both = dict(stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, **both)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+    before = json.loads(cost.read_text()) if cost.exists() else {"seconds": 0.0, "memory": 0}
+    seconds = before["seconds"] + used.ru_utime + used.ru_stime
+    memory = max(before["memory"], used.ru_maxrss * 1024)  # KiB on Linux
+    cost.write_text(json.dumps({"seconds": seconds, "memory": memory}))
     if code:
         raise SystemExit(f"{program} failed with exit code {code}; see {log}")
 
 
-def collect(base: Path, policy: Path, out: Path, seed: int) -> None:
-    flags = ["--policy", policy, "--prompt_data", base / "data/prompts.jsonl"]
-    flags += ["--output_file", out, "--seed", seed, *recipe_flags("collect")]
-    run("step2_reward/collect.py", *flags, done=out)
+def collect(base: Path, policy: Path, out: Path, seed: int, flags: Sequence = ()) -> None:
+    where = ["--policy", policy, "--prompt_data", base / "data/prompts.jsonl"]
+    where += ["--output_file", out, "--seed", seed]
+    run("step2_reward/collect.py", *where, *recipe_flags("collect"), *flags, done=out)
 
 
 def train_reward_model(base: Path, comparisons: list[Path], out: Path, seed: int) -> None:
