@@ -23,6 +23,7 @@ from step3_ppo.config import PPOConfig
 from step3_preference.config import PreferenceConfig
 from tests.helpers.running import ROOT
 from tests.launch.test_launch import LAUNCHERS, RECORDER, run
+from utils.models.serve_reward import ServeConfig
 from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
 
@@ -35,6 +36,7 @@ CONFIGS = {
     "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/chat.py": ChatConfig,
+    "utils/models/serve_reward.py": ServeConfig,
 }
 SET = "HuggingFaceH4/ultrafeedback_binarized"
 # The other recipes are those of README's commands.

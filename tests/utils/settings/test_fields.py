@@ -60,7 +60,7 @@ from utils.settings.command_line import build
         (
             PPOConfig,
             ["--reward_function", "a:b", "c:d", "--reward_weights", "1"],
-            "reward_weights=[1.0] has 1 numbers for 2 of --reward_function; give",
+            "reward_weights=[1.0] has 1 numbers for 2 of --reward_function and --reward_url; give",
         ),
         (PPOConfig, ["--critic_zero_stage", "4"], "critic_zero_stage=4 is not one of -1, 0"),
         (
