@@ -1,52 +1,23 @@
 """The stages of run_all.sh, one after the other; how it is used stands there."""
 
 import datetime
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+from pipeline import Pipeline, Plan, Stage, paths_made
 from utils import launch
 from utils.settings import command_line, files
-from utils.settings.fields import ConfigError, Settings, setting
+from utils.settings.fields import ConfigError
 
 ROOT = Path(__file__).resolve().parent
-PROGRAMS = {
-    "sft": "step1_sft/main.py",
-    "collect": "step2_reward/collect.py",
-    "reward": "step2_reward/main.py",
-    "ppo": "step3_ppo/main.py",
-}
-MADE = "data base_model step1_sft step2_reward step3_ppo summary.json summary.txt .seed .seconds"
-
-
-@dataclass
-class Pipeline(Settings):
-    """What run_all.sh itself reads: these flags, and the section `run` of recipes."""
-
-    sections = ("run",)
-    output_dir: str = setting("", "folder of the whole run; empty: output/RECIPE")
-    model_name_or_path: str = setting("", "where step 1 starts; empty: from random weights")
-    sft_data: list[str] = setting([], "demonstrations")
-    preference_data: list[str] = setting([], "comparisons")
-    prompt_data: list[str] = setting([], "prompts of step 3; empty: those of the comparisons")
-    embedded: bool = setting(False, "the embedded task, whose data are made on the spot")
-    rounds: int = setting(1, "how often comparisons are collected and learned from", at_least=1)
-    max_ranks: int = setting(0, "the most ranks that are of use; 0: any number")
-    seed: int = setting(42, "seed of everything random", below=2**63)
-    overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
-
-    def contradictions(self, world_size: int) -> Iterator[str]:
-        for name in ("sft_data", "preference_data"):
-            if not self.embedded and not getattr(self, name):
-                yield f"this recipe needs --{name}"
-        if not self.embedded and self.rounds > 1:
-            yield "--rounds needs the embedded task, whose verifier ranks new answers"
 
 
 def end(text: str, code: int = 2):
@@ -100,61 +71,59 @@ class Job:
         self.day = datetime.date.today().isoformat()
         if not self.settings.overwrite:
             self.day = self.kept(".date", self.day)
-        self.sft_data, self.prompts = self.settings.sft_data, self.settings.prompt_data
-        self.model = self.settings.model_name_or_path or self.output / "base_model"
+        sft_data, prompts = self.settings.sft_data, self.settings.prompt_data
+        model = self.settings.model_name_or_path or self.output / "base_model"
         if self.settings.embedded:
-            self.sft_data = [self.output / "data/sft.jsonl"]
-            self.prompts = [self.output / "data/prompts.jsonl"]
+            sft_data = [self.output / "data/sft.jsonl"]
+            prompts = [self.output / "data/prompts.jsonl"]
+        self.plan = Plan(self.settings, self.output, model, sft_data, prompts)
+        self.methods = [method.name for method in self.settings.methods()]
+        self.refuse_unread_flags()
+
+    def refuse_unread_flags(self) -> None:
+        """A flag for a step or method that this run does not have would be passed over silently."""
+        read = {name for stage in self.all_stages() for name in stage.sections}
+        problems = [
+            f"  - --{flag}: no step of this run reads {flag.partition('.')[0]}; there are "
+            + ", ".join(sorted(read))
+            for flag in self.flags
+            if "." in flag and flag.partition(".")[0] not in read
+        ]
+        if problems:
+            end("these settings cannot work:\n" + "\n".join(problems))
+
+    def all_stages(self) -> list[Stage]:
+        compared = [] if self.methods == ["ppo"] else [self.plan.comparison()]
+        return [*self.plan.stages(), *compared]
 
     def kept(self, name: str, otherwise: str) -> str:
         """What an earlier run has written down."""
         path = self.output / name
         return path.read_text().strip() if path.is_file() else otherwise
 
-    def flags_of(self, section: str, later: bool) -> list[str]:
-        """Recipe, --config files, flags for every step, flags for this one: the last one counts."""
-        words = ["--config", *(f"{path}:later_ppo" if later else path for path in self.configs)]
+    def words_for(self, stage: Stage) -> list[str]:
+        """Its own flags, then recipe and --config files, flags for every step, flags for the
+        sections that it reads: the last one counts."""
+        more = "".join(f":{name}" for name in stage.sections[1:])
+        words = words_of(stage.flags) + ["--config", *(path + more for path in self.configs)]
         words += ["--overwrite"] if self.settings.overwrite else ["--resume", "auto"]
-        others = {n: v for n, v in self.flags.items() if n.partition(".")[0] not in PROGRAMS}
-        own = {n: v for n, v in self.flags.items() if n.startswith(f"{section}.")}
-        own = {n.partition(".")[2]: v for n, v in own.items()}
-        return words + words_of({"date": self.day}) + words_of(others) + words_of(own)
-
-    def steps(self) -> Iterator[tuple[str, str, list[str]]]:
-        """(name, program, its flags) of all steps, each on what those before it make."""
-        out, rounds = self.output, self.settings.rounds
-        compared, sft_data = list(self.settings.preference_data), {"sft_data": self.sft_data}
-
-        def step(name: str, section: str, later: bool = False, **flags):
-            return name, PROGRAMS[section], words_of(flags) + self.flags_of(section, later)
-
-        policy = sft = out / "step1_sft"
-        yield step("step 1: SFT", "sft", model_name_or_path=self.model, output_dir=sft, **sft_data)
-        for number in range(1, rounds + 1):
-            # The last round's models stand where a single round's would.
-            folder = out if number == rounds else out / f"round{number}"
-            if self.settings.embedded:
-                file = out / f"data/comparisons_{number}.jsonl"
-                flags = {"policy": policy, "prompt_data": self.prompts, "output_file": file}
-                yield step(f"round {number}: comparisons", "collect", **flags)
-                compared.append(file)
-            flags = {"model_name_or_path": sft, "preference_data": compared, **sft_data}
-            flags["output_dir"] = reward = folder / "step2_reward"
-            yield step("step 2: reward model", "reward", **flags)
-            flags = {"model_name_or_path": policy, "reference_model": sft, "reward_model": reward}
-            flags |= {"prompt_data": self.prompts or compared, "preference_data": compared}
-            flags["output_dir"] = folder / "step3_ppo"
-            yield step("step 3: PPO", "ppo", later=number > 1, **flags)
-            policy = folder / "step3_ppo/actor"
+        given = {n: v for n, v in self.flags.items() if "." not in n}
+        for section in stage.sections:
+            own = {n: v for n, v in self.flags.items() if n.startswith(f"{section}.")}
+            given |= {n.partition(".")[2]: v for n, v in own.items()}
+        return words + words_of({"date": self.day}) + words_of(given)
 
     def check(self, ranks: int) -> None:
         """A flag that step 3 does not know should not cost the hours of steps 1 and 2."""
         environment = os.environ | {"WORLD_SIZE": str(ranks or 1)}
-        last = {(program, ":later_ppo" in str(words)): words for _, program, words in self.steps()}
+        last = {(stage.script, stage.sections): stage for stage in self.all_stages()}
         shown = dict(env=environment, stderr=subprocess.PIPE, text=True)
         checks = [  # at once: each is a second or two of imports
-            subprocess.Popen([launch.PYTHON, ROOT / p, "--check_config", *words], **shown)
-            for (p, _), words in last.items()
+            subprocess.Popen(
+                [launch.PYTHON, ROOT / stage.script, "--check_config", *self.words_for(stage)],
+                **shown,
+            )
+            for stage in last.values()
         ]
         told: dict[str, list[str]] = {}  # what several programs say is said once
         for (program, _), check in zip(last, checks, strict=True):
@@ -171,33 +140,31 @@ class Job:
         """Take the output folder, anew or where the last run stopped."""
         seed = str(self.settings.seed)
         if self.settings.overwrite:
-            made = [self.output / name for name in MADE.split()]
-            for path in (*made, *self.output.glob("round[0-9]*")):
+            for path in list(paths_made(self.output, self.settings.embedded)):
                 whole = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if whole else path.unlink(missing_ok=True)
         self.output.mkdir(parents=True, exist_ok=True)
         if (other := self.kept(".seed", seed)) != seed:
             end(f"{self.output} was begun with --seed {other}, not {seed}; --overwrite begins anew")
-        self.began -= int(self.kept(".seconds", "") or 0)
+        self.times = json.loads(self.kept(".seconds", "") or "{}")
         (self.output / ".seed").write_text(seed)
         (self.output / ".date").write_text(self.day)
 
-    def seconds(self) -> int:
-        """Of this run and of those that it goes on from."""
-        return int(time.monotonic() - self.began)
-
-    def stage(self, name: str, run: Callable[[], int]) -> None:
-        """Ends the job at the first failure, with its code."""
+    def stage(self, name: str, run: Callable[[], int], method: str = "shared"):
+        """Ends the job at the first failure, with its code. Its seconds count for a method, or for
+        what all methods share, in the runs that this one goes on from too."""
         print(f"\n=== {name}", flush=True)
         began = time.monotonic()
         code = run()
-        (self.output / ".seconds").write_text(str(self.seconds()))
+        seconds = time.monotonic() - began
+        self.times[method] = self.times.get(method, 0.0) + seconds
+        (self.output / ".seconds").write_text(json.dumps(self.times))
         where = self.output
         if code == 75:
             end(f"{name} stopped as asked and is saved in {where}; the same command goes on", code)
         if code:
             end(f"{name} failed with exit code {code}; what was written stays in {where}", code)
-        print(f"=== {name} took {time.monotonic() - began:.0f} s", flush=True)
+        print(f"=== {name} took {seconds:.0f} s", flush=True)
 
     def make(self, name: str, folder: Path, module: str, **flags) -> None:
         """Made under another name, as it has no checkpoints: what has its name is whole."""
@@ -209,10 +176,14 @@ class Job:
 
     def evaluate(self) -> None:
         summary = self.output / "summary.txt"
-        if summary.exists():
+        if summary.exists() and self.kept(".methods", "ppo").split() == self.methods:
             print(f"\n=== finished before (--overwrite begins anew)\n{summary.read_text()}", end="")
             return
-        flags = {"output_dir": self.output, "seed": self.settings.seed, "seconds": self.seconds()}
+        if self.methods != ["ppo"]:
+            self.start(self.plan.comparison())
+        flags = {"output_dir": self.output, "seed": self.settings.seed, "methods": self.methods}
+        flags["reward"] = self.plan.reward
+        flags["seconds"] = [f"{name}={took:.0f}" for name, took in self.times.items()]
         if self.settings.embedded:
             flags["verifier_data"] = self.output / "data/held_out.jsonl"
 
@@ -221,21 +192,26 @@ class Job:
             print(done.stdout, end="", flush=True)
             if not done.returncode:
                 summary.write_text(done.stdout)
+                (self.output / ".methods").write_text(" ".join(self.methods))
             return done.returncode
 
         self.stage("evaluation", run)
+
+    def start(self, stage: Stage) -> None:
+        words = self.words_for(stage)
+        self.stage(stage.name, lambda: launch.launch(stage.script, words), stage.method or "shared")
 
     def run(self) -> None:
         if self.settings.embedded:
             self.make("data", self.output / "data", "utils.data.toy_tasks")
         if not self.settings.model_name_or_path:
-            shape = {"data": [*self.sft_data, *self.settings.preference_data]}
+            shape = {"data": [*self.plan.sft_data, *self.settings.preference_data]}
             for _, values in (layer for p in self.configs for layer in files.layers(p, "scratch")):
                 shape |= values
             shape |= {name: v for name, v in self.flags.items() if name == "columns"}
-            self.make("base model", self.model, "utils.models.from_scratch", **shape)
-        for name, program, words in self.steps():
-            self.stage(name, lambda p=program, w=words: launch.launch(p, w))
+            self.make("base model", self.plan.model, "utils.models.from_scratch", **shape)
+        for stage in self.plan.stages():
+            self.start(stage)
         self.evaluate()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job: SFT → reward model → PPO → evaluation and report.
+# The main job: SFT → reward model → PPO, or another method → evaluation and report.
 #
 #   bash run_all.sh [RECIPE] [--flag value …]
 #
@@ -12,8 +12,14 @@
 #   --sft_data A [B …]           demonstrations
 #   --preference_data A [B …]    comparisons
 #   --prompt_data A [B …]        prompts of step 3 (default: those of the comparisons)
-#   --rounds N                   repeat collect → reward → PPO N times (embedded task; tiny: 2)
-#   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG value   for one step
+#   --method A [B …]             ppo (default), grpo, rloo, dpo, kto, best_of_n, … or all: each beside
+#                                the others, which are then compared (docs/online.md)
+#   --rounds N                   repeat collect → train N times (tiny: 2); new answers are ranked by
+#   --labeller WHAT              verifier (embedded task), reward_model or reward_function
+#   --replay_share S             learn from this share of older rounds' answers again (default: 1)
+#   --round_prompts disjoint     other prompts in each round
+#   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG, --preference.FLAG value   for one step
+#   --METHOD.FLAG value          for one method
 #   --config FILE [FILE …]       settings, in sections or for every step; they win over the recipe
 #   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …);
 #                                `python step3_ppo/main.py --help` lists those of a step

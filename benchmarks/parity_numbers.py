@@ -8,12 +8,12 @@ import dataclasses
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import trl_runner
+from benchmarks.parity_rows import WEIGHTS_CLOSE, Row, by_design, compare, weight_row
 from step3_ppo import advantages, algorithm, models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
@@ -23,11 +23,6 @@ from utils.generation import sampling as generation
 from utils.models import from_scratch, language_model, scorer
 
 ROOT = Path(__file__).resolve().parent.parent
-# fp32 in another order of summing differs in the seventh digit. Relative to the spread.
-CLOSE = 1e-4
-# Adam's first steps move a weight by the learning rate however small its gradient is. Where that
-# is below 1e-8 rounding shows in full, so weights are held to the norm of all moves together.
-WEIGHTS_CLOSE = 5e-3
 # The differences that are meant, all of them.
 #
 # TRL gives a response that stopped before the limit one step more, t = L+1 after its stop token L:
@@ -42,53 +37,6 @@ VARIANTS = {
     "PPO, KL by k1": {},
     "PPO, KL by k3, rewards whitened": {"kl_estimator": "k3", "whiten_rewards": True},
 }
-
-
-@dataclass
-class Row:
-    """One line of the table. tolerance None: differs by design, and `note` says why."""
-
-    quantity: str
-    difference: float  # largest absolute
-    scale: float  # standard deviation of ours; of losses and weights see update_rows
-    tolerance: float | None  # of the relative error
-    note: str = ""
-    norms: float | None = (
-        None  # ‖ours − theirs‖ / ‖ours − start‖, of weights; of gradients / ‖ours‖
-    )
-
-    @property
-    def agrees(self) -> bool:
-        if self.tolerance is None:
-            return True
-        if self.norms is not None:
-            return self.norms <= self.tolerance
-        return self.difference <= self.tolerance * self.scale
-
-    def cells(self) -> tuple[str, ...]:
-        of = "scale" if self.norms is None else "its norm"
-        if self.tolerance is None:
-            verdict = f"by design: {self.note}"
-        elif self.agrees:
-            verdict = f"equal within {self.tolerance:g} × {of}"
-        else:
-            verdict = f"DIFFERS by more than {self.tolerance:g} × {of}"
-        if self.norms is not None:
-            verdict += f" ({self.norms:.1e})"
-        return self.quantity, f"{self.difference:.2e}", f"{self.scale:.2e}", verdict
-
-
-def compare(quantity, ours, theirs, mask=None, tolerance=CLOSE, note="", scale=None) -> Row:
-    """Row of two tensors of one shape, over `mask` (same shape, bool) where given."""
-    ours, theirs = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (ours, theirs))
-    if mask is not None:
-        ours, theirs = ours[mask], theirs[mask]
-    difference = (ours - theirs).abs().max().item()
-    return Row(quantity, difference, scale or ours.std().item(), tolerance, note)
-
-
-def by_design(quantity, ours, theirs, note, mask=None) -> Row:
-    return compare(quantity, ours, theirs, mask, tolerance=None, note=note)
 
 
 def settings(folder: Path, **changes) -> PPOConfig:
@@ -297,16 +245,6 @@ def weights(ours: models.Models) -> dict[str, dict[str, torch.Tensor]]:
         who: {name: p.detach().clone() for name, p in module.named_parameters()}
         for who, module in trained.items()
     }
-
-
-def weight_row(quantity, start, ours, theirs, tolerance, note="") -> Row:
-    """Row of two {name: weight}; the scale is the root mean square of ours' moves from `start`."""
-    assert ours.keys() == theirs.keys() == start.keys()
-    moved = torch.cat([(ours[k] - start[k]).flatten() for k in ours])
-    apart = torch.cat([(ours[k] - theirs[k]).flatten() for k in ours])
-    scale = moved.square().mean().sqrt().item()
-    norms = (apart.norm() / moved.norm()).item()
-    return Row(quantity, apart.abs().max().item(), scale, tolerance, note, norms)
 
 
 def update_rows(ours, again, experiences, updates: list[dict], config, device) -> list[Row]:

@@ -2,14 +2,17 @@
 
     python -m evaluation.summary --output_dir OUTPUT [--verifier_data held_out.jsonl]
 
-Reads each step's result.json and metrics.jsonl; with the embedded task it also samples from the
-SFT policy, the PPO policy and its average on held-out prompts and lets the verifier judge.
+Reads each step's result.json and metrics.jsonl. Of PPO alone it shows before and after; with the
+embedded task it also samples from the SFT policy, the PPO policy and its average on held-out
+prompts and lets the verifier judge. With --methods it shows the table of methods.json instead.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from evaluation import methods
+from evaluation.methods import measured
 from utils import whole_files
 from utils.data import batches, chat_template, toy_tasks
 from utils.distributed import program
@@ -81,15 +84,18 @@ def verified(output: Path, rows: list[dict], seed: int) -> dict[str, float]:
     return result
 
 
+def taken(step: str, folder: Path) -> dict:
+    """What summary.json has of a step."""
+    result = read_result(folder)
+    row = {name: result[name] for name in TAKEN[step]}
+    return row | {name: result[old] for name, old in RENAMED.get(step, {}).items()}
+
+
 def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> dict:
-    """The contents of summary.json."""
-    results = {step: read_result(output / folder) for step, folder in STEPS.items()}
-    summary = {
-        step: {name: results[step][name] for name in names}
-        | {name: results[step][old] for name, old in RENAMED.get(step, {}).items()}
-        for step, names in TAKEN.items()
-    }
-    summary["seconds"] = {step: result["seconds"] for step, result in results.items()}
+    """The contents of summary.json of SFT, reward model and PPO."""
+    folders = {step: output / folder for step, folder in STEPS.items()}
+    summary = {step: taken(step, folder) for step, folder in folders.items()}
+    summary["seconds"] = {step: read_result(folder)["seconds"] for step, folder in folders.items()}
     if seconds:
         summary["seconds"]["total"] = seconds
     if verifier_data:
@@ -98,14 +104,16 @@ def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> di
     return summary
 
 
-def _measured(value: float, error: float | None, sign: str = "") -> str:
-    """A value ± its standard error, which a single prompt does not have."""
-    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+def summarise_methods(output: Path, reward: Path, seconds: dict[str, float]) -> dict:
+    """The contents of summary.json of any methods. reward: the folder of the reward model that all
+    of them share. seconds: by method, and of what they share."""
+    found = json.loads((output / "methods.json").read_text(encoding="utf-8"))
+    summary = {"sft": taken("sft", output / STEPS["sft"]), "reward": taken("reward", reward)}
+    return summary | {"methods": found, "seconds": seconds}
 
 
-def closing_table(summary: dict) -> str:
-    sft, reward, ppo = (summary[step] for step in STEPS)
-    rows = [
+def before_step_3(sft: dict, reward: dict) -> list[tuple]:
+    return [
         ("SFT held-out loss", sft["eval_loss_before"], sft["eval_loss_after"], ""),
         (
             "reward accuracy on held-out pairs",
@@ -114,11 +122,33 @@ def closing_table(summary: dict) -> str:
             "",
         ),
         ("  of always choosing the longer answer", reward["accuracy_longer_answer"], "", ""),
+    ]
+
+
+def in_three_digits(rows: list[tuple], *header: str) -> str:
+    cells = [tuple(f"{x:.3f}" if isinstance(x, float) else x for x in row) for row in rows]
+    return table(cells, header)
+
+
+def closing_table_of_methods(summary: dict) -> str:
+    rows = [row[:3] for row in before_step_3(summary["sft"], summary["reward"])]
+    return (
+        f"{in_three_digits(rows, 'measure', 'before', 'after')}\n\n"
+        f"{methods.as_table(summary['methods'], summary['seconds'])}\n"
+        f"time: {sum(summary['seconds'].values()):.0f} s, of which all methods share "
+        f"{summary['seconds'].get('shared', 0.0):.0f} s"
+    )
+
+
+def closing_table(summary: dict) -> str:
+    sft, reward, ppo = (summary[step] for step in STEPS)
+    rows = [
+        *before_step_3(sft, reward),
         (
             f"PPO score, {ppo['held_out_prompts']} held-out prompts",
-            _measured(ppo["score_before"], ppo["score_se_before"]),
-            _measured(ppo["score_after"], ppo["score_se_after"]),
-            _measured(ppo["score_after"] - ppo["score_before"], ppo["score_se_change"], "+"),
+            measured(ppo["score_before"], ppo["score_se_before"]),
+            measured(ppo["score_after"], ppo["score_se_after"]),
+            measured(ppo["score_after"] - ppo["score_before"], ppo["score_se_change"], "+"),
         ),
         ("PPO KL to the reference, nats a response", ppo["kl_before"], ppo["kl"], ""),
     ]
@@ -126,20 +156,21 @@ def closing_table(summary: dict) -> str:
     prompts = f"verifier, {v['prompts']} held-out prompts"
     for name, what in (("ppo", prompts), ("ppo_ema", "  of the average")):
         if name in v:
-            before = _measured(v["sft"], v["sft_se"]) if name == "ppo" else ""
-            change = _measured(v[name] - v["sft"], v[f"{name}_se_change"], "+")
-            rows.append((what, before, _measured(v[name], v[f"{name}_se"]), change))
-    rows = [tuple(f"{x:.3f}" if isinstance(x, float) else x for x in row) for row in rows]
+            before = measured(v["sft"], v["sft_se"]) if name == "ppo" else ""
+            change = measured(v[name] - v["sft"], v[f"{name}_se_change"], "+")
+            rows.append((what, before, measured(v[name], v[f"{name}_se"]), change))
     times = ", ".join(f"{name} {s:.0f} s" for name, s in summary["seconds"].items())
     legend = (
         "(…): 95 % interval, by prompt. ±: one standard error over the prompts, for a change of "
         "the differences prompt by prompt."
     )
-    return f"{table(rows, ('measure', 'before', 'after', 'change'))}\n{legend}\ntime: {times}"
+    shown = in_three_digits(rows, "measure", "before", "after", "change")
+    return f"{shown}\n{legend}\ntime: {times}"
 
 
-def plot(output: Path) -> None:
-    """curves.png: loss of each training, and PPO's score, verifier and KL."""
+def plot(output: Path, reward: Path, policies: dict[str, Path]) -> None:
+    """curves.png: loss of SFT and reward model; scores, verifier and KL of each method that learns
+    from rollouts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,30 +178,35 @@ def plot(output: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     loss, ranking, score, kl = axes.flat
-    sft, reward, ppo = (read_metrics(output / folder) for folder in STEPS.values())
+    right = None
 
     def draw(axis, metrics, name, label=None, **style):
         points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
 
-    draw(loss, sft, "loss")
+    draw(loss, read_metrics(output / STEPS["sft"]), "loss")
     loss.set(title="step 1: SFT loss a token", xlabel="optimizer step", ylabel="nats")
-    draw(ranking, reward, "loss")
+    draw(ranking, read_metrics(reward), "loss")
     ranking.set(title="step 2: ranking loss", xlabel="optimizer step", ylabel="nats a pair")
-    draw(score, ppo, "score", "rollout score", alpha=0.4)
-    draw(score, ppo, "eval/score", "held-out score", marker="o")
     score.set(title="step 3: score", xlabel="rollout", ylabel="reward model's score")
-    score.legend(loc="lower right")
-    if any(m.get("eval/verifier") is not None for m in ppo):
-        right = score.twinx()
-        draw(right, ppo, "eval/verifier", "held-out verifier", marker="s", color="tab:green")
-        right.set(ylabel="verifier", ylim=(0, 1))
-        right.legend(loc="upper left")
-    for estimator in ("k1", "k2", "k3"):  # by their own names: `kl` is what --kl_estimator says
-        draw(kl, ppo, f"kl_{estimator}", estimator, marker=".", alpha=0.6)
     kl.set(title="step 3: KL to the reference", xlabel="rollout", ylabel="nats a response")
-    kl.legend()
+    alone = len(policies) == 1
+    for name, folder in policies.items():
+        metrics, which = read_metrics(folder), "" if alone else f" {name}"
+        if alone:
+            draw(score, metrics, "score", "rollout score", alpha=0.4)
+        draw(score, metrics, "eval/score", f"held-out score{which}", marker="o")
+        if any(m.get("eval/verifier") is not None for m in metrics):
+            right = right or score.twinx()
+            draw(right, metrics, "eval/verifier", f"held-out verifier{which}", marker="s", ls=":")
+            right.set(ylabel="verifier", ylim=(0, 1))
+        # By their own names: `kl` is what --kl_estimator says.
+        for estimator in ("k1", "k2", "k3") if alone else ("k1",):
+            draw(kl, metrics, f"kl_{estimator}", f"{estimator}{which}", marker=".", alpha=0.6)
+    for axis in filter(None, (score, right, kl)):
+        if axis.lines:
+            axis.legend(loc="upper left" if axis is right else "lower right", fontsize="small")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     with whole_files.placing(output / "curves.png") as beside:
@@ -183,15 +219,27 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--verifier_data", default="", help="held-out rows of the embedded task")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--seconds", type=float, default=0.0, help="time the whole run took so far")
+    parser.add_argument("--methods", nargs="*", default=["ppo"], help="those of the run")
+    parser.add_argument("--reward", type=Path, help="the reward model that several methods share")
+    parser.add_argument("--seconds", nargs="*", default=[], help="NAME=SECONDS, what each took")
     asked = parser.parse_args()
     program.quiet_libraries()
     output = asked.output_dir
-    summary = summarise(output, asked.verifier_data, asked.seed, asked.seconds)
+    pairs = [pair.partition("=") for pair in asked.seconds]
+    seconds = {name: float(value) for name, _, value in pairs}
+    if asked.methods == ["ppo"]:
+        reward, total = output / STEPS["reward"], sum(seconds.values())
+        summary = summarise(output, asked.verifier_data, asked.seed, total)
+        shown = closing_table(summary)
+    else:
+        reward = asked.reward
+        summary = summarise_methods(output, reward, seconds)
+        shown = closing_table_of_methods(summary)
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     whole_files.write_text(output / "summary.json", text + "\n")
-    plot(output)
-    print(closing_table(summary))
+    folders = {name: output / f"step3_{name}" for name in asked.methods}
+    plot(output, reward, {name: f for name, f in folders.items() if (f / "actor").exists()})
+    print(shown)
     print(f"written: {output}/summary.json, {output}/curves.png")
 
 

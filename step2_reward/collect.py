@@ -5,6 +5,7 @@ deepspeed step2_reward/collect.py --policy SFT --prompt_data DATA --labeller ver
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -29,6 +30,7 @@ from utils.generation.sampling import uniform_noise
 from utils.models import language_model, scalar_model
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer
+from utils.rewards import sums
 from utils.run import join, output_of
 from utils.settings import command_line
 from utils.settings.fields import free, setting
@@ -70,7 +72,7 @@ class CollectConfig(RunConfig):
     temperature: float = setting(1.0, "sampling temperature", above=0)
     labeller: str = setting(
         "verifier",
-        "what ranks: a program, a reward model, a file of human "
+        "what ranks: the embedded task's program, a reward model, functions, a file of human "
         "rankings, or none (write the answers for people to rank)",
         choices=(*LABELLERS, "file"),
     )
@@ -90,6 +92,20 @@ class CollectConfig(RunConfig):
         choices=("auto", *chat_template.READ_AT),
         only_with="labeller=reward_model",
     )
+    reward_function: list[str] = setting(
+        [],
+        "package.module:name or FILE.py:name of callables (prompts, responses, rows) → scores",
+        only_with="labeller=reward_function",
+    )
+    reward_weights: list[float] = setting(
+        [],
+        "what each one's scores are multiplied by (default 1)",
+        at_least=-math.inf,
+        only_with="labeller=reward_function",
+    )
+    reward_function_timeout: float = free(
+        60.0, "seconds each of them may take for --micro_batch_size prompts; 0: any"
+    )
     rankings: str = setting(
         "", "rows of prompt, responses, and ranks or scores", only_with="labeller=file"
     )
@@ -108,10 +124,17 @@ class CollectConfig(RunConfig):
 
     def contradictions(self, world_size: int) -> Iterator[str]:
         yield from super().contradictions(world_size)
-        needed = {"file": ["rankings"], "reward_model": ["policy", "prompt_data", "reward_model"]}
-        for name in needed.get(self.labeller, ["policy", "prompt_data"]):
+        sampled = ["policy", "prompt_data"]
+        needed = {"file": ["rankings"], "reward_model": [*sampled, "reward_model"]}
+        needed["reward_function"] = [*sampled, "reward_function"]
+        for name in needed.get(self.labeller, sampled):
             if not getattr(self, name):
                 yield f"labeller={self.labeller} needs --{name}, which is empty"
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_function):
+            yield (
+                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
+                f"{len(self.reward_function)} of --reward_function; give --reward_weights one each"
+            )
         if self.keep == "best" and self.labeller == "none":
             yield "keep=best needs scores and labeller=none gives none; set --labeller"
         if self.output_file and os.path.isdir(self.output_file):
@@ -126,7 +149,8 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
     sampling = Sampling(length, stop_id, pad_id, config.temperature)
     policy = Untrained(model.to(device))
     mine, sampled = batches.dealt(list(map(len, encoded))), {}
-    with synced(engines.build("native", Setup(policy, tokenizer)), policy) as engine:
+    setup = Setup(policy, tokenizer, decode="auto")
+    with synced(engines.build("native", setup), policy) as engine:
         for start in range(0, len(mine), config.micro_batch_size):
             chosen = mine[start : start + config.micro_batch_size]
             rows = [i * k + j for i in chosen for j in range(k)]
@@ -134,7 +158,9 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
             samples = engine.generate(Request(*prompts, noise[rows]), sampling)
             texts = tokenizer.batch_decode(samples.response_ids, skip_special_tokens=True)
             finished = [reason == "stop" for reason in samples.finish_reasons]
-            answers = list(map(Sampled, texts, finished))
+            kept = zip(samples.response_ids, samples.response_mask, strict=True)
+            ids = [tuple(row[mask].tolist()) for row, mask in kept]
+            answers = list(map(Sampled, texts, finished, ids))
             sampled |= {i: answers[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
     everything = {
         i: found for part in process_group.gather_objects(sampled) for i, found in part.items()
@@ -229,6 +255,9 @@ def collect(config, device) -> None:
         reader = Reader.load(
             config.reward_model, config.trust_remote_code, config.reward_read_at, config.date
         )
+    if config.reward_function:
+        of_functions = config.reward_weights, config.reward_function_timeout
+        reward = sums.load(config.reward_function, *of_functions)
     prompts = load_prompts(config, tokenizer, reader)
     encoded = [prompt.ids for prompt in prompts]
     if reader is not None:

@@ -8,6 +8,7 @@ from utils.data import rows
 class Sampled(NamedTuple):
     text: str
     finished: bool  # ended with the stop token, not cut at --max_response_length
+    ids: tuple[int, ...] = ()  # through the stop token
 
 
 def rows_of(config, prompts, answers: list[list[Sampled]]) -> list[dict]:

@@ -1,8 +1,8 @@
 """What ranks sampled answers, by the names of --labeller.
 
 A labeller is a function (config, prompts, answers, reward) → how good each answer is, on every
-rank; None where people shall say. answers: each prompt's K. reward: the run's Scorer, if it has a
---reward_model.
+rank; None where people shall say. answers: each prompt's K. reward: what --reward_model or
+--reward_function names, as `Scorer` or `WeightedSum`; else None.
 """
 
 import random
@@ -13,6 +13,8 @@ from step2_reward.kept_answers import Sampled
 from utils.data import toy_tasks
 from utils.distributed import process_group
 from utils.models import scorer
+from utils.rewards.functions import FunctionError
+from utils.rewards.sums import Answers
 
 
 def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
@@ -34,12 +36,33 @@ def by_verifier(config, prompts, answers: list[list[Sampled]], reward) -> list[l
 def by_reward_model(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
     """Scores as PPO would give them."""
     groups = [
-        [reward.reader.encode(prompt.messages, *answer) for answer in group]
+        [reward.reader.encode(prompt.messages, a.text, a.finished) for a in group]
         for prompt, group in zip(prompts, answers, strict=True)
     ]
     prompts_at_once = max(1, config.micro_batch_size // config.answers_per_prompt)
     model = reward.model.to(reward.device)
     return scorer.score_groups(model, groups, reward.device, prompts_at_once)
+
+
+def by_reward_function(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
+    """The weighted sum of --reward_function's scores, asked for --micro_batch_size prompts at a
+    time on rank 0. Ends the run with the row that is to blame."""
+    labels: list | str = []
+    if process_group.is_main():
+        asked = list(zip(prompts, answers, strict=True))
+        size = config.micro_batch_size
+        try:
+            for some in (asked[i : i + size] for i in range(0, len(asked), size)):
+                rows = [(p.messages, a.text, p.row, a.finished) for p, group in some for a in group]
+                scores = reward.total(reward.scores(Answers(*map(list, zip(*rows, strict=True)))))
+                found = iter(scores.tolist())
+                labels += [[next(found) for _ in group] for _, group in some]
+        except FunctionError as error:
+            labels = str(error)
+    labels = process_group.gather_objects(labels)[0]
+    if isinstance(labels, str):
+        raise SystemExit(labels)
+    return labels
 
 
 def agreeing_scores(scores: list[list[float]], agreement: float, seed: int) -> list[list[float]]:
@@ -69,4 +92,9 @@ def share_agreeing(truth, other) -> float:
     return float(alike[differ].mean()) if differ.any() else 0.0
 
 
-LABELLERS = {"verifier": by_verifier, "reward_model": by_reward_model, "none": lambda *_: None}
+LABELLERS = {
+    "verifier": by_verifier,
+    "reward_model": by_reward_model,
+    "reward_function": by_reward_function,
+    "none": lambda *_: None,
+}

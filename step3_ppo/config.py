@@ -22,6 +22,11 @@ def check_reward_functions(names: list[str]) -> None:
             raise ValueError(f"{name} stands there twice; give it a weight instead")
 
 
+def check_url(url: str) -> None:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("no address that begins with http:// or https://")
+
+
 @dataclass
 class PPOConfig(RunConfig):
     """`model_name_or_path` is the SFT model: the actor starts from it and the reference stays it.
@@ -42,17 +47,22 @@ class PPOConfig(RunConfig):
         "place of the reward model or added to it",
         check=check_reward_functions,
     )
+    reward_url: str = setting(
+        "",
+        "http(s)://… of a server that scores answers (docs/rewards.md), as one function more; its "
+        "token is read from the environment variable REWARD_TOKEN",
+        check=check_url,
+    )
     reward_weights: list[float] = setting(
         [],
-        "what each one's scores are multiplied by (default 1); below 0: what it measures costs",
+        "what each function's scores, and then the server's, are multiplied by (default 1); below "
+        "0: what it measures costs",
         at_least=-math.inf,
-        only_with="reward_function",
     )
     reward_function_coef: float = setting(
         1.0,
         "what their weighted sum is multiplied by, beside the reward model",
         at_least=-math.inf,
-        only_with="reward_function",
     )
     reward_function_timeout: float = free(60.0, "seconds each of them may take a rollout; 0: any")
     environment: str = setting(
@@ -263,12 +273,23 @@ class PPOConfig(RunConfig):
         yield from super().contradictions(world_size)
         rollout, size = self.rollout_size(), self.global_batch_size
         # The rollout.
-        if not self.reward_model and not self.reward_function:
-            yield "reward_model is empty; set --reward_model (step 2's output) or --reward_function"
-        if self.reward_weights and len(self.reward_weights) != len(self.reward_function):
+        sources = self.reward_sources()
+        if not self.reward_model and not sources:
+            yield (
+                "reward_model is empty; set --reward_model (step 2's output), --reward_function or "
+                "--reward_url"
+            )
+        for name, default in (("reward_weights", []), ("reward_function_coef", 1.0)):
+            if not sources and getattr(self, name) != default:
+                yield (
+                    f"{name}={getattr(self, name)} is read only with --reward_function or "
+                    f"--reward_url; set one, or leave out --{name}"
+                )
+        if sources and self.reward_weights and len(self.reward_weights) != len(sources):
             yield (
                 f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
-                f"{len(self.reward_function)} of --reward_function; give --reward_weights one each"
+                f"{len(sources)} of --reward_function and --reward_url; give --reward_weights one "
+                "each"
             )
         if rollout % max(size, 1):
             yield (
@@ -353,6 +374,10 @@ class PPOConfig(RunConfig):
         one = dict(samples_per_prompt=samples, ppo_epochs=1, sample_answers=0)
         one |= dict(prompts_per_rollout=prompts, global_batch_size=prompts * samples)
         return dataclasses.replace(self, **one)
+
+    def reward_sources(self) -> list[str]:
+        """What scores answers beside the reward model, as the flags name it."""
+        return [*self.reward_function, *([self.reward_url] if self.reward_url else [])]
 
     def rollout_size(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt

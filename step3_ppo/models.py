@@ -15,7 +15,7 @@ from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
-from utils.rewards import sums
+from utils.rewards import remote, sums
 
 
 @dataclass
@@ -63,7 +63,8 @@ def readers(config) -> dict[str, Reader]:
 def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     """of_scorers: what `readers` gave, where that was asked before."""
     asked = config.reward_function, config.reward_weights, config.reward_function_timeout
-    reward_function = sums.load(*asked) if config.reward_function else None
+    server = remote.Server(config.reward_url, asked[-1]) if config.reward_url else None
+    reward_function = sums.load(*asked, server) if config.reward_sources() else None
     # Data first: a bad row is found before the models take their minutes to load.
     examples = ptx.load(config, tokenizer) if config.ptx_coef else None
     check_same_language(tokenizer, config)

@@ -44,8 +44,11 @@ class PreferenceConfig(RunConfig):
     pairs: str = setting(
         "all",
         "of a ranking of K answers: all pairs, which weigh 1 together, or its best against its "
-        "worst",
+        "worst or a random one below it",
         choices=PAIRS,
+    )
+    pair_margin: float = setting(
+        0.0, "rankings whose best and worst kept answer differ by no more in score are left out"
     )
     learning_rate: float = setting(
         1e-6, "peak: for billions of weights (one of a million: 1e-4)", above=0, at_most=1
@@ -98,10 +101,11 @@ class PreferenceConfig(RunConfig):
         entry = LOSSES[self.loss]
         for name in NUMBERS:
             value = getattr(self, name)
-            if value == OWN:
+            if value <= OWN:  # the bounds refuse what is below
                 continue
             if value < 0 or (name == "beta" and value == 0):
-                yield f"{name}={value} must be above 0, or -1 for the loss's own; set --{name}"
+                bound = "above 0" if name == "beta" else "at least 0"
+                yield f"{name}={value} must be {bound}, or -1 for the loss's own; set --{name}"
             elif getattr(entry, name) is None:
                 others = [n for n, other in LOSSES.items() if getattr(other, name) is not None]
                 yield (

@@ -163,6 +163,7 @@ def main() -> None:
         config.pairs,
         method.takes_single,
         run.say,
+        config.pair_margin,
     )
     train, held = (Rows(v, n, config) for v, n in zip(views, ("train", "held"), strict=True))
     size, count = config.global_batch_size, len(train.rows)

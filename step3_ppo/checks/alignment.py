@@ -61,7 +61,7 @@ def _model_scores(probe: Probe) -> str:
 def _function_scores(probe: Probe) -> str:
     """--reward_function must give the rows, in another order, the scores that they had."""
     config, rollout, asked = probe.config, probe.rollout, probe.asked
-    name = f"--reward_function {' '.join(config.reward_function)}"
+    name = f"--reward_function {' '.join(config.reward_sources())}"
     if probe.seconds_score > SLOW:
         long = f"{probe.seconds_score:.0f} s"
         return f"not checked: scoring took {long}, so {name} was not asked again"

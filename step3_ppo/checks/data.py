@@ -123,7 +123,7 @@ def same_language(probe: Probe) -> str:
         if whole.ids[-1] != tokenizer.eos_token_id:
             raise Fault(f"an answer ends with {tokenizer.decode(whole.ids[-1:])!r} in the template")
     if reward is None:
-        sources = ", ".join(probe.config.reward_function)
+        sources = ", ".join(probe.config.reward_sources())
         return f"template and stop token agree; scores come from {sources}"
     if not reward.by_text:
         return "policy and reward model share vocabulary, template, stop and pad token"

@@ -83,7 +83,7 @@ def test_curves_and_results_are_of_metrics_in_the_table(tmp_path, monkeypatch):
     steps = [KnownMetrics({"step": n} | dict.fromkeys(names, 0.5)) for n in (1, 2)]
     monkeypatch.setattr(metrics, "TABLE", metrics.TABLE | {"every line": {"step": None}})
     monkeypatch.setattr(summary, "read_metrics", lambda folder: steps)
-    summary.plot(tmp_path)
+    summary.plot(tmp_path, tmp_path, {"ppo": tmp_path, "grpo": tmp_path})
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     # result.json says what an evaluation measured before and after.
     read = {*summary.TAKEN["ppo"], *summary.RENAMED["ppo"].values()}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import pipeline
 import run_all
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
@@ -130,11 +131,13 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
 def test_recipes_name_real_settings(recipe):
     sections = files.read(str(recipe))
     assert sections.keys() >= {"run", "sft", "reward", "ppo"} and recipe.suffix == ".yaml"
-    for config in (SFTConfig, CollectConfig, RewardConfig, PPOConfig, run_all.Pipeline):
-        for word in (str(recipe), f"{recipe}:later_ppo"):
+    read = {SFTConfig: "sft", PPOConfig: "ppo", PreferenceConfig: "preference"}
+    for config in (*read, CollectConfig, RewardConfig, run_all.Pipeline):
+        methods = [m for m in pipeline.METHODS.values() if m.step == read.get(config)]
+        more = [":".join(m.sections(2)[1:]) for m in methods] or [""]
+        for word in (f"{recipe}:{each}" if each else str(recipe) for each in more):
             for place, settings in files.layers(word, *config.sections):
-                later = place.endswith("later_ppo") and config is not PPOConfig
-                assert later or settings.keys() <= {f.name for f in fields(config)}, place
+                assert settings.keys() <= {f.name for f in fields(config)}, place
 
 
 # Two rounds for real take half as long again, and each part of the second has a test: what it is
@@ -173,12 +176,31 @@ def test_run_all_walks_the_whole_way(tmp_path, rounds):
     assert "verifier, 512 held-out prompts" in output
 
 
-SECTIONS = {
-    "step1_sft/main.py": "sft",
-    "step2_reward/collect.py": "collect",
-    "step2_reward/main.py": "reward",
-    "step3_ppo/main.py": "ppo",
-}
+@pytest.mark.slow
+def test_run_all_compares_methods_and_goes_on_with_more(tmp_path):
+    """Three methods in two rounds, then a fourth in the same folder: what is finished stays."""
+    out, few = tmp_path / "out", "--sft.max_steps 60 --collect.num_prompts 100 --reward.max_steps 6"
+    few += " --ppo.max_steps 2 --later_ppo.max_steps 2 --ppo.ppo_epochs 1 --ppo.max_eval_rows 16"
+    few += " --preference.max_steps 4 --round_prompts disjoint --replay_share 0.5"
+    flags = ["--output_dir", out, "--rounds", 2, *few.split(), "--method", "grpo", "dpo", "simpo"]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0, output
+    weights = out / "step3_dpo/model.safetensors"
+    made, summary = weights.stat().st_mtime, json.loads((out / "summary.json").read_text())
+    assert list(summary["methods"]) == ["sft", "grpo", "dpo", "simpo"]
+    assert summary["methods"]["sft"]["kl"] == 0 != summary["methods"]["dpo"]["kl"]
+    assert {"shared", "grpo", "dpo", "simpo"} == summary["seconds"].keys()
+    flags += ["best_of_n", "--best_of_n.max_steps", 4]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0 and "best_of_n  " in output, output
+    assert weights.stat().st_mtime == made
+    assert "best_of_n" in json.loads((out / "summary.json").read_text())["methods"]
+    code, output = run(["bash", ROOT / "run_all.sh", *flags], tmp_path)
+    assert code == 0 and "finished before" in output
+
+
+SECTIONS = {program: name for name, program in pipeline.PROGRAMS.items()}
+SECTIONS["evaluation/methods.py"] = "collect"
 # Stands for Python: is it in run_all.py and launch.py, and writes down all else.
 RECORDER = """#!/bin/bash
 case $1 in - | -c | */run_all.py | */launch.py) exec {python} "$@" ;; esac
@@ -214,9 +236,9 @@ def of_config(program: str, flags: dict[str, str]) -> dict[str, str]:
     """What the files of --config say to a step, by PyYAML's own reading of them."""
     said = {}
     for word in flags.get("config", "").split():
-        path, _, more = word.rpartition(":") if ".yaml:" in word else (word, "", "")
+        path, *more = word.split(":")
         sections = yaml.safe_load(Path(path).read_text())
-        for name in ("all", SECTIONS[program.removeprefix(f"{ROOT}/")], more):
+        for name in ("all", SECTIONS[program.removeprefix(f"{ROOT}/")], *more):
             said |= {n: str(value) for n, value in sections.get(name, {}).items()}
     return said
 
@@ -290,7 +312,7 @@ def test_a_run_goes_on_after_a_kill_while_its_seconds_were_written(tmp_path):
     (tmp_path / ".seconds").touch()
     job = run_all.Job(["tiny", "--output_dir", str(tmp_path)])
     job.begin()
-    assert job.seconds() < 60
+    assert job.times == {}
 
 
 def test_the_seed_of_a_users_file_is_that_of_all_stages(tmp_path):
@@ -307,7 +329,7 @@ def test_the_shape_of_a_new_model_is_the_recipes_unless_a_file_says_another(tmp_
     job = run_all.Job(["tiny", "--output_dir", str(tmp_path / "out"), *own])
     made = {}
     monkeypatch.setattr(job, "make", lambda name, *_, **flags: made.update({name: flags}))
-    monkeypatch.setattr(job, "steps", lambda: ())
+    monkeypatch.setattr(pipeline.Plan, "stages", lambda plan: ())
     monkeypatch.setattr(job, "evaluate", lambda: None)
     job.run()
     assert (made["base model"]["vocab_size"], made["base model"]["max_positions"]) == (512, 256)

@@ -12,7 +12,9 @@ import sys
 
 import pytest
 
+import run_all
 from evaluation.chat import ChatConfig
+from evaluation.methods import MethodsConfig
 from evaluation.prompt_eval import PromptEvalConfig
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
@@ -21,7 +23,8 @@ from step3_ppo.config import PPOConfig
 from step3_preference.config import PreferenceConfig
 from tests.helpers.running import ROOT
 from tests.launch.test_launch import LAUNCHERS, RECORDER, run
-from utils.settings import command_line
+from utils.models.serve_reward import ServeConfig
+from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
 
 CONFIGS = {
@@ -30,14 +33,16 @@ CONFIGS = {
     "step2_reward/collect.py": CollectConfig,
     "step3_ppo/main.py": PPOConfig,
     "step3_preference/main.py": PreferenceConfig,
+    "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/chat.py": ChatConfig,
+    "utils/models/serve_reward.py": ServeConfig,
 }
 SET = "HuggingFaceH4/ultrafeedback_binarized"
 # The other recipes are those of README's commands.
 NODES = {path.stem for path in (ROOT / "recipes").iterdir()} - {"tiny", "scratch", "qwen2.5-0.5b"}
 NODES = sorted(NODES)
-STEPS = {"step1_sft/main.py", "step2_reward/main.py", "step3_ppo/main.py"}
+SHARED = {"step1_sft/main.py", "step2_reward/main.py"}
 README = (ROOT / "README.md").read_text()
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]
@@ -106,7 +111,8 @@ def test_commands_are_what_the_programs_take(command):
 @pytest.mark.parametrize("command", named(RUN_ALL + [["bash", "run_all.sh", r] for r in NODES]))
 def test_run_all_starts_programs_with_flags_they_take(tmp_path, command):
     started = recorded(tmp_path, ["bash", ROOT / "run_all.sh", *command[2:]])
-    assert STEPS - {program for program, _ in started} == set()
+    programs = {program for program, _ in started}
+    assert programs >= SHARED and any(program.startswith("step3_") for program in programs)
     ranks = 8 if command[-1] in NODES else 2
     for program, argv in started:
         check(program, [a for a in argv if a != "--check_config"], ranks)
@@ -139,7 +145,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relativ
 @functools.cache
 def known_flags() -> set[str]:
     flags = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)} | OF_OTHERS
-    flags |= {"help", "config", "check_config"} | {"sft", "collect", "reward", "ppo"}
+    flags |= {"help", "config", "check_config", *files.SECTIONS}
     for path in [ROOT / "run_all.sh", *(p for p in FILES if p.suffix in (".py", ".sh"))]:
         pattern = r"--([a-z]\w+)" if path.suffix == ".sh" else r"""add_argument\(\s*"--(\w+)"""
         flags |= set(re.findall(pattern, path.read_text()))
@@ -270,9 +276,10 @@ def folder(tmp_path_factory):
 # The same commands in a few steps of few rows.
 SHORT = "--dtype fp32 --global_batch_size 8 --micro_batch_size 2 --max_eval_rows 8".split()
 FEW = {
-    "run_all.sh": "--sft.max_steps 3 --reward.max_steps 3 --collect.num_prompts 40 "
+    "run_all.sh": "--sft.max_steps 3 --reward.max_steps 3 "
     "--ppo.max_steps 2 --ppo.prompts_per_rollout 8 --ppo.ppo_epochs 1 "
-    "--ppo.max_response_length 16 --ppo.self_check warn",
+    "--ppo.max_response_length 16 --ppo.self_check warn --preference.max_steps 2 "
+    "--best_of_n.max_steps 2",
     "step1_sft/main.py": "--max_steps 3",
     "step2_reward/main.py": "--max_steps 3",
     "step3_preference/main.py": "--max_steps 3",
@@ -282,11 +289,21 @@ FEW = {
 }
 
 
+def of_this_run(words: list[str], short: list[str]) -> list[str]:
+    """`short` without flags of steps that a command of run_all.sh does not have."""
+    read = {s for stage in run_all.Job(words).all_stages() for s in stage.sections}
+    flags = command_line.split_flags([*short, "--collect.num_prompts", "40"], [])
+    kept = {n: v for n, v in flags.items() if "." not in n or n.partition(".")[0] in read}
+    return run_all.words_of(kept)
+
+
 def walk(folder, command) -> str:
     program, *rest = command[1:]
     launcher = {"deepspeed": LAUNCHERS["deepspeed"](), "python": [sys.executable]}
     start = [*launcher.get(command[0], ["bash"]), program]
     short = [*SHORT, *FEW[program].split()] if program in FEW else []
+    if program == "run_all.sh":
+        short = of_this_run(rest, short)
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     code, output = run([*start, *rest, *short], folder, **environment)
     assert code == 0, f"{' '.join(command)}\n{output}"

@@ -56,7 +56,7 @@ def test_ppo_scores_them_so_by_ids_and_by_text(scorer, expected):
     ids = batches.pad([ids for ids, _ in expected], 0)
     mask = batches.pad([[True] * len(ids) for ids, _ in expected], False)
     prompts = [SimpleNamespace(messages=(USER,))] * 2
-    texts, finished = zip(*ANSWERS, strict=True)
+    texts, finished, _ = zip(*ANSWERS, strict=True)
     for by_text in (False, True):
         reward = Scorer(scorer.model, scorer.reader, by_text, CPU)
         found = reward.scores(prompts, texts, torch.tensor(finished), ids, mask, 2)
@@ -74,7 +74,7 @@ def test_so_does_a_labeller(scorer, expected):
 def test_so_does_the_evaluation(scorer, expected):
     answers = [
         Answer("m", 1, (USER, {"role": "assistant", "content": text}), 9, finished)
-        for text, finished in ANSWERS
+        for text, finished, _ in ANSWERS
     ]
     config = PromptEvalConfig(reward_model=scorer.folder, dtype="fp32")
     assert prompt_eval.score_all(config, answers) == []
@@ -104,7 +104,7 @@ def test_so_does_the_self_check(scorer, expected, tmp_path, monkeypatch):
 
 
 def test_step_2_learns_from_the_same_ids(scorer, expected):
-    texts, finished = zip(*ANSWERS, strict=True)
+    texts, finished, _ = zip(*ANSWERS, strict=True)
     bad, tokenizer = BadRows(), scorer.reader.tokenizer
     row = Comparison((USER,), texts, (1.0, 0.0), "a", finished)
     (ranked,), counts = encode_all([row], comparisons.Encode(tokenizer, 96, "cut"), bad)
@@ -146,8 +146,12 @@ def test_sampled_answers_say_whether_they_were_cut(chain, monkeypatch):
         [(tokenizer.decode(r, skip_special_tokens=True), tokenizer.eos_token_id in r) for r in rows]
         for rows in (drawn[tuple(ids)] for ids in encoded)
     ]
-    assert [list(map(tuple, group)) for group in answers] == expected
-    assert {done for group in answers for _, done in group} == {True, False}
+    assert [[(a.text, a.finished) for a in group] for group in answers] == expected
+    assert {a.finished for group in answers for a in group} == {True, False}
+    stop = tokenizer.eos_token_id
+    for a in (a for group in answers for a in group):
+        assert tokenizer.decode(a.ids, skip_special_tokens=True) == a.text
+        assert a.ids.count(stop) == a.finished == (a.ids[-1] == stop)
 
 
 def test_comparisons_carry_the_mark_to_people_and_back(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.jobs import ppo, reward, sft
+from tests.helpers.jobs import ppo, preference, reward, sft
 from tests.helpers.pretended_device import Pretended
 from tests.helpers.running import CLOSE, ROOT, metrics_of, run_ranks
 from tests.helpers.same_end import assert_same_end
@@ -207,8 +207,13 @@ def test_sft_reward_model_comparisons_and_evaluation(tiny, chain, tmp_path):
     collect += ["--labeller", "reward_model", "--reward_model", scorer, "--dtype", "fp32"]
     answers = ["--checkpoints", policy, "--reward_model", scorer, "--max_prompts", 3]
     answers += ["--strategy", "sample", "--max_new_tokens", 6, "--dtype", "fp32"]
+    beside = ["--policies", f"sft={policy}", f"base={tiny / 'base_model'}", "--judge_model", scorer]
+    beside += ["--held_out_data", tiny / "data/held_out.jsonl", "--max_response_length", 6]
+    beside += ["--output_file", tmp_path / "methods.json", "--dtype", "fp32"]
     talk = ["--checkpoint", policy, "--max_new_tokens", 6, "--dtype", "fp32"]
     shards = ("--zero_stage", 3, "--offload", "all")
+    unpaired = ("--loss", "kto", "--eval_fraction", 0.5, "--ema_decay", 0.9)
+    rankings = ("--loss", "plackett_luce", "--eval_fraction", 0.5)
     bad = sft(tiny, tmp_path / "bad", *FEW, "--sample_answers", 0)
     jobs = [
         job("sft", *sft(tiny, tmp_path / "sft", *FEW, "--sample_answers", 1)),
@@ -217,15 +222,19 @@ def test_sft_reward_model_comparisons_and_evaluation(tiny, chain, tmp_path):
         job("sft bad", *bad, plant=["nan_logprobs_in_training"]),
         job("reward", *reward(tiny, policy, tmp_path / "reward", *FEW)),
         job("reward packed", *reward(tiny, policy, tmp_path / "rp", *FEW, *PACKED, *shards)),
+        job("kto", *preference(tiny, policy, tmp_path / "kto", *FEW, *PACKED, *unpaired)),
+        job("ranking", *preference(tiny, policy, tmp_path / "pl", *FEW, *shards, *rankings)),
         job("comparisons", "step2_reward/collect.py", collect),
         job("answers", "evaluation/prompt_eval.py", answers),
+        job("methods", "evaluation/methods.py", beside),
         job("chat", "evaluation/chat.py", talk, plant=["typed_lines"]),
     ]
     counted, said = walk(jobs)
     assert min(c["operations"] for c in counted.values()) > 500, counted
-    for name in ("packed whole", "packed resumed", "reward packed"):
+    for name in ("packed whole", "packed resumed", "reward packed", "kto"):
         assert counted[name]["packed attentions"] > 0
     assert counted["comparisons"]["replays"] > 0
+    assert "FAULT" not in part(said, "kto") + part(said, "ranking")
     assert part(said, "sft bad").count("skipped on all ranks") == 2
     assert_same_end(tmp_path / "packed/crashed", tmp_path / "packed/whole")
     assert "mean score" in part(said, "answers") and part(said, "chat").count("assistant: ") == 2

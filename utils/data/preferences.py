@@ -15,7 +15,7 @@ from utils.data.rows import BadRow
 from utils.data.splits import train_and_held_out
 from utils.data.tables import TOKENS, View, place
 
-PAIRS = ("all", "best_worst")
+PAIRS = ("all", "best_worst", "best_random")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Encode:
 
     An answer that is too long loses its tail but keeps its stop token. One that was already cut
     when it was sampled has none: its probability there would teach to stop in mid-sentence.
-    pairs: "best_worst" keeps the first of the best answers and the first of the worst.
+    pairs: which answers are kept, see `_kept`.
     """
 
     tokenizer: object
@@ -49,9 +49,7 @@ class Encode:
     pairs: str = "all"
 
     def __call__(self, row: Comparison) -> tuple[Answers | None, fitting.Counts]:
-        kept = range(len(row.responses))
-        if self.pairs == "best_worst" and len(set(row.scores)) > 1:
-            kept = [row.scores.index(max(row.scores)), row.scores.index(min(row.scores))]
+        kept = _kept(row, self.pairs)
         texts = [row.responses[i] for i in kept]
         turns = [{"role": "assistant", "content": text} for text in texts]
         limits = self.max_length, self.long_prompts, "cut"
@@ -69,6 +67,19 @@ class Encode:
         return Answers(answers, begins, labels, list(map(len, texts)), place(row, "")), counts
 
 
+def _kept(row: Comparison, pairs: str) -> Sequence[int]:
+    """Of answers that differ in score: all, or the first of the best against the first of the worst
+    ("best_worst") or against one of those below it, drawn by the row itself ("best_random")."""
+    scores, best = row.scores, max(row.scores)
+    if pairs == "all" or len(set(scores)) == 1:
+        return range(len(scores))
+    if pairs == "best_worst":
+        return [scores.index(best), scores.index(min(scores))]
+    below = [i for i, score in enumerate(scores) if score < best]
+    drawn = place(row, f"best_random {row.responses}")
+    return [scores.index(best), below[int(drawn * len(below))]]
+
+
 def load(
     names: list[str],
     tokenizer,
@@ -77,10 +88,11 @@ def load(
     pairs: str,
     single: bool,
     say: Callable[[str], None],
+    margin: float = 0.0,
 ) -> tuple[View, View]:
-    """(training rows, held-out rows) as Answers. Comparisons whose answers are all equally good are
-    left out. single: rows of one answer that is judged by itself will do. Ends the run where either
-    is empty."""
+    """(training rows, held-out rows) as Answers. Comparisons whose best and worst kept answer are
+    no more than `margin` apart in score are left out. single: rows of one answer that is judged by
+    itself will do. Ends the run where either is empty."""
     bad = settings.bad_rows()
     encode = Encode(tokenizer, max_length, settings.long_prompts, pairs)
     columns = {"answers": pa.list_(TOKENS), "begins": pa.list_(pa.int64())}
@@ -89,11 +101,11 @@ def load(
     kind = dataclasses.replace(kind, columns=columns, build=lambda c, _: Answers(**c))
     views = train_and_held_out(kind, names, encode, settings, 2, bad)
     usable = [view.usable() for view in views]
-    train, held = (view.having("labels", _teaches) for view in usable)
+    train, held = (view.having("labels", lambda v: _teaches(v, margin)) for view in usable)
     ties = sum(map(len, usable)) - len(train) - len(held)
     say(
         f"{len(train)} rows to train on, {len(held)} held out; {ties} left out, whose answers are "
-        "all equally good"
+        + (f"no more than {margin:g} apart" if margin else "all equally good")
     )
     bad.finish("preference_data")
     if not train or not held:
@@ -106,8 +118,8 @@ def load(
     return train, held
 
 
-def _teaches(labels: Sequence[float]) -> bool:
-    return len(labels) == 1 or len(set(labels)) > 1
+def _teaches(labels: Sequence[float], margin: float = 0.0) -> bool:
+    return len(labels) == 1 or max(labels) - min(labels) > margin
 
 
 class Mismatched(Sequence):

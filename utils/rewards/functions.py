@@ -182,7 +182,7 @@ def call(
     name, timeout: see `returned`. Raises FunctionError.
     """
     batch = Batch((prompts, responses, rows), {"prompt": prompts, "response": responses})
-    return _checked(returned(function, REWARD, name, batch, timeout), name, batch)
+    return checked(returned(function, REWARD, name, batch, timeout), name, batch)
 
 
 def returned(function: Callable, kind: Kind, name: str, batch: Batch, timeout: float) -> object:
@@ -327,7 +327,7 @@ def _short(text: str) -> str:
     return f"{text[:SHOWN_TEXT]!r}… ({len(text)} characters)"
 
 
-def _checked(result: object, name: str, batch: Batch) -> list[float]:
+def checked(result: object, name: str, batch: Batch) -> list[float]:
     """What a function returned as floats; FunctionError where it is no score a response."""
     advice = f"return a list of {len(batch)} finite numbers, one a response"
     problem = ""

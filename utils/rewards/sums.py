@@ -62,12 +62,14 @@ class Function:
         return functions.call(*said, self.timeout)
 
 
-def load(names: list[str], weights: list[float], timeout: float) -> WeightedSum:
-    """names: as --reward_function takes them; weights: one each, or none for 1 each; timeout:
-    seconds of each one's call, 0: none. Raises SystemExit where a name means no function."""
-    shown = metric_names(names)
-    parts = [Function(functions.load(name), name, timeout) for name in names]
-    return WeightedSum(dict(zip(shown, parts, strict=True)), weights or [1.0] * len(parts))
+def load(names: list[str], weights: list[float], timeout: float, server=None) -> WeightedSum:
+    """names: as --reward_function takes them; weights: one each, then the server's, or none for 1
+    each; timeout: seconds of each one's call, 0: none; server: a part more, called "url" in
+    metrics. Raises SystemExit where a name means no function."""
+    functions_ = [Function(functions.load(name), name, timeout) for name in names]
+    parts = dict(zip(metric_names(names), functions_, strict=True))
+    parts |= {} if server is None else {"url": server}
+    return WeightedSum(parts, weights or [1.0] * len(parts))
 
 
 def metric_names(names: list[str]) -> list[str]:

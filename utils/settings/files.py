@@ -11,9 +11,19 @@ import yaml
 
 from utils import strict_json
 
-# `later_ppo` is read on top of `ppo` in rounds after the first, `run` by run_all.sh; `scratch`
-# is the shape of a model from random weights.
-SECTIONS = ("all", "sft", "collect", "reward", "ppo", "later_ppo", "run", "scratch")
+# Programs read `all` and the section of their step. run_all.sh lets them read more on top: what
+# methods of one family share, a method's own section, and in rounds after the first `later_…`.
+FAMILIES = ("critic_free", "groups", "no_reference")
+METHODS = tuple(
+    "ppo a2c trpo reinforce reinforce++ remax "
+    "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo "
+    "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce "
+    "simpo orpo slic best_of_n".split()
+)
+LATER = ("later_ppo", "later_preference")
+# `run` is read by run_all.sh itself; `scratch` is the shape of a model from random weights.
+SECTIONS = ("all", "run", "scratch", "sft", "collect", "reward", "ppo", "preference")
+SECTIONS = tuple(dict.fromkeys((*SECTIONS, *FAMILIES, *METHODS, *LATER)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,17 +62,17 @@ def layers(word: str, *sections: str) -> list[tuple[str, dict]]:
     """What `--config word` says to a program that reads these sections: (place, settings), weakest
     first. What stands in no section is for programs that read `all`, or no section.
 
-    `FILE:SECTION` reads one more section on top. ValueError where there is no such file.
+    `FILE:SECTION:SECTION` reads more sections on top. ValueError where there is no such file.
     """
-    path, _, more = word.rpartition(":")
-    if not path or more not in SECTIONS:
-        path, more = word, ""
+    path, more = word, []
+    while ":" in path[1:] and (last := path.rpartition(":")[2]) in SECTIONS:
+        path, more = path.rpartition(":")[0], [last, *more]
     values = read(path)
     known = {name: v for name, v in values.items() if name in SECTIONS and isinstance(v, dict)}
     outside = {name: v for name, v in values.items() if name not in known}
     outside = {name: v for name, v in outside.items() if name not in SECTIONS or v is not None}
     found = [(path, outside)] if not sections or "all" in sections else []
-    return found + [(f"{path}, {n}", known[n]) for n in (*sections, more) if n in known]
+    return found + [(f"{path}, {n}", known[n]) for n in (*sections, *more) if n in known]
 
 
 def read(path: str) -> dict:

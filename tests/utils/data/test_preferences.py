@@ -1,6 +1,8 @@
 """Comparisons as tokens: where answers begin, which have a stop token, which answers are kept."""
 
 import json
+from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -48,6 +50,45 @@ def test_one_cut_here_keeps_it(tokenizer):
     made, counts = Encode(tokenizer, 40, "cut")(long)
     assert len(made.answers[1]) == 40 and made.answers[1][-1] == tokenizer.eos_token_id
     assert counts.cut_answers == 1 and made.begins[0] == made.begins[1]
+
+
+def test_best_against_a_random_one_below_it(tokenizer):
+    """Each of those that score less, equally often and always the same; never one as good."""
+    encode, drawn = Encode(tokenizer, 96, "cut", "best_random"), Counter()
+    for n in range(600):
+        row = compared(("a", "b", "c", f"{n}", "e"), (2.0, 0.5, 2.0, 0.0, 1.0))
+        made, _ = encode(row)
+        assert made.labels[0] == 2.0 and texts(tokenizer, made)[0].startswith("a")
+        assert encode(row)[0].labels == made.labels
+        drawn[made.labels[1]] += 1
+    assert drawn.keys() == {0.5, 0.0, 1.0} and min(drawn.values()) > 160  # 200 ± 12
+    made, _ = encode(compared(("a", "b"), (1.0, 1.0)))
+    assert made.labels == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("margin, kept", [(0.0, 3), (0.5, 2), (1.0, 1), (1.5, 0)])
+def test_pairs_that_are_no_further_apart_than_the_margin_are_left_out(
+    tokenizer, tmp_path, margin, kept
+):
+    rows = [(0.0, 0.5), (1.0, 0.0), (0.2, 1.7, 0.9), (1.0, 1.0)]
+    file, said = tmp_path / "c.jsonl", []
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": f"p{n}", "responses": list("abc"[: len(s)]), "scores": s}) + "\n"
+            for half in range(2)
+            for n, s in enumerate(rows, 10 * half)
+        )
+    )
+    settings = DataSettings(str(tmp_path), eval_fraction=0.5)
+    load = partial(preferences.load, [str(file)], tokenizer, settings, 96)
+    if not kept:
+        with pytest.raises(SystemExit, match="no row to train or evaluate on"):
+            load("best_worst", False, said.append, margin)
+        return
+    parts = load("best_worst", False, said.append, margin)
+    assert sum(map(len, parts)) == 2 * kept
+    assert f"; {8 - 2 * kept} left out, whose answers are " in said[0]
+    assert ("all equally good" if margin == 0 else f"no more than {margin:g} apart") in said[0]
 
 
 def test_best_against_worst(tokenizer):

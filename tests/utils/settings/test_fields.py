@@ -11,6 +11,8 @@ from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from step3_preference.config import PreferenceConfig
+from step3_preference.losses import How
 from tests.utils.settings.test_command_line import NEEDED, problems_of
 from utils.settings.command_line import build
 
@@ -58,9 +60,28 @@ from utils.settings.command_line import build
         (
             PPOConfig,
             ["--reward_function", "a:b", "c:d", "--reward_weights", "1"],
-            "reward_weights=[1.0] has 1 numbers for 2 of --reward_function; give",
+            "reward_weights=[1.0] has 1 numbers for 2 of --reward_function and --reward_url; give",
         ),
         (PPOConfig, ["--critic_zero_stage", "4"], "critic_zero_stage=4 is not one of -1, 0"),
+        (
+            PreferenceConfig,
+            ["--loss", "cdpo", "--label_smoothing", "0.5"],
+            "label_smoothing=0.5 must be below 0.5",
+        ),
+        (PreferenceConfig, ["--beta", "0"], "beta=0.0 must be above 0, or -1 for the loss's own"),
+        (PreferenceConfig, ["--sft_coef", "-0.5"], "sft_coef=-0.5 must be at least 0, or -1"),
+        (
+            PreferenceConfig,
+            ["--margin", "0.5"],
+            "loss=dpo reads no margin (now 0.5); leave out --margin, or set --loss to one that "
+            "does: simpo, slic",
+        ),
+        (PreferenceConfig, ["--loss", "kto", "--label_smoothing", "0.1"], "cdpo, robust_dpo"),
+        (
+            PreferenceConfig,
+            ["--loss", "orpo", "--reference_model", "m"],
+            "loss=orpo has no reference; leave out --reference_model",
+        ),
     ],
 )
 def test_values_that_cannot_work(config_class, argv, said):
@@ -71,6 +92,17 @@ def test_values_that_cannot_work(config_class, argv, said):
 def test_what_a_reward_function_measures_may_cost():
     argv = ["--reward_function", "a:b", "--reward_function_coef", "-0.5"]
     assert build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1).reward_function_coef == -0.5
+
+
+def test_a_preference_loss_takes_its_own_numbers_unless_they_are_set():
+    def how(*argv):
+        return build(PreferenceConfig, [*NEEDED[PreferenceConfig], *argv], 1).how()
+
+    assert how() == How(beta=0.1)
+    assert how("--loss", "simpo", "--margin", "0") == How(beta=2.0)
+    own = How(beta=0.3, desirable_weight=1.0, undesirable_weight=0.5)
+    assert how("--loss", "kto", "--beta", "0.3", "--undesirable_weight", "0.5") == own
+    assert how("--loss", "orpo", "--sft_coef", "0") == How(beta=0.1)
 
 
 def beyond_bounds(f):

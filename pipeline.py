@@ -1,0 +1,294 @@
+"""Which programs run_all.sh starts, on what and in which order, for the methods and rounds asked
+for; run_all.py starts them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.settings.fields import Settings, setting
+from utils.settings.files import FAMILIES, LATER
+
+PROGRAMS = {
+    "sft": "step1_sft/main.py",
+    "collect": "step2_reward/collect.py",
+    "reward": "step2_reward/main.py",
+    "ppo": "step3_ppo/main.py",
+    "preference": "step3_preference/main.py",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """step: which program trains. flag: the one that names the method there. families: sections of
+    settings that its kind shares, read between the step's and its own."""
+
+    name: str
+    step: str
+    flag: str = ""
+    families: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        return f"step3_{self.name}"
+
+    @property
+    def policy(self) -> str:
+        """Where its policy stands at the end."""
+        return f"{self.folder}/actor" if self.step == "ppo" else self.folder
+
+    @property
+    def suffix(self) -> str:
+        """Of what later rounds make for this method alone."""
+        return "" if self.name == "ppo" else f"_{self.name}"
+
+    def sections(self, number: int) -> tuple[str, ...]:
+        """Of settings, in round `number`; the last one counts."""
+        later = [f"later_{self.step}"] if number > 1 else []
+        found = (self.step, *self.families, self.name, *(s for s in later if s in LATER))
+        return tuple(dict.fromkeys(found))
+
+
+METHODS = {
+    name: Method(name, step, flag, families)
+    for step, flag, families, names in (
+        ("ppo", "algorithm", (), "ppo a2c trpo"),
+        ("ppo", "algorithm", FAMILIES[:1], "reinforce reinforce++ remax"),
+        (
+            *("ppo", "algorithm", FAMILIES[:2]),
+            "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo",
+        ),
+        (
+            "preference",
+            "loss",
+            (),
+            "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce",
+        ),
+        ("preference", "loss", FAMILIES[2:], "simpo orpo slic"),
+        ("sft", "", (), "best_of_n"),
+    )
+    for name in names.split()
+}
+ALL = "ppo grpo rloo dpo kto best_of_n".split()  # what --method all means
+
+
+def check_methods(names: list[str]) -> None:
+    unknown = [name for name in names if name not in METHODS]
+    if unknown and names != ["all"]:
+        raise ValueError(
+            f"no method is called {', '.join(unknown)}; there are all, or of these: "
+            + " ".join(METHODS)
+        )
+    if len(set(names)) < len(names):
+        raise ValueError("a method stands there twice")
+
+
+@dataclass
+class Pipeline(Settings):
+    """What run_all.sh itself reads: these flags, and the section `run` of recipes."""
+
+    sections = ("run",)
+    output_dir: str = setting("", "folder of the whole run; empty: output/RECIPE")
+    model_name_or_path: str = setting("", "where step 1 starts; empty: from random weights")
+    sft_data: list[str] = setting([], "demonstrations")
+    preference_data: list[str] = setting([], "comparisons")
+    prompt_data: list[str] = setting([], "prompts of step 3; empty: those of the comparisons")
+    method: list[str] = setting(["ppo"], "how the policy is aligned", check=check_methods)
+    embedded: bool = setting(False, "the embedded task, whose data are made on the spot")
+    rounds: int = setting(1, "how often new answers are collected and learned from", at_least=1)
+    labeller: str = setting(
+        "auto",
+        "what ranks new answers; auto: the verifier of the embedded task, else the reward model",
+        choices=("auto", "verifier", "reward_model", "reward_function"),
+    )
+    replay_share: float = setting(
+        1.0, "how much of older rounds' answers is learned from again beside the new", at_most=1
+    )
+    round_prompts: str = setting(
+        "same",
+        "are new answers sampled to the same prompts in each round, or to disjoint parts?",
+        choices=("same", "disjoint"),
+    )
+    max_ranks: int = setting(0, "the most ranks that are of use; 0: any number")
+    seed: int = setting(42, "seed of everything random", below=2**63)
+    overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
+
+    def methods(self) -> list[Method]:
+        names = ALL if self.method == ["all"] else self.method
+        return [METHODS[name] for name in names if name in METHODS]
+
+    def ranked_by(self) -> str:
+        if self.labeller != "auto":
+            return self.labeller
+        return "verifier" if self.embedded else "reward_model"
+
+    def contradictions(self, world_size: int) -> Iterator[str]:
+        for name in ("sft_data", "preference_data"):
+            if not self.embedded and not getattr(self, name):
+                yield f"this recipe needs --{name}"
+        if not self.embedded and self.labeller == "verifier":
+            yield "labeller=verifier judges the embedded task only; leave out --labeller"
+        scored = [m.name for m in self.methods() if m.step == "ppo"]
+        if self.rounds > 1 and scored and self.ranked_by() == "reward_model":
+            yield (
+                f"rounds={self.rounds} of {', '.join(scored)} train a new reward model on new "
+                "answers, which the old one cannot label: set --labeller reward_function with "
+                "--collect.reward_function, or let people rank them (docs/online.md)"
+            )
+        if self.rounds == 1:
+            for name, default in (("replay_share", 1.0), ("round_prompts", "same")):
+                if getattr(self, name) != default:
+                    yield f"{name}={getattr(self, name)} is read only with --rounds above 1"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program, its flags by name, and the sections of settings that it reads: the last counts.
+
+    method: the one that it is done for; empty where all share what it makes. program: where it is
+    not that of the first section.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    flags: dict
+    method: str = ""
+    program: str = ""
+
+    @property
+    def script(self) -> str:
+        return self.program or PROGRAMS[self.sections[0]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run. model: where step 1 starts. sft_data, prompts: of the run, or made."""
+
+    given: Pipeline
+    output: Path
+    model: str | Path
+    sft_data: list
+    prompts: list
+
+    @property
+    def sft(self) -> Path:
+        return self.output / "step1_sft"
+
+    @property
+    def reward(self) -> Path:
+        """The reward model of round 1, which all methods share."""
+        return self.folder(1) / "step2_reward"
+
+    @property
+    def compared(self) -> list:
+        """The comparisons that all methods begin with."""
+        made = self.output / "data/comparisons_1.jsonl"
+        return [made] if self.given.embedded else list(self.given.preference_data)
+
+    def folder(self, number: int) -> Path:
+        """The last round's models stand where a single round's would."""
+        return self.output if number == self.given.rounds else self.output / f"round{number}"
+
+    def stages(self) -> Iterator[Stage]:
+        """All of them, each on what those before it make."""
+        flags = {"model_name_or_path": self.model, "output_dir": self.sft}
+        yield Stage("step 1: SFT", ("sft",), flags | {"sft_data": self.sft_data})
+        if self.given.embedded:
+            # There is no reward model yet.
+            by = self.given.ranked_by().replace("reward_model", "verifier")
+            flags = self.sampling(1, self.sft, by) | {"output_file": self.compared[0]}
+            yield Stage("round 1: comparisons", ("collect",), flags)
+        yield self.reward_model(self.reward, {"preference_data": self.compared}, "")
+        for method in self.given.methods():
+            yield from self.rounds_of(method)
+
+    def rounds_of(self, method: Method) -> Iterator[Stage]:
+        policy, demonstrates, reward = self.sft, method.step == "sft", self.reward
+        learned = [] if demonstrates else self.compared
+        for number in range(1, self.given.rounds + 1):
+            folder, older = self.folder(number), len(learned)
+            if demonstrates or number > 1:
+                what = "best" if demonstrates else "comparisons"
+                suffix = "" if demonstrates else method.suffix
+                file = self.output / f"data/{what}_{number}{suffix}.jsonl"
+                flags = self.sampling(number, policy, self.given.ranked_by())
+                flags |= {"keep": "best"} if demonstrates else {}
+                flags |= {"output_file": file}
+                name = f"round {number}: {'best answers' if demonstrates else what}"
+                yield Stage(name, ("collect",), flags, method.name)
+                learned = [*learned, file]
+            flag = "sft_data" if demonstrates else "preference_data"
+            data = self.with_replay(flag, learned, older if number > 1 else 0)
+            flags = {"model_name_or_path": policy, "output_dir": folder / method.folder}
+            flags |= {method.flag: method.name} if method.flag else {}
+            if method.flag and "no_reference" not in method.families:
+                flags["reference_model"] = self.sft
+            if method.step != "ppo":
+                flags |= data
+            else:
+                if number > 1:
+                    reward = folder / f"step2_reward{method.suffix}"
+                    yield self.reward_model(reward, data, method.name)
+                prompts = self.prompts or self.compared
+                flags |= {"reward_model": reward, "prompt_data": prompts}
+                flags["preference_data"] = learned
+            name = f"step 3: {method.name.upper()}"
+            yield Stage(name, method.sections(number), flags, method.name)
+            policy = folder / method.policy
+
+    def reward_model(self, folder: Path, data: dict, method: str) -> Stage:
+        flags = {"model_name_or_path": self.sft, **data, "sft_data": self.sft_data}
+        return Stage("step 2: reward model", ("reward",), flags | {"output_dir": folder}, method)
+
+    def sampling(self, number: int, policy: Path, labeller: str) -> dict:
+        """Flags of collect.py for new answers of a policy."""
+        flags = {"policy": policy, "prompt_data": self.prompts or self.compared}
+        flags |= {"labeller": labeller}
+        if labeller == "reward_model":
+            flags["reward_model"] = self.reward
+        if self.given.round_prompts == "disjoint":
+            flags["prompt_part"] = f"{number}/{self.given.rounds}"
+        return flags
+
+    def with_replay(self, flag: str, sets: list, older: int) -> dict:
+        """Flags for data sets of which the first `older` are those of earlier rounds."""
+        share = self.given.replay_share
+        if older == 0 or share == 1:
+            return {flag: sets}
+        if share == 0:
+            return {flag: sets[older:]}
+        return {flag: sets, "data_weights": [share] * older + [1.0] * (len(sets) - older)}
+
+    def comparison(self) -> Stage:
+        """The stage that measures all policies alike."""
+        out, last = self.output, self.folder(self.given.rounds)
+        policies = [f"sft={self.sft}"]
+        policies += [f"{m.name}={last / m.policy}" for m in self.given.methods()]
+        flags = {
+            "policies": policies,
+            "judge_model": self.reward,
+            "output_file": out / "methods.json",
+        }
+        if self.given.embedded:
+            flags["held_out_data"] = out / "data/held_out.jsonl"
+        else:
+            flags["prompt_data"] = self.prompts or self.compared
+        return Stage("answers of all", ("collect",), flags, program="evaluation/methods.py")
+
+
+def paths_made(output: Path, embedded: bool) -> Iterator[Path]:
+    """What a run, of any methods and rounds, makes in its output folder."""
+    names = "base_model step1_sft step2_reward summary.json summary.txt methods.json".split()
+    names = [
+        *names,
+        ".seed",
+        ".seconds",
+        ".methods",
+        *(method.folder for method in METHODS.values()),
+    ]
+    yield from (output / name for name in names)
+    yield from output.glob("round[0-9]*")
+    if embedded:
+        yield output / "data"
+    else:  # a folder of that name may be the user's
+        yield from output.glob("data/comparisons_[0-9]*")
+        yield from output.glob("data/best_[0-9]*")

@@ -1,0 +1,115 @@
+"""Policies side by side: what is measured of their answers, by plain transformers; on any ranks."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from evaluation import methods
+from tests.helpers.running import run_ranks
+from utils.data import chat_template
+from utils.settings import command_line
+from utils.settings.fields import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def words(tiny, chain, held, out, *more) -> list[str]:
+    flags = ["--policies", f"sft={chain / 'sft'}", f"base={tiny / 'base_model'}"]
+    flags += ["--judge_model", chain / "reward", "--held_out_data", held, "--output_file", out]
+    flags += ["--max_response_length", 12, "--dtype", "fp32", "--micro_batch_size", 4, *more]
+    return list(map(str, flags))
+
+
+@pytest.fixture(scope="module")
+def held(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("held") / "held.jsonl"
+    lines = (tiny / "data/prompts.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:21]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def found(tiny, chain, held, tmp_path_factory):
+    """Each prompt's values, in this process; and what was sampled."""
+    out = tmp_path_factory.mktemp("out") / "methods.json"
+    argv = words(tiny, chain, held, out, "--temperature", "0.8")
+    config = command_line.build(methods.MethodsConfig, argv, 1)
+    sampled, real = [], methods.sample_answers
+
+    def sample(*args):
+        sampled.append(real(*args))
+        return sampled[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "sample_answers", sample)
+        return SimpleNamespace(values=methods.each_prompts(config, CPU), sampled=sampled)
+
+
+def test_the_distance_is_of_the_sampled_ids_by_plain_transformers(tiny, chain, held, found):
+    tokenizer = chat_template.load_tokenizer(str(chain / "sft"))
+    models = [
+        AutoModelForCausalLM.from_pretrained(path).double().eval()
+        for path in (tiny / "base_model", chain / "sft")
+    ]
+    rows = [json.loads(line) for line in held.read_text().splitlines()]
+    expected = []
+    for row, (answer,) in zip(rows, found.sampled[1], strict=True):
+        turn = [{"role": "user", "content": row["prompt"]}]
+        prompt, total = chat_template.encode_prompt(tokenizer, turn), [0.0, 0.0]
+        for which, model in enumerate(models):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *answer.ids]])).logits[0] / 0.8
+            for place, token in enumerate(answer.ids, len(prompt) - 1):
+                total[which] += logits[place].log_softmax(-1)[token].item()
+        expected.append(total[0] - total[1])
+    assert found.values["base"]["kl"] == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, expected)) > 1 and set(found.values["sft"]["kl"]) == {0.0}
+    lengths = [len(answer.ids) for (answer,) in found.sampled[1]]
+    assert found.values["base"]["response_length"] == lengths
+    stops = [answer.ids[-1] == tokenizer.eos_token_id for (answer,) in found.sampled[0]]
+    assert found.values["sft"]["eos_share"] == stops and sum(stops) > 0
+
+
+def test_means_have_errors_and_changes_are_paired(found):
+    summary = methods.summarised(found.values)
+    before, after = (found.values[name]["score"] for name in ("sft", "base"))
+    gained = [b - a for a, b in zip(before, after, strict=True)]
+    mean = sum(gained) / 21
+    error = math.sqrt(sum((x - mean) ** 2 for x in gained) / 20 / 21)
+    assert summary["base"]["score_change"] == pytest.approx(mean)
+    assert summary["base"]["score_change_se"] == pytest.approx(error)
+    assert summary["sft"]["score_change"] == 0 and summary["sft"]["prompts"] == 21
+    head, _, sft, base, *legend = methods.as_table(summary, {"base": 12.3}).splitlines()
+    assert head.split()[:5] == ["method", "verifier", "change", "score", "change"]
+    assert (
+        base.startswith("base ") and base.endswith(" 12") and f"{mean:+.3f} ± {error:.3f}" in base
+    )
+    assert sft.count("±") == 2 and legend[0].startswith("21 held-out prompts")
+
+
+def test_two_ranks_measure_the_same(tiny, chain, held, found, tmp_path):
+    out = tmp_path / "methods.json"
+    argv = words(tiny, chain, held, out, "--temperature", "0.8")
+    run_ranks([("evaluation/methods.py", argv)], 2)
+    written, expected = json.loads(out.read_text()), methods.summarised(found.values)
+    for name, row in expected.items():
+        assert written[name] == pytest.approx(row, abs=0.15), "a draw may fall the other way"
+        assert written[name]["prompts"] == row["prompts"] == 21
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--policies", "sft"], "not NAME=FOLDER, each name once"),
+        (["--policies", "a=x", "a=y"], "not NAME=FOLDER, each name once"),
+        (["--prompt_data", "p.jsonl"], "set either"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tiny, chain, held, tmp_path, more, message):
+    argv = [*words(tiny, chain, held, tmp_path / "o.json"), *more]
+    with pytest.raises(ConfigError, match=message):
+        command_line.build(methods.MethodsConfig, argv, 1)

@@ -1,0 +1,187 @@
+"""Which programs run_all.sh starts for methods and rounds, on what; nothing is started."""
+
+from pathlib import Path
+
+import pytest
+
+import run_all
+from pipeline import ALL, METHODS, Plan, paths_made
+from step3_ppo.algorithm import ALGORITHMS
+from step3_preference.losses import LOSSES
+from utils.settings import files
+
+REAL = ["scratch", "--sft_data", "s.jsonl", "--preference_data", "p.jsonl"]
+
+
+def stages(*words) -> list:
+    return run_all.Job([*map(str, words), "--output_dir", "out"]).all_stages()
+
+
+def of(found, script: str) -> list[dict]:
+    """The flags of a program's starts, as text."""
+    shown = {Path: str, list: lambda x: " ".join(map(str, x))}
+    return [
+        {n: shown.get(type(v), str)(v).replace("out/", "") for n, v in s.flags.items()}
+        | {"method": s.method}
+        for s in found
+        if s.script == script
+    ]
+
+
+def test_every_algorithm_and_loss_is_a_method_that_reads_what_there_is():
+    of_step = {step: {m.name for m in METHODS.values() if m.step == step} for step in ("ppo",)}
+    assert set(ALGORITHMS) <= of_step["ppo"]
+    for name, entry in ALGORITHMS.items():
+        families = METHODS[name].families
+        assert ("critic_free" in families, "groups" in families) == (not entry.critic, entry.groups)
+    losses = {m.name: m for m in METHODS.values() if m.step == "preference"}
+    assert set(LOSSES) == set(losses)
+    for name, entry in LOSSES.items():
+        assert ("no_reference" in losses[name].families) == (not entry.reads_reference), name
+    assert set(METHODS) == set(files.METHODS) and set(ALL) <= set(METHODS)
+    sections = {section for m in METHODS.values() for n in (1, 2) for section in m.sections(n)}
+    assert sections <= set(files.SECTIONS)
+
+
+def test_methods_share_sft_and_reward_model_and_are_compared():
+    found = stages("tiny", "--method", "grpo", "dpo", "simpo", "best_of_n", "--rounds", 1)
+    assert [(s.method, s.sections[-1]) for s in found] == [
+        ("", "sft"),
+        ("", "collect"),
+        ("", "reward"),
+        ("grpo", "grpo"),
+        ("dpo", "dpo"),
+        ("simpo", "simpo"),
+        ("best_of_n", "collect"),
+        ("best_of_n", "best_of_n"),
+        ("", "collect"),
+    ]
+    (ppo,) = of(found, "step3_ppo/main.py")
+    assert ppo["algorithm"] == "grpo" and ppo["reward_model"] == "step2_reward"
+    dpo, simpo = of(found, "step3_preference/main.py")
+    assert dpo["reference_model"] == "step1_sft" and "reference_model" not in simpo
+    assert dpo["preference_data"] == "data/comparisons_1.jsonl"
+    _, best = of(found, "step1_sft/main.py")
+    assert best["sft_data"] == "data/best_1.jsonl" and best["output_dir"] == "step3_best_of_n"
+    assert best["model_name_or_path"] == "step1_sft", "from the policy, not from the base model"
+    (compared,) = of(found, "evaluation/methods.py")
+    assert compared["policies"].split() == [
+        "sft=step1_sft",
+        "grpo=step3_grpo/actor",
+        "dpo=step3_dpo",
+        "simpo=step3_simpo",
+        "best_of_n=step3_best_of_n",
+    ]
+    assert compared["held_out_data"] == "data/held_out.jsonl" and "prompt_data" not in compared
+
+
+def test_ppo_alone_has_the_summary_of_before_and_after():
+    assert not of(stages("tiny"), "evaluation/methods.py")
+
+
+def test_rounds_on_real_data_go_on_from_the_policy_and_its_own_answers():
+    found = stages(*REAL, "--method", "dpo", "kto", "--rounds", 3, "--round_prompts", "disjoint")
+    asked = of(found, "step2_reward/collect.py")
+    assert [(a["method"], a["policy"], a["prompt_part"]) for a in asked] == [
+        (m, f"round{n}/step3_{m}", f"{n + 1}/3") for m in ("dpo", "kto") for n in (1, 2)
+    ]
+    for a in asked:
+        assert (a["labeller"], a["reward_model"]) == ("reward_model", "round1/step2_reward")
+        assert a["prompt_data"] == "p.jsonl"
+    dpo = [s for s in of(found, "step3_preference/main.py") if s["loss"] == "dpo"]
+    assert [s["model_name_or_path"] for s in dpo] == [
+        "step1_sft",
+        "round1/step3_dpo",
+        "round2/step3_dpo",
+    ]
+    assert [s["output_dir"] for s in dpo] == ["round1/step3_dpo", "round2/step3_dpo", "step3_dpo"]
+    assert {s["reference_model"] for s in dpo} == {"step1_sft"}
+    files = ["p.jsonl", "data/comparisons_2_dpo.jsonl", "data/comparisons_3_dpo.jsonl"]
+    assert [s["preference_data"].split() for s in dpo] == [files[:1], files[:2], files]
+    assert len(of(found, "step2_reward/main.py")) == 1, "one reward model for all rounds"
+    (compared,) = of(found, "evaluation/methods.py")
+    assert compared["prompt_data"] == "p.jsonl"
+
+
+@pytest.mark.parametrize("share, weights", [(1, None), (0, None), (0.5, "0.5 0.5 1.0")])
+def test_older_rounds_are_replayed_by_their_share(share, weights):
+    found = stages(*REAL, "--method", "dpo", "--rounds", 3, "--replay_share", share)
+    last = of(found, "step3_preference/main.py")[-1]
+    newest = "data/comparisons_3_dpo.jsonl"
+    both = last["preference_data"].split()
+    assert both == [newest] if share == 0 else len(both) == 3 and both[-1] == newest
+    assert last.get("data_weights") == weights
+    first = of(found, "step3_preference/main.py")[0]
+    assert first["preference_data"] == "p.jsonl" and "data_weights" not in first
+
+
+def test_each_method_of_rollouts_has_reward_models_of_its_own_in_later_rounds():
+    found = stages("tiny", "--method", "ppo", "rloo", "--rounds", 2)
+    made = [s["output_dir"] for s in of(found, "step2_reward/main.py")]
+    assert made == ["round1/step2_reward", "step2_reward", "step2_reward_rloo"]
+    used = [(s["algorithm"], s["reward_model"]) for s in of(found, "step3_ppo/main.py")]
+    assert used == [
+        ("ppo", "round1/step2_reward"),
+        ("ppo", "step2_reward"),
+        ("rloo", "round1/step2_reward"),
+        ("rloo", "step2_reward_rloo"),
+    ]
+    outputs = [s.flags.get("output_file", s.flags.get("output_dir")) for s in found]
+    assert len(set(outputs)) == len(outputs), "two stages write to one place"
+
+
+def test_settings_reach_the_stages_that_read_their_section():
+    words = (
+        "--preference.epochs 2 --dpo.beta 0.2 --kto.beta 0.3 --later_preference.epochs 1".split()
+    )
+    job = run_all.Job(["tiny", "--method", "dpo", "kto", "ppo", "--output_dir", "out", *words])
+
+    def given(stage) -> tuple:
+        """(config files with their sections, the last value of each flag)"""
+        words = job.words_for(stage)
+        values = {w[2:]: v for w, v in zip(words, words[1:], strict=False) if w.startswith("--")}
+        return Path(values["config"]).name, values.get("epochs"), values.get("beta")
+
+    found = [given(s) for s in job.plan.stages() if s.method and s.sections[0] != "collect"]
+    assert found == [
+        ("tiny.yaml:dpo", "2", "0.2"),
+        ("tiny.yaml:dpo:later_preference", "1", "0.2"),
+        ("tiny.yaml:kto", "2", "0.3"),
+        ("tiny.yaml:kto:later_preference", "1", "0.3"),
+        ("tiny.yaml", None, None),
+        ("tiny.yaml", None, None),  # the reward model
+        ("tiny.yaml:later_ppo", None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["tiny", "--dpo.beta", 1], "--dpo.beta: no step of this run reads dpo"),
+        ([*REAL, "--collect.num_prompts", 9], "no step of this run reads collect"),
+        (["tiny", "--method", "dpo", "nope"], "no method is called nope; there are all, or"),
+        (["tiny", "--method", "dpo", "dpo"], "a method stands there twice"),
+        ([*REAL, "--rounds", 2], "which the old one cannot label"),
+        ([*REAL, "--labeller", "verifier"], "judges the embedded task only"),
+        (["tiny", "--rounds", 1, "--replay_share", 0.5], "replay_share=0.5 is read only with"),
+        (["tiny", "--replay_share", 1.5], "must be at most 1"),
+        (["scratch", "--sft_data", "a"], "this recipe needs --preference_data"),
+    ],
+)
+def test_what_a_run_would_pass_over_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        stages(*words)
+    assert message in capsys.readouterr().err
+
+
+def test_overwrite_takes_what_methods_made_and_leaves_a_users_data(tmp_path):
+    job = run_all.Job([*REAL, "--output_dir", str(tmp_path), "--method", *METHODS])
+    (tmp_path / "data").mkdir()
+    made = {Path(s.flags.get("output_file", s.flags.get("output_dir"))) for s in job.all_stages()}
+    mine = {tmp_path / "data/own.jsonl", tmp_path / "step3_notes", tmp_path / "round", tmp_path}
+    found = set(paths_made(tmp_path, embedded=False))
+    for path in made - found:
+        path.touch()  # those below data/ are found once they are there
+    found = set(paths_made(tmp_path, embedded=False))
+    assert made <= found and not mine & found and tmp_path / "data" not in found
+    assert isinstance(job.plan, Plan) and tmp_path / "data" in paths_made(tmp_path, embedded=True)
