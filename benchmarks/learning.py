@@ -153,9 +153,10 @@ def judged(base: Path, folder: Path, seed: int) -> dict[str, float]:
 
 
 def spread(values: Iterable[float]) -> str:
+    """Mean ± standard deviation, which a single value does not have."""
     values = list(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def table(output: Path, seeds: list[int]) -> tuple[str, dict]:

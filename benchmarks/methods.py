@@ -34,6 +34,7 @@ from benchmarks.learning import recipe_flags, run, spread  # noqa: E402
 from evaluation.summary import ANSWER_TOKENS, read_metrics  # noqa: E402
 from utils import whole_files  # noqa: E402
 from utils.data import batches, chat_template, toy_tasks  # noqa: E402
+from utils.distributed import program  # noqa: E402
 from utils.generation import sampling  # noqa: E402
 from utils.models import language_model, scalar_model, scorer  # noqa: E402
 from utils.models.loading import Loading  # noqa: E402
@@ -331,6 +332,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes at once")
     parser.add_argument("--report_only", action="store_true", help="run nothing, tell what is")
     asked = parser.parse_args()
+    program.quiet_libraries()
     output = Path(asked.output_dir).resolve()
     if asked.samples <= 0 or asked.samples % ROLLOUT:
         raise SystemExit(f"--samples {asked.samples} is no multiple of {ROLLOUT}, a rollout")
