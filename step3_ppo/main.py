@@ -128,10 +128,14 @@ def main() -> None:
     state = State(kl_coef=config.kl_coef)
     watch = Watch(config, run.say, run.bad_steps)
     engines = models.trained() | ({"average": models.ema} if models.ema is not None else {})
+    engines |= {"nucleus": models.nucleus} if models.nucleus is not None else {}
     resumable = {"state": state, "watch": watch}
     resumable |= {"ptx": models.ptx} if models.ptx is not None else {}
     folders = outputs(models, run.settings) | {".": state}
     done = run.restore(folders, engines, prompts.fingerprint(), **resumable)
+
+    if models.nucleus is not None:
+        models.nucleus.fill()
 
     # Decided before the first rollout and kept to the end, also by a resumed run.
     if config.logprobs_from == "auto":
@@ -153,6 +157,8 @@ def main() -> None:
     with run:
         for step in range(done, config.max_steps):
             tick = time.time()
+            if models.nucleus is not None and step and step % config.mask_every == 0:
+                models.nucleus.update()
             drawn = drawing.draw(models, prompts, config, device, step)
             rollout, sampled, greedy, metrics = drawn
             if watch.may_train_on(rollout, step):

@@ -106,6 +106,7 @@ def generate(models, prompts: list[Prompt], noise: torch.Tensor | None, config) 
         models.tokenizer.pad_token_id,
         config.temperature,
         logprobs=config.logprobs_from == "decode" or config.importance_cap > 0,
+        nucleus=models.nucleus,
     )
     with synced(models.rollout_engine, models.actor) as engine:
         return play(engine, prompts, noise, sampling, models.environment)
@@ -219,10 +220,9 @@ def add_function_scores(rollout: Rollout, models, prompts: list[Prompt], config)
 
 def actor_logprobs(models, tokens: Tokens, config, device) -> list[torch.Tensor]:
     """(B,R) log-probabilities and entropies by a forward pass of the trained actor."""
+    asked = logprobs_of, models.actor, config.temperature, models.nucleus
     with in_eval_mode(models.actor):
-        return in_micro_batches(
-            tokens, config, device, logprobs_of, models.actor, config.temperature
-        )
+        return in_micro_batches(tokens, config, device, *asked)
 
 
 def in_micro_batches(tokens: Tokens, config, device, compute, *args) -> list[torch.Tensor]:
@@ -251,9 +251,10 @@ def in_micro_batches(tokens: Tokens, config, device, compute, *args) -> list[tor
     return wholes
 
 
-def logprobs_of(input_ids, mask, actions, model, temperature: float):
+def logprobs_of(input_ids, mask, actions, model, temperature: float, nucleus=None):
     """(B,P+R) ids and mask, (B,R) actions → (B,R) log-probabilities and entropies."""
     settings = dict(temperature=temperature, with_entropies=True, actions=actions)
+    settings["nucleus"] = nucleus
     return language_model.response_logprobs(model, input_ids, mask, actions.shape[1], **settings)
 
 

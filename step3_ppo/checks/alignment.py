@@ -333,6 +333,7 @@ def _opo(totals, lengths):
 DEFINITIONS = {
     "ppo": (_gae, True),
     "trpo": (_gae, True),
+    "nlpo": (_gae, True),
     "a2c": (_gae, True),
     "reinforce": (_returns, True),
     "grpo": (_grpo, False),

@@ -50,6 +50,7 @@ def models():
         critic=Engine(ScalarModel(build_llama(2, labels=1))),
         ptx=None,
         ema=None,
+        nucleus=None,
     )
 
 
@@ -500,7 +501,7 @@ def test_distance_and_loss_are_those_of_the_rows_answer_by_answer(models, normal
     experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=0.1))
     tokens = sum(len(rows[i]["response"]) for i in MINIBATCH)
     normaliser = tokens if normalisation == "token" else len(MINIBATCH)
-    found = update.distance_and_loss(models.actor, experience, MINIBATCH, normaliser, config, CPU)
+    found = update.distance_and_loss(models, experience, MINIBATCH, normaliser, config, CPU)
     kl = loss = 0.0
     with torch.no_grad():
         for i in MINIBATCH:

@@ -72,6 +72,7 @@ def models_of(name: str, actor_rate: float = 0.1, critic_rate: float = 0.1):
         critic=critic,
         ptx=None,
         ema=None,
+        nucleus=None,
     )
 
 

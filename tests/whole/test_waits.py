@@ -29,6 +29,7 @@ def models(packed: bool):
         critic=Engine(ScalarModel(classifier)),
         ptx=examples(),
         ema=None,
+        nucleus=None,
     )
 
 

@@ -83,7 +83,9 @@ def experience_of(**settings):
 
 def trained(config, experience, metrics, learned_from=None):
     """FirstSteps after one real optimizer step on `learned_from`."""
-    models = SimpleNamespace(actor=Engine(TableActor(VOCABULARY, VOCABULARY)), ptx=None)
+    models = SimpleNamespace(
+        actor=Engine(TableActor(VOCABULARY, VOCABULARY)), nucleus=None, ptx=None
+    )
     trace = alignment.LossTrace()
     device = torch.device("cpu")
     rows = list(range(ROWS))
