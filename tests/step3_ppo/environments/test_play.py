@@ -290,7 +290,7 @@ def first_step(model, tokenizer, prompts):
         rollout_engine=NativeEngine(),
         reward_function=WeightedSum({"priced": priced}, [1.0]),
         environment=Environment(says, "says", tokenizer, "tool", TURNS, 60.0),
-        **dict.fromkeys(("critic", "reward", "judge", "frozen_offload", "ptx")),
+        **dict.fromkeys(("critic", "reward", "judge", "frozen_offload", "ptx", "nucleus")),
     )
     config = config_of(
         algorithm="reinforce",
