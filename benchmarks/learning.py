@@ -24,22 +24,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluation.summary import read_metrics, read_result, verdicts  # noqa: E402
-from step3_ppo.algorithm import ALGORITHMS  # noqa: E402
-
-# One optimizer step a rollout, so sixteen times fewer than PPO takes: they bear a higher rate.
-ONE_STEP = ["--ppo_epochs", "1", "--global_batch_size", "128", "--learning_rate", "5e-4"]
-# For algorithms that compare the answers to a prompt: rollouts as large as the recipe's.
-GROUPS = ["--prompts_per_rollout", "16", "--samples_per_prompt", "8"]
+from pipeline import METHODS  # noqa: E402
 
 
-def algorithm_flags(name: str) -> list[str]:
-    """What --algorithm takes beside the recipe, whose settings are PPO's: those that it does not
-    read, and that it would refuse, are taken back."""
-    method = ALGORITHMS[name]
-    unread = [x for x in ("critic_learning_rate", "clip_value") if x not in method.reads]
-    flags = [word for setting in unread for word in (f"--{setting}", "0")]
-    flags += GROUPS if method.groups else []
-    return ["--algorithm", name, *flags, *(ONE_STEP if method.one_step else [])]
+def recipe_flags(section: str) -> list[str]:
+    """Flags of a section of the tiny recipe."""
+    given = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text(encoding="utf-8"))[section]
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def method_flags(name: str) -> list[str]:
+    """What run_all.sh --method NAME gives its step beside the step's own section of the recipe."""
+    there = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text(encoding="utf-8"))
+    method = METHODS[name]
+    flags = [f"--{method.flag}", name] if method.flag else []
+    sections = [section for section in method.sections(1)[1:] if section in there]
+    return flags + [word for section in sections for word in recipe_flags(section)]
 
 
 VARIANTS: dict[str, list[str]] = {
@@ -50,17 +50,11 @@ VARIANTS: dict[str, list[str]] = {
     "β 0.2": ["--kl_coef", "0.2"],
     "1 epoch": ["--ppo_epochs", "1"],
     "sequence-level PPO": ["--action_level", "sequence"],
-    "A2C": algorithm_flags("a2c"),
-    "REINFORCE": algorithm_flags("reinforce"),
+    "A2C": method_flags("a2c"),
+    "REINFORCE": method_flags("reinforce"),
 }
 CURVES = {"β 0": "0", "β 0.02": "0.02", "β 0.05": "0.05", "recipe": "0.1", "β 0.2": "0.2"}
 ROUNDS = 3
-
-
-def recipe_flags(section: str) -> list[str]:
-    """Flags of a section of the tiny recipe."""
-    given = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text())[section]
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def run(program: str, *flags, done: Path) -> None:
@@ -159,9 +153,10 @@ def judged(base: Path, folder: Path, seed: int) -> dict[str, float]:
 
 
 def spread(values: Iterable[float]) -> str:
+    """Mean ± standard deviation, which a single value does not have."""
     values = list(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def table(output: Path, seeds: list[int]) -> tuple[str, dict]:

@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import pipeline  # noqa: E402
 from benchmarks import learning  # noqa: E402
 from benchmarks.learning import recipe_flags, run, spread  # noqa: E402
 from evaluation.summary import ANSWER_TOKENS, read_metrics  # noqa: E402
-from step3_ppo.algorithm import ALGORITHMS  # noqa: E402
-from step3_preference.losses import LOSSES  # noqa: E402
 from utils import whole_files  # noqa: E402
 from utils.data import batches, chat_template, toy_tasks  # noqa: E402
+from utils.distributed import program  # noqa: E402
 from utils.generation import sampling  # noqa: E402
 from utils.models import language_model, scalar_model, scorer  # noqa: E402
 from utils.models.loading import Loading  # noqa: E402
@@ -82,7 +82,7 @@ def ranked_by_reward_model(job: Run, keep: str) -> Path:
 def by_comparisons(job: Run, flags: list[str], comparisons: Path | None = None) -> None:
     where = ["--model_name_or_path", job.base / "step1_sft", "--output_dir", job.folder]
     where += ["--preference_data", comparisons or job.base / "data/comparisons_1.jsonl"]
-    where += ["--seed", job.seed, "--tensorboard", "false", *PREFERENCE, *flags]
+    where += ["--seed", job.seed, "--tensorboard", "false", *recipe_flags("preference"), *flags]
     run("step3_preference/main.py", *where, done=job.folder / "result.json")
 
 
@@ -97,21 +97,17 @@ def by_best_answers(job: Run, flags: list[str]) -> None:
     run("step1_sft/main.py", *where, *recipe_flags("sft"), *flags, done=job.folder / "result.json")
 
 
-def words(text: str) -> list[str]:
-    return text.split()
-
-
-PREFERENCE = words(
-    "--dtype fp32 --learning_rate 3e-4 --global_batch_size 32 --micro_batch_size 16 --epochs 2 "
-    "--max_length 96 --max_eval_rows 256 --eval_fraction 0.1"
-)
-BEST = words("--learning_rate 1e-3 --epochs 8 --weight_decay 0.1 --eval_fraction 0.1")
 Train = Callable[[Run, list[str]], None]
+BY_STEP: dict[str, Train] = {
+    "ppo": by_rollouts,
+    "preference": by_comparisons,
+    "sft": by_best_answers,
+}
 METHODS: dict[str, tuple[Train, list[str]]] = {
-    **{name: (by_rollouts, learning.algorithm_flags(name)) for name in ALGORITHMS},
-    **{name: (by_comparisons, ["--loss", name]) for name in LOSSES},
-    "online_dpo": (by_new_comparisons, ["--loss", "dpo"]),
-    "best_of_n": (by_best_answers, BEST),
+    **{
+        name: (BY_STEP[m.step], learning.method_flags(name)) for name, m in pipeline.METHODS.items()
+    },
+    "online_dpo": (by_new_comparisons, learning.method_flags("dpo")),
 }
 
 
@@ -336,6 +332,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes at once")
     parser.add_argument("--report_only", action="store_true", help="run nothing, tell what is")
     asked = parser.parse_args()
+    program.quiet_libraries()
     output = Path(asked.output_dir).resolve()
     if asked.samples <= 0 or asked.samples % ROLLOUT:
         raise SystemExit(f"--samples {asked.samples} is no multiple of {ROLLOUT}, a rollout")

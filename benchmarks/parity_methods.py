@@ -14,17 +14,25 @@ from pathlib import Path
 import torch
 
 from benchmarks import trl_trainers
-from benchmarks.parity_numbers import WEIGHTS_CLOSE, Row, compare, settings, weight_row
+from benchmarks.parity_numbers import settings
+from benchmarks.parity_rows import (
+    CLOSE,
+    GRADIENTS_CLOSE,
+    WEIGHTS_CLOSE,
+    Row,
+    compare,
+    of_norm,
+    weight_row,
+)
 from step3_ppo import models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
-from step3_ppo.episodes import answered
+from step3_ppo.episodes import Episode, Segment
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from utils.data import chat_template
 from utils.data.prompts import Prompt
-from utils.generation.engine import Samples
 
-CLOSE = 1e-5  # of the spread, of the norm for gradients; fp32 in another order of summing
 # Eight prompts with four answers each, two epochs of two minibatches.
 ROLLOUT = dict(
     prompts_per_rollout=8,
@@ -119,13 +127,15 @@ def our_rollout(ours: models.Models, found: dict, config: PPOConfig, device) -> 
     """TRL's tokens and rewards as a rollout of step 3, scored by our models."""
     (sampled,) = found["_generate_and_score_completions"]
     batch = sampled["output"]
-    stop, mask = ours.tokenizer.eos_token_id, batch["completion_mask"].bool()
-    prompts, answers = (unpadded(batch, part) for part in ("prompt", "completion"))
-    reasons = ["stop" if ids[-1] == stop else "length" for ids in answers]
-    prompts = [Prompt((), "", {}, ids) for ids in prompts]
-    samples = Samples(batch["completion_ids"], mask, None, None, reasons)
+    stop = ours.tokenizer.eos_token_id
+    both = zip(unpadded(batch, "prompt"), unpadded(batch, "completion"), strict=True)
+    episodes = [
+        Episode(list(ids), [Segment(torch.tensor(answer))], answer[-1] == stop)
+        for ids, answer in both
+    ]
+    prompts = [Prompt((), "", {}, episode.prompt_ids) for episode in episodes]
     group = torch.arange(config.prompts_per_rollout).repeat_interleave(config.samples_per_prompt)
-    asked = (prompts, answered(prompts, samples), config, device, False, group)
+    asked = (prompts, episodes, config, device, False, group)
     return dataclasses.replace(rollouts.score(ours, *asked), scores=sampled["rewards"])
 
 
@@ -172,10 +182,7 @@ def _keys(batch: dict) -> list[tuple]:
 
 def update_rows(ours: models.Models, experience, found: dict, why: str, config, device):
     """Rows of losses, gradients and weights, update by update. why: they differ by design."""
-    module, gradients, rows, clipped = ours.actor.module, {}, [], []
-    ours.actor.adamw.register_step_pre_hook(
-        lambda *_: gradients.update({n: p.grad.clone() for n, p in module.named_parameters()})
-    )
+    module, gradients, rows, clipped = ours.actor.module, Gradients(ours.actor), [], []
     start = trl_trainers.snapshot(dict(module.named_parameters()))
     for k, ((chosen, loss), theirs) in enumerate(
         zip(minibatches(experience.rollout, found), found["steps"], strict=True), start=1
@@ -183,7 +190,8 @@ def update_rows(ours: models.Models, experience, found: dict, why: str, config, 
         metrics = update.step_actor(ours, experience, chosen, config, device)
         whole = metrics["policy_loss"] + experience.kl_in_loss * metrics.get("kl_in_loss", 0.0)
         rows.append(compare(f"loss, update {k}", whole, loss, None, CLOSE, scale=1.0))
-        rows.append(of_norm(f"gradient, update {k}", gradients, theirs["gradients"], CLOSE))
+        close = GRADIENTS_CLOSE[k > 1]
+        rows.append(of_norm(f"gradient, update {k}", gradients.last, theirs["gradients"], close))
         now = trl_trainers.snapshot(dict(module.named_parameters()))
         title = f"weights after update {k}"
         rows.append(weight_row(title, start, now, theirs["weights"], WEIGHTS_CLOSE))
@@ -197,10 +205,16 @@ def update_rows(ours: models.Models, experience, found: dict, why: str, config, 
     return rows
 
 
-def of_norm(quantity: str, ours: dict, theirs: dict, tolerance: float | None, note="") -> Row:
-    """Row of two {name: tensor}, by the norm of their difference."""
-    zero = {name: torch.zeros_like(x) for name, x in theirs.items()}
-    return weight_row(quantity, zero, ours, theirs, tolerance, note)
+class Gradients:
+    """last: {name: gradient} that the engine's optimizer stepped on last."""
+
+    def __init__(self, engine):
+        self.last = {}
+        engine.adamw.register_step_pre_hook(
+            lambda *_: self.last.update(
+                {name: p.grad.clone() for name, p in engine.module.named_parameters()}
+            )
+        )
 
 
 def record(folder: Path) -> dict[str, dict]:
@@ -220,7 +234,7 @@ def run(folder: Path, recorded: dict[str, dict], device) -> dict[str, list[Row]]
         tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
         ours = models.build(config, tokenizer, config.dtype, device)
         rollout = our_rollout(ours, found, config, device)
-        experience, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
+        experience, _ = make_experience(rollout, config, State(config.kl_coef))
         tables[name] = rollout_rows(rollout, experience, found)
         why = ONLINE[name].by_design
         tables[name] += update_rows(ours, experience, found, why, config, device)

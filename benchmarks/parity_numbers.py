@@ -8,26 +8,22 @@ import dataclasses
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import trl_runner
+from benchmarks.parity_rows import WEIGHTS_CLOSE, Row, by_design, compare, weight_row
 from step3_ppo import advantages, algorithm, models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Experience, make_experience
 from step3_ppo.state import State
 from utils.data import chat_template, toy_tasks
 from utils.generation import sampling as generation
 from utils.models import from_scratch, language_model, scorer
 
 ROOT = Path(__file__).resolve().parent.parent
-# fp32 in another order of summing differs in the seventh digit. Relative to the spread.
-CLOSE = 1e-4
-# Adam's first steps move a weight by the learning rate however small its gradient is. Where that
-# is below 1e-8 rounding shows in full, so weights are held to the norm of all moves together.
-WEIGHTS_CLOSE = 5e-3
 # The differences that are meant, all of them.
 #
 # TRL gives a response that stopped before the limit one step more, t = L+1 after its stop token L:
@@ -42,53 +38,6 @@ VARIANTS = {
     "PPO, KL by k1": {},
     "PPO, KL by k3, rewards whitened": {"kl_estimator": "k3", "whiten_rewards": True},
 }
-
-
-@dataclass
-class Row:
-    """One line of the table. tolerance None: differs by design, and `note` says why."""
-
-    quantity: str
-    difference: float  # largest absolute
-    scale: float  # standard deviation of ours; of losses and weights see update_rows
-    tolerance: float | None  # of the relative error
-    note: str = ""
-    norms: float | None = (
-        None  # ‖ours − theirs‖ / ‖ours − start‖, of weights; of gradients / ‖ours‖
-    )
-
-    @property
-    def agrees(self) -> bool:
-        if self.tolerance is None:
-            return True
-        if self.norms is not None:
-            return self.norms <= self.tolerance
-        return self.difference <= self.tolerance * self.scale
-
-    def cells(self) -> tuple[str, ...]:
-        of = "scale" if self.norms is None else "its norm"
-        if self.tolerance is None:
-            verdict = f"by design: {self.note}"
-        elif self.agrees:
-            verdict = f"equal within {self.tolerance:g} × {of}"
-        else:
-            verdict = f"DIFFERS by more than {self.tolerance:g} × {of}"
-        if self.norms is not None:
-            verdict += f" ({self.norms:.1e})"
-        return self.quantity, f"{self.difference:.2e}", f"{self.scale:.2e}", verdict
-
-
-def compare(quantity, ours, theirs, mask=None, tolerance=CLOSE, note="", scale=None) -> Row:
-    """Row of two tensors of one shape, over `mask` (same shape, bool) where given."""
-    ours, theirs = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (ours, theirs))
-    if mask is not None:
-        ours, theirs = ours[mask], theirs[mask]
-    difference = (ours - theirs).abs().max().item()
-    return Row(quantity, difference, scale or ours.std().item(), tolerance, note)
-
-
-def by_design(quantity, ours, theirs, note, mask=None) -> Row:
-    return compare(quantity, ours, theirs, mask, tolerance=None, note=note)
 
 
 def settings(folder: Path, **changes) -> PPOConfig:
@@ -232,7 +181,7 @@ def whiten(x, mask, shift_mean=True):
 def rollout_rows(rollout, values, steps, theirs: dict, config):
     """Rows of one rollout's numbers, and three ways to learn from it: {name: Experience}."""
     mask, logprobs = rollout.response_mask, rollout.logprobs
-    shipped, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
+    shipped, _ = make_experience(rollout, config, State(config.kl_coef))
     parts = (rollout.scores, logprobs, rollout.ref_logprobs)
     price = (config.kl_coef, config.estimator_of_kl())
     penalties, kl = algorithm.token_rewards(torch.zeros_like(parts[0]), *parts[1:], mask, *price)
@@ -246,6 +195,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     raw_on, returns_on = advantages.gae(rewards_on, values, steps, config.gamma, config.lam)
     whitened, whitened_on = whiten(theirs["raw_advantages"], mask)
     their_mask, their_steps = ~theirs["padding_mask"], ~theirs["padding_mask_p1"]
+    spread = logprobs[mask].std().item()
     rows = [
         compare("response mask", mask, their_mask, tolerance=0.0),
         by_design("steps with value and reward", mask, their_steps, STEPS),
@@ -255,8 +205,14 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         by_design("log-probs off the mask", logprobs, theirs["logprobs"], FILL, ~mask),
         compare("scores", rollout.scores, theirs["scores"]),
         compare("values", values, theirs["values"], steps),
-        compare("KL a token", kl, theirs["kl"]),
-        compare("rewards without the score", penalties, theirs["non_score_reward"]),
+        # Differences of log-probabilities: the rounding is theirs, however small what is left.
+        compare("KL a token", kl, theirs["kl"], scale=spread),
+        compare(
+            "rewards without the score",
+            penalties,
+            theirs["non_score_reward"],
+            scale=config.kl_coef * spread,
+        ),
         by_design("rewards", rewards, theirs["rewards"], STEPS),
         compare("  rewards on TRL's steps", rewards_on, theirs["rewards"]),
         by_design("advantages", raw, theirs["raw_advantages"], BOOTSTRAP, mask),
@@ -267,7 +223,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         compare("  whitening × √((n−1)/n)", whitened_on, theirs["advantages"], mask),
     ]
     _, advantages_on = whiten(raw_on, mask)
-    on = rollouts.Experience(
+    on = Experience(
         rollout, mask, logprobs, rollout.values, advantages_on, returns_on, mask.float()
     )
     # The extra step's column stays when a minibatch is cut to its longest response.
@@ -297,16 +253,6 @@ def weights(ours: models.Models) -> dict[str, dict[str, torch.Tensor]]:
         who: {name: p.detach().clone() for name, p in module.named_parameters()}
         for who, module in trained.items()
     }
-
-
-def weight_row(quantity, start, ours, theirs, tolerance, note="") -> Row:
-    """Row of two {name: weight}; the scale is the root mean square of ours' moves from `start`."""
-    assert ours.keys() == theirs.keys() == start.keys()
-    moved = torch.cat([(ours[k] - start[k]).flatten() for k in ours])
-    apart = torch.cat([(ours[k] - theirs[k]).flatten() for k in ours])
-    scale = moved.square().mean().sqrt().item()
-    norms = (apart.norm() / moved.norm()).item()
-    return Row(quantity, apart.abs().max().item(), scale, tolerance, note, norms)
 
 
 def update_rows(ours, again, experiences, updates: list[dict], config, device) -> list[Row]:

@@ -1,5 +1,5 @@
-"""Parity with TRL 1.12: every number of one rollout and of the optimizer steps on it, of PPO, GRPO,
-Dr. GRPO, DAPO, GSPO, CISPO and RLOO; and PPO's learning curves.
+"""Parity with TRL 1.12, number by number and update by update: PPO, GRPO, Dr. GRPO, DAPO, GSPO,
+CISPO and RLOO; DPO, IPO, KTO, SimPO, ORPO and more; and PPO's learning curves.
 
     python benchmarks/parity_trl.py [--output_dir output/parity_trl] [--skip_learning]
 
@@ -57,26 +57,29 @@ def main() -> int:
     if Path(sys.prefix).resolve() != trl_environment.VENV.resolve():
         go_on_inside(trl_environment.make_environment())
 
-    from benchmarks import parity_methods, parity_numbers
+    from benchmarks import parity_methods, parity_numbers, parity_preferences
+    from benchmarks.parity_rows import HEADER, KINDS, summary
     from utils.distributed import process_group
     from utils.distributed.program import quiet_libraries
     from utils.report import table
 
     quiet_libraries()
     output = Path(arguments.output_dir).resolve()
-    output.mkdir(parents=True, exist_ok=True)
     numbers = output / "numbers"
+    numbers.mkdir(parents=True, exist_ok=True)
     parity_numbers.make_models(numbers)
-    parts = (parity_numbers, parity_methods)
+    parts = (parity_numbers, parity_methods, parity_preferences)
     recorded = [part.record(numbers) for part in parts]
-    device, tables = process_group.init(), {}
-    for part, found in zip(parts, recorded, strict=True):
-        tables |= part.run(numbers, found, device)
+    device = process_group.init()
+    of_ppo, *others = (p.run(numbers, r, device) for p, r in zip(parts, recorded, strict=True))
     process_group.shut_down()
-    header = ("quantity", "max |difference|", "scale (std of ours)", "verdict")
+    rest = {name: rows for tables in others for name, rows in tables.items()}
+    differing = {name for name, rows in rest.items() if not all(row.agrees for row in rows)}
+    for name, rows in (of_ppo | {name: rest[name] for name in differing}).items():
+        print(f"\n{name}\n" + table([row.cells() for row in rows], HEADER))
+    print("\nlargest relative errors\n" + table(summary(rest), ("method", *KINDS)))
     failed, results = [], {"numbers": {}}
-    for name, rows in tables.items():
-        print(f"\n{name}\n" + table([row.cells() for row in rows], header))
+    for name, rows in (of_ppo | rest).items():
         failed += [f"{row.quantity.strip()} ({name})" for row in rows if not row.agrees]
         results["numbers"][name] = [vars(row) | {"agrees": row.agrees} for row in rows]
     if not arguments.skip_learning:

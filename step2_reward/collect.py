@@ -149,7 +149,8 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
     sampling = Sampling(length, stop_id, pad_id, config.temperature)
     policy = Untrained(model.to(device))
     mine, sampled = batches.dealt(list(map(len, encoded))), {}
-    with synced(engines.build("native", Setup(policy, tokenizer)), policy) as engine:
+    setup = Setup(policy, tokenizer, decode="auto")
+    with synced(engines.build("native", setup), policy) as engine:
         for start in range(0, len(mine), config.micro_batch_size):
             chosen = mine[start : start + config.micro_batch_size]
             rows = [i * k + j for i in chosen for j in range(k)]

@@ -209,7 +209,7 @@ def value_loss(new_values, values, returns, mask, clip_value: float):
 
 
 # An algorithm's estimator takes (advantages.Earned, config), its loss (new_logprobs (B,A), the
-# update.Experience of these rows, config), where config has the fields of PPOConfig.
+# experience.Experience of these rows, config), where config has the fields of PPOConfig.
 
 
 def with_critic(earned, config):
@@ -290,6 +290,7 @@ _TRPO = dict(
     reads=("trust_region", *CRITIC, *OF_TOKENS),
     clips=(math.inf, math.inf),  # the trust region stands in their place
 )
+_NLPO = dict(critic=True, reads=("mask_top_p", "mask_every", *CRITIC, *OF_TOKENS, *PPO_CLIPS))
 _A2C = dict(critic=True, one_step=True, reads=(*CRITIC, *OF_TOKENS))
 _REINFORCE = dict(one_step=True, reads=OF_TOKENS)
 _GROUP = dict(groups=True, reads=PPO_CLIPS)
@@ -304,6 +305,9 @@ ALGORITHMS = {
         "ppo with a limit of the KL, kept by a line search, in place of the clip",
         with_critic,
         **_TRPO,
+    ),
+    "nlpo": Algorithm(
+        "ppo among the likeliest tokens of the policy of some rollouts ago", with_critic, **_NLPO
     ),
     "a2c": Algorithm("no ratio, one optimizer step a rollout", with_critic, no_ratio, **_A2C),
     "reinforce": Algorithm("a2c without a critic", returns_alone, no_ratio, **_REINFORCE),

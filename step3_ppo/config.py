@@ -211,6 +211,14 @@ class PPOConfig(RunConfig):
         "0.2, of gspo 3e-4 down and 4e-4 up, of cispo 4 up and not limited down",
     )
     clip_ratio_high: float = setting(0.0, "the upper limit of the ratio is 1 + this; 0: clip_ratio")
+    mask_top_p: float = setting(
+        0.9,
+        "nlpo: tokens may be drawn that are among the likeliest of an earlier policy, as many as "
+        "hold this share of its probability",
+        above=0,
+        at_most=1,
+    )
+    mask_every: int = setting(10, "nlpo: rollouts after which that policy is renewed", at_least=1)
     trust_region: float = setting(
         0.01,
         "trpo: how far a step may take the policy from the one that sampled, nats an action",
@@ -314,6 +322,11 @@ class PPOConfig(RunConfig):
             )
         for name in self.unread():
             yield f"algorithm={self.algorithm} does not read {name}; leave out --{name}"
+        if self.algorithm == "nlpo" and self.hybrid_engine == "deepspeed":
+            yield (
+                "algorithm=nlpo draws among some tokens only, which hybrid_engine=deepspeed does "
+                "not know; set --hybrid_engine native"
+            )
         if self.algorithm == "gspo" and self.action_level == "sequence":
             yield (
                 "action_level=sequence: gspo's ratio is by the mean over the answer's tokens, not "

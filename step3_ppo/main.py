@@ -17,6 +17,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
+from step3_ppo.experience import make_experience
 from step3_ppo.models import build, outputs, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
@@ -128,10 +129,14 @@ def main() -> None:
     state = State(kl_coef=config.kl_coef)
     watch = Watch(config, run.say, run.bad_steps)
     engines = models.trained() | ({"average": models.ema} if models.ema is not None else {})
+    engines |= {"nucleus": models.nucleus} if models.nucleus is not None else {}
     resumable = {"state": state, "watch": watch}
     resumable |= {"ptx": models.ptx} if models.ptx is not None else {}
     folders = outputs(models, run.settings) | {".": state}
     done = run.restore(folders, engines, prompts.fingerprint(), **resumable)
+
+    if models.nucleus is not None:
+        models.nucleus.fill()
 
     # Decided before the first rollout and kept to the end, also by a resumed run.
     if config.logprobs_from == "auto":
@@ -153,10 +158,12 @@ def main() -> None:
     with run:
         for step in range(done, config.max_steps):
             tick = time.time()
+            if models.nucleus is not None and step and step % config.mask_every == 0:
+                models.nucleus.update()
             drawn = drawing.draw(models, prompts, config, device, step)
             rollout, sampled, greedy, metrics = drawn
             if watch.may_train_on(rollout, step):
-                experience, measured = rollouts.make_experience(rollout, config, state, greedy)
+                experience, measured = make_experience(rollout, config, state, greedy)
                 metrics |= measured
                 state.adapt(metrics["kl"], len(sampled), config)
                 trained = time.time()

@@ -10,6 +10,7 @@ from utils.distributed import process_group, zero
 from utils.distributed.host_memory import FrozenOffload
 from utils.generation import engines
 from utils.generation.engine import RolloutEngine, Setup
+from utils.generation.nucleus import Nucleus
 from utils.models import language_model, scalar_model
 from utils.models.ema import EMA
 from utils.models.loading import Loading
@@ -32,6 +33,7 @@ class Models:
     environment: environments.Environment | None
     judge: Scorer | None
     ema: EMA | None
+    nucleus: Nucleus | None
     ptx: ptx.Examples | None
     frozen_offload: FrozenOffload | None
 
@@ -110,6 +112,10 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         scorers = [m.model for m in (reward, judge) if m is not None]
         frozen_offload = FrozenOffload([reference, *scorers], device)
     ema = EMA(actor.module, config.ema_decay) if config.ema_decay > 0 else None
+    nucleus = None
+    if config.algorithm == "nlpo":
+        said = config.mask_top_p, config.temperature, config.decode
+        nucleus = Nucleus(actor.module, *said)
     return Models(
         tokenizer=tokenizer,
         actor=actor,
@@ -121,6 +127,7 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         environment=environment,
         judge=judge,
         ema=ema,
+        nucleus=nucleus,
         ptx=examples,
         frozen_offload=frozen_offload,
     )

@@ -5,7 +5,7 @@ import math
 import torch
 
 from step3_ppo import algorithm, ptx, trust_region
-from step3_ppo.rollout import Experience
+from step3_ppo.experience import Experience
 from utils import metrics
 from utils.data import batches
 from utils.distributed import host_memory
@@ -73,7 +73,7 @@ def step_actor(
     sums = metrics.Sums(device)
     for ids, mask, actions, part in micro_batches(experience, rows, config, device):
         price = experience.kl_in_loss
-        of_tokens, loss, stats = policy_terms(actor, ids, mask, actions, part, price, config)
+        of_tokens, loss, stats = policy_terms(models, ids, mask, actions, part, price, config)
         if follow is not None:
             follow(ids, mask, actions, of_tokens, loss)
         actor.backward(loss, normaliser=normaliser)
@@ -93,18 +93,24 @@ def step_actor(
         loss = measured["policy_loss"] + experience.kl_in_loss * measured.get("kl_in_loss", 0.0)
 
         def measure() -> tuple[float, float]:
-            return distance_and_loss(actor, experience, rows, normaliser, config, device)
+            return distance_and_loss(models, experience, rows, normaliser, config, device)
 
         measured |= trust_region.search(before, measure, loss, config.trust_region)
     return measured
 
 
-def policy_terms(actor, ids, mask, actions, part: Experience, price: float, config):
+def policy_terms(models, ids, mask, actions, part: Experience, price: float, config):
     """Of one micro-batch: (b,R) log-probabilities of its tokens, the sum that is its loss, and
     statistics. price: what a nat of KL costs in the loss."""
     method, device = algorithm.ALGORITHMS[config.algorithm], ids.device
     of_tokens, _ = language_model.response_logprobs(
-        actor, ids, mask, actions.shape[1], temperature=config.temperature, actions=actions
+        models.actor,
+        ids,
+        mask,
+        actions.shape[1],
+        temperature=config.temperature,
+        actions=actions,
+        nucleus=models.nucleus,
     )
     new_logprobs = of_tokens
     if config.action_level == "sequence":
@@ -118,15 +124,15 @@ def policy_terms(actor, ids, mask, actions, part: Experience, price: float, conf
 
 @torch.no_grad()
 def distance_and_loss(
-    actor, experience: Experience, rows: list[int], normaliser: int, config, device
+    models, experience: Experience, rows: list[int], normaliser: int, config, device
 ) -> tuple[float, float]:
     """(KL of the policy that sampled to the actor as it is, nats an action; the policy's loss), on
     global rows `rows`, without a gradient."""
     count = max(int(experience.action_mask[rows].sum()), 1)
     sums, price = metrics.Sums(device), experience.kl_in_loss
-    with in_eval_mode(actor):
+    with in_eval_mode(models.actor):
         for ids, mask, actions, part in micro_batches(experience, rows, config, device):
-            _, loss, stats = policy_terms(actor, ids, mask, actions, part, price, config)
+            _, loss, stats = policy_terms(models, ids, mask, actions, part, price, config)
             sums.add({"kl": stats["approx_kl"], "loss": loss * (count / normaliser)})
     found = sums.over(count)
     return found["kl"], found["loss"]

@@ -40,7 +40,8 @@ def generator_equals_model(probe: Probe) -> str:
     with synced(models.rollout_engine, models.actor) as engine:
         stale = _stale_weights(models.actor.module, engine.generator)
         greedy = engine.generate(Request(*prompts), sampling)
-        sampled = engine.generate(Request(*prompts, noise), sampling)
+        masked = dataclasses.replace(sampling, nucleus=models.nucleus)
+        sampled = engine.generate(Request(*prompts, noise), masked)
     stale = sorted(set().union(*process_group.gather_objects(stale)))
     if stale:
         raise Fault(
@@ -179,6 +180,8 @@ def no_kl_at_the_start(probe: Probe) -> str:
     config, rollout = probe.config, probe.rollout
     if config.reference_model not in ("", config.model_name_or_path):
         return f"the reference is another model, {config.reference_model}"
+    if probe.models.nucleus is not None:
+        return "the actor leaves tokens out (nlpo), and the KL begins at what that makes"
     kept = rollout.action_mask
     what = "log-probabilities of actor and reference"
     cause = "the KL would not start at 0, though both are loaded from the same folder"

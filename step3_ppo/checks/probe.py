@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from step3_ppo.experience import Experience
 from step3_ppo.models import Models
-from step3_ppo.rollout import Experience, Prompt, Rollout
+from step3_ppo.rollout import Prompt, Rollout
 from utils.distributed import process_group
 from utils.models import language_model, scorer
 from utils.verdicts import Fault
@@ -117,7 +118,10 @@ def train_forward(probe: Probe, rollout: Rollout, name: str = "actor") -> torch.
             scores = scorer.sequence_scores(models.reward.model, ids, mask)
             return (scores[:, None].expand(-1, length),)
         asked = (getattr(models, name), ids, mask, length)
-        return language_model.response_logprobs(*asked, temperature=probe.config.temperature)[:1]
+        settings = {"temperature": probe.config.temperature}
+        if name == "actor":
+            settings["nucleus"] = models.nucleus
+        return language_model.response_logprobs(*asked, **settings)[:1]
 
     return _read(probe, rollout, read, probe.config.micro_batch_size)[0]
 

@@ -18,8 +18,8 @@ from utils.models import language_model
 def models_of(model) -> SimpleNamespace:
     """A policy that is its own reference, and nobody who scores."""
     actor = Engine(model)
-    absent = ("critic", "reward", "judge", "reward_function", "environment", "frozen_offload")
-    none = dict.fromkeys(absent)
+    absent = ("critic", "reward", "judge", "reward_function", "environment", "nucleus")
+    none = dict.fromkeys((*absent, "frozen_offload"))
     return SimpleNamespace(
         **none,
         tokenizer=SimpleNamespace(

@@ -55,9 +55,14 @@ def test_the_largest_halving_that_keeps_to_the_limit_and_does_not_raise_the_loss
     assert line.tried == shares[: shares.index(expected) + 1] if expected else line.tried == shares
 
 
+def test_a_step_is_shortened_and_taken_back_to_the_last_bit(tiny):
+    checks = "tests/helpers/trust_region_checks.py"
+    assert run_ranks([(checks, [tiny / "base_model"])], 2).count("held: ") == 2 * 4
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, chain, tmp_path_factory):
-    """One start of two ranks: the engine's checks, ZeRO-0 and 3, a crash and a resume."""
+    """One start of two ranks: ZeRO-0 and 3, a crash and a resume."""
     out = tmp_path_factory.mktemp("trpo")
 
     def job(name, *flags):
@@ -65,17 +70,13 @@ def runs(tiny, chain, tmp_path_factory):
 
     saving = ["--zero_stage", 3, "--save_every", 1]
     program, argv = job("crashed", *saving)
-    jobs = [("tests/helpers/trust_region_checks.py", [tiny / "base_model"])]
-    jobs += [job("zero0"), job("zero3", "--zero_stage", 3)]
+    jobs = [job("zero0"), job("zero3", "--zero_stage", 3)]
     jobs += [("tests/helpers/stop_at.py", [ROOT / program, 2, "crash", *argv])]
     jobs += [job("crashed", *saving, "--resume", "auto")]
     return out, run_ranks(jobs, 2)
 
 
-def test_a_step_is_shortened_and_taken_back_to_the_last_bit(runs):
-    assert runs[1].count("held: ") == 2 * 4
-
-
+@pytest.mark.slow
 def test_a_run_keeps_to_its_trust_region_and_takes_one_path(runs, chain):
     out, said = runs
     names = ["score", "kl", "policy_loss", "trust_region_step", "trust_region_kl"]
@@ -89,5 +90,6 @@ def test_a_run_keeps_to_its_trust_region_and_takes_one_path(runs, chain):
     assert held == below and said.count("gradients reached all") >= 2
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_ends_as_one_that_did_not(runs):
     assert_same_end(runs[0] / "crashed", runs[0] / "zero3")

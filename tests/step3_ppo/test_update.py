@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from step3_ppo import ptx, update
-from step3_ppo.rollout import make_experience
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
 from utils.data import batches, fitting
@@ -50,6 +50,7 @@ def models():
         critic=Engine(ScalarModel(build_llama(2, labels=1))),
         ptx=None,
         ema=None,
+        nucleus=None,
     )
 
 
@@ -500,7 +501,7 @@ def test_distance_and_loss_are_those_of_the_rows_answer_by_answer(models, normal
     experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=0.1))
     tokens = sum(len(rows[i]["response"]) for i in MINIBATCH)
     normaliser = tokens if normalisation == "token" else len(MINIBATCH)
-    found = update.distance_and_loss(models.actor, experience, MINIBATCH, normaliser, config, CPU)
+    found = update.distance_and_loss(models, experience, MINIBATCH, normaliser, config, CPU)
     kl = loss = 0.0
     with torch.no_grad():
         for i in MINIBATCH:

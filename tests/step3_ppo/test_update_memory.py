@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from step3_ppo import update
-from step3_ppo.rollout import make_experience
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, rollout_of
 from utils.kernels import vocabulary_head
@@ -25,7 +25,7 @@ def peak_bytes(work) -> int:
     return peak
 
 
-def without_logits(hidden, weight, bias, targets, temperature, with_entropies):
+def without_logits(hidden, weight, bias, targets, *settings):
     """Gradients reach the same weights, and no tensor has the vocabulary in it but those."""
     return (hidden * weight[targets]).sum(-1).float(), None
 
@@ -62,7 +62,7 @@ def test_an_update_takes_little_more_than_weights_optimizer_and_activations(
     rows = [row | {"response": torch.arange(i, i + length).tolist()} for i in range(4)]
     config = config_of(prompts_per_rollout=4, global_batch_size=4, micro_batch_size=4)
     experience, _ = make_experience(rollout_of(rows), config, State(kl_coef=0.1))
-    models = SimpleNamespace(actor=engine, ptx=None)
+    models = SimpleNamespace(actor=engine, nucleus=None, ptx=None)
 
     def step():
         update.step_actor(models, experience, [0, 1, 2, 3], config, torch.device("cpu"))

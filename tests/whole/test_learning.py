@@ -12,7 +12,7 @@ import torch
 from step3_ppo import algorithm, update
 from step3_ppo.advantages import gae
 from step3_ppo.checks.watch import Watch
-from step3_ppo.rollout import make_experience
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.jobs import ppo
 from tests.helpers.running import metrics_of, run_ranks
@@ -64,13 +64,15 @@ def test_the_critic_reaches_the_expected_score_in_step_3_s_updates():
 
 
 def models_of(name: str, actor_rate: float = 0.1, critic_rate: float = 0.1):
-    critic = Engine(TableCritic(VOCABULARY + 1), critic_rate) if name != "reinforce" else None
+    has_critic = algorithm.ALGORITHMS[name].critic
+    critic = Engine(TableCritic(VOCABULARY + 1), critic_rate) if has_critic else None
     return SimpleNamespace(
         tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=STOP),
         actor=Engine(TableActor(VOCABULARY + 1, VOCABULARY), actor_rate),
         critic=critic,
         ptx=None,
         ema=None,
+        nucleus=None,
     )
 
 
@@ -97,6 +99,7 @@ def sampled(models, step: int, score_of) -> list[dict]:
                 "values": values[before].tolist(),
                 "score": score_of(answer),
                 "finished": answer[-1] == STOP,
+                "group": len(rows) // 8,
             }
         )
     return rows
@@ -119,6 +122,13 @@ ALGORITHMS = {
     "a2c, sequence": {"algorithm": "a2c", "action_level": "sequence"},
     "reinforce": {"algorithm": "reinforce"},
     "reinforce, sequence": {"algorithm": "reinforce", "action_level": "sequence"},
+    "rloo, k2": {"algorithm": "rloo", "kl_in": "loss", "kl_estimator": "k2"},
+    "rloo, k3": {"algorithm": "rloo", "kl_in": "loss"},
+    **{
+        name: {"algorithm": name, "global_batch_size": 64}
+        for name, method in algorithm.ALGORITHMS.items()
+        if not method.one_step and not method.critic and not method.greedy
+    },
 }
 
 
@@ -152,10 +162,13 @@ def test_a_later_reward_reaches_the_token_that_earned_it(name):
     assert sum(row["score"] for row in answers) / len(answers) >= 0.95
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo, sequence", "a2c", "reinforce"])
+@pytest.mark.parametrize(
+    "name", ["ppo", "ppo, sequence", "a2c", "reinforce", "rloo", "rloo, k2", "rloo, k3"]
+)
 def test_the_kl_holds_the_policy_where_the_closed_form_says(name):
     """The best policy under score − β KL is π ∝ reference · exp(score / β) (Ziegler et al. 2019),
-    over answers; here the score is for the first token alone."""
+    over answers; here the score is for the first token alone. With k3 in the loss, whose gradient
+    is that of KL(reference ‖ policy), it is where p (score − mean) = β (p − q)."""
     beta = 0.5
     settings = ALGORITHMS[name] | {"kl_coef": beta, "whiten_advantages": False, "lam": 1.0}
     models = models_of(settings.get("algorithm", "ppo"), actor_rate=0.03)
@@ -166,6 +179,8 @@ def test_the_kl_holds_the_policy_where_the_closed_form_says(name):
     found = torch.stack(history[-30:]).mean(0)  # samples make it tremble
     weight = math.exp(1 / beta)
     best = weight / (weight + VOCABULARY - 1)
+    if name == "rloo, k3":
+        best = (1 - beta + math.sqrt((1 - beta) ** 2 + 4 * beta / VOCABULARY)) / 2
     assert found[RIGHT].item() == pytest.approx(best, abs=0.04)
     others = [found[x].item() for x in range(VOCABULARY) if x != RIGHT]
     assert others == pytest.approx([(1 - best) / (VOCABULARY - 1)] * 7, abs=0.03)

@@ -207,6 +207,9 @@ def test_sft_reward_model_comparisons_and_evaluation(tiny, chain, tmp_path):
     collect += ["--labeller", "reward_model", "--reward_model", scorer, "--dtype", "fp32"]
     answers = ["--checkpoints", policy, "--reward_model", scorer, "--max_prompts", 3]
     answers += ["--strategy", "sample", "--max_new_tokens", 6, "--dtype", "fp32"]
+    beside = ["--policies", f"sft={policy}", f"base={tiny / 'base_model'}", "--judge_model", scorer]
+    beside += ["--held_out_data", tiny / "data/held_out.jsonl", "--max_response_length", 6]
+    beside += ["--output_file", tmp_path / "methods.json", "--dtype", "fp32"]
     talk = ["--checkpoint", policy, "--max_new_tokens", 6, "--dtype", "fp32"]
     shards = ("--zero_stage", 3, "--offload", "all")
     unpaired = ("--loss", "kto", "--eval_fraction", 0.5, "--ema_decay", 0.9)
@@ -223,6 +226,7 @@ def test_sft_reward_model_comparisons_and_evaluation(tiny, chain, tmp_path):
         job("ranking", *preference(tiny, policy, tmp_path / "pl", *FEW, *shards, *rankings)),
         job("comparisons", "step2_reward/collect.py", collect),
         job("answers", "evaluation/prompt_eval.py", answers),
+        job("methods", "evaluation/methods.py", beside),
         job("chat", "evaluation/chat.py", talk, plant=["typed_lines"]),
     ]
     counted, said = walk(jobs)

@@ -39,6 +39,7 @@ class Sampling:
     pad_id: int
     temperature: float = 1.0
     logprobs: bool = False
+    nucleus: object = None  # Nucleus: what may be drawn; the native engine alone knows it
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ class _LogProbs(torch.autograd.Function):
     and, where asked for, entropies (N,), which have no gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropies):
+    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropies, allowed):
         logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs) if with_entropies else None
         keep = any(ctx.needs_input_grad) and targets.numel() * len(weight) <= KEPT
         kept = hidden.new_empty(len(targets), len(weight)) if keep else None
         for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, temperature)
+            logits = _logits(hidden[rows], weight, bias, temperature, allowed, rows)
             most = logits.amax(-1)
             chosen = logits.gather(1, targets[rows, None]).squeeze(1)
             if kept is None or kept.dtype != torch.float32:
@@ -62,7 +62,7 @@ class _LogProbs(torch.autograd.Function):
                 # −Σ p log p with log p = logit − normaliser, and Σ p = 1.
                 entropies[rows] = normaliser - torch.linalg.vecdot(p, logits)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.kept, ctx.temperature = kept, temperature
+        ctx.kept, ctx.temperature, ctx.allowed = kept, temperature, allowed
         if with_entropies:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -81,7 +81,8 @@ class _LogProbs(torch.autograd.Function):
             if ctx.kept is not None:
                 p = ctx.kept[rows]
             else:
-                p = torch.softmax(_logits(hidden[rows], weight, bias, ctx.temperature), -1)
+                settings = ctx.temperature, ctx.allowed, rows
+                p = torch.softmax(_logits(hidden[rows], weight, bias, *settings), -1)
             # d logprob(y) / d logit = (1 at y) − p, over the temperature.
             slope = (p * -scale[rows, None]).to(hidden.dtype)
             slope.scatter_add_(1, targets[rows, None], scale[rows, None].to(hidden.dtype))
@@ -98,7 +99,7 @@ class _LogProbs(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if wants_bias:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
@@ -108,12 +109,15 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
         yield slice(start, min(start + rows, len(hidden)))
 
 
-def _logits(hidden, weight, bias, temperature: float) -> torch.Tensor:
+def _logits(hidden, weight, bias, temperature: float, allowed=None, rows=None) -> torch.Tensor:
     if suits(hidden):
         logits = multiply(hidden, weight, bias)
     else:
         logits = F.linear(hidden, weight, bias).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    logits = logits if temperature == 1.0 else logits.div_(temperature)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed(rows), torch.finfo(logits.dtype).min)
+    return logits
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -161,12 +165,14 @@ class VocabularyHead(OneDNNLinear):
         targets: torch.Tensor,
         temperature: float = 1.0,
         with_entropies: bool = False,
+        allowed: Callable[[slice], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden (B,T,H) → fp32 log-probabilities (N,) of `targets` (N,), each predicted at its
         position of B × T in `sources` (N,); and, where asked for, the entropies (N,) of these
-        predictions, in nats and without a gradient."""
+        predictions, in nats and without a gradient. allowed: slice of the N → (n,V) bool; other
+        tokens have probability 0."""
         wanted = hidden.flatten(0, 1).index_select(0, sources)
-        settings = targets, temperature, with_entropies
+        settings = targets, temperature, with_entropies, allowed
         return _LogProbs.apply(wanted, self.weight, self.bias, *settings)
 
 

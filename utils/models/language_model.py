@@ -103,6 +103,7 @@ def wanted_logprobs(
     temperature: float = 1.0,
     with_entropies: bool = False,
     shared: Sequence[tuple[int, int]] | None = None,
+    nucleus=None,
 ):
     """fp32 log-probabilities (N,) of the N tokens that `wanted` (B,T) names, row after row, and
     their positions' entropies (N,) in nats, which have no gradient, or None.
@@ -111,7 +112,8 @@ def wanted_logprobs(
     row's first token never counts. No other position passes the vocabulary head, and its logits
     exist a chunk at a time, see vocabulary_head. With mask and wanted on the CPU, nothing waits for
     the device of `input_ids`. shared: what right-padded rows begin with and need not go through
-    twice (packing.shared_beginnings), where rows go end to end.
+    twice (packing.shared_beginnings), where rows go end to end. nucleus: of a Nucleus, which says
+    what may stand at each position; the log-probabilities are normalised over that.
     """
     model, device = getattr(forward, "module", forward), input_ids.device
     mask = mask.cpu()
@@ -124,6 +126,7 @@ def wanted_logprobs(
         sources = packing.places(F.pad(wanted[:, 1:], (0, 1)), device)
     targets = input_ids.flatten().index_select(0, packing.places(wanted, device))
     entropies = None
+    allowed = None if nucleus is None else nucleus.allowed(inputs, sources, targets)
     head = vocabulary_head.of(model)
     if head is not None and head.changes_logits is None:
         head.probe(forward, inputs)
@@ -131,7 +134,7 @@ def wanted_logprobs(
 
         def logprobs_of(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal entropies
-            settings = sources, targets, temperature, with_entropies
+            settings = sources, targets, temperature, with_entropies, allowed
             logprobs, entropies = head.logprobs(hidden, *settings)
             return logprobs
 
@@ -139,6 +142,8 @@ def wanted_logprobs(
             return forward(**inputs, use_cache=False).logits, entropies
     logits = forward(**inputs, use_cache=False).logits.flatten(0, 1)
     logits = logits.index_select(0, sources).float() / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed(slice(None)), torch.finfo(logits.dtype).min)
     if with_entropies:
         with torch.no_grad():
             logs = logits.log_softmax(-1)
@@ -160,6 +165,7 @@ def response_logprobs(
     temperature: float = 1.0,
     with_entropies: bool = False,
     actions: torch.Tensor | None = None,
+    nucleus=None,
 ):
     """(B,P+R) ids and mask → (B,R) fp32 log-probabilities and, where asked for, (B,R) fp32
     entropies in nats (else None), both 0 off the mask and off `actions` (B,R), where that is given;
@@ -168,7 +174,7 @@ def response_logprobs(
     wanted[:, :-response_length] = False
     if actions is not None:
         wanted[:, -response_length:] &= actions
-    settings = dict(temperature=temperature, with_entropies=with_entropies)
+    settings = dict(temperature=temperature, with_entropies=with_entropies, nucleus=nucleus)
     parts = wanted_logprobs(forward, input_ids, mask, wanted, **settings)
     answers = wanted[:, -response_length:]
     return tuple(None if x is None else packing.spread(x, answers) for x in parts)

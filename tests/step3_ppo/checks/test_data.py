@@ -25,7 +25,9 @@ def drawn(world: int, answer_of, logprob: float, monkeypatch):
         logprobs=torch.full(ids.shape, logprob),
     )
     tokenizer = SimpleNamespace(pad_token_id=0)
-    return SimpleNamespace(rollout=rollout, models=SimpleNamespace(tokenizer=tokenizer))
+    return SimpleNamespace(
+        rollout=rollout, models=SimpleNamespace(tokenizer=tokenizer, nucleus=None)
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

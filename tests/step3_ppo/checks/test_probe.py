@@ -24,7 +24,7 @@ def probe_of(world: int, monkeypatch, rank: int = 0, **settings) -> probe.Probe:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape)).eval()
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
     return probe.Probe(
-        SimpleNamespace(actor=Engine(model), tokenizer=tokenizer),
+        SimpleNamespace(actor=Engine(model), tokenizer=tokenizer, nucleus=None),
         config_of(micro_batch_size=8, **settings),
         torch.device("cpu"),
         tolerance=5e-5,

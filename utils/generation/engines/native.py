@@ -65,6 +65,9 @@ class NativeEngine:
         shape = len(request.prompt_ids), sampling.max_new_tokens
         responses = torch.empty(shape, dtype=torch.int64, device=device)
         numbers = [torch.zeros(shape, device=device) for _ in range(2 * sampling.logprobs)]
+        decoder = self.decoder
+        if sampling.nucleus is not None:
+            decoder = sampling.nucleus.beside(decoder)
         for rows, part in decoded_together(request, sampling.max_new_tokens, self.tokens_at_once):
             responses[rows] = generation.generate(
                 self.generator,
@@ -77,7 +80,7 @@ class NativeEngine:
                 noise=part.noise,
                 in_step=self.in_step,
                 logprobs_and_entropies=[x[rows] for x in numbers] or None,
-                decoder=self.decoder,
+                decoder=decoder,
             )
         return samples_of(responses, sampling, *numbers)
 
