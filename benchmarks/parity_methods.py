@@ -28,6 +28,7 @@ from step3_ppo import models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
 from step3_ppo.episodes import Episode, Segment
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from utils.data import chat_template
 from utils.data.prompts import Prompt
@@ -233,7 +234,7 @@ def run(folder: Path, recorded: dict[str, dict], device) -> dict[str, list[Row]]
         tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
         ours = models.build(config, tokenizer, config.dtype, device)
         rollout = our_rollout(ours, found, config, device)
-        experience, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
+        experience, _ = make_experience(rollout, config, State(config.kl_coef))
         tables[name] = rollout_rows(rollout, experience, found)
         why = ONLINE[name].by_design
         tables[name] += update_rows(ours, experience, found, why, config, device)

@@ -17,6 +17,7 @@ from benchmarks.parity_rows import WEIGHTS_CLOSE, Row, by_design, compare, weigh
 from step3_ppo import advantages, algorithm, models, update
 from step3_ppo import rollout as rollouts
 from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Experience, make_experience
 from step3_ppo.state import State
 from utils.data import chat_template, toy_tasks
 from utils.generation import sampling as generation
@@ -180,7 +181,7 @@ def whiten(x, mask, shift_mean=True):
 def rollout_rows(rollout, values, steps, theirs: dict, config):
     """Rows of one rollout's numbers, and three ways to learn from it: {name: Experience}."""
     mask, logprobs = rollout.response_mask, rollout.logprobs
-    shipped, _ = rollouts.make_experience(rollout, config, State(config.kl_coef))
+    shipped, _ = make_experience(rollout, config, State(config.kl_coef))
     parts = (rollout.scores, logprobs, rollout.ref_logprobs)
     price = (config.kl_coef, config.estimator_of_kl())
     penalties, kl = algorithm.token_rewards(torch.zeros_like(parts[0]), *parts[1:], mask, *price)
@@ -194,6 +195,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
     raw_on, returns_on = advantages.gae(rewards_on, values, steps, config.gamma, config.lam)
     whitened, whitened_on = whiten(theirs["raw_advantages"], mask)
     their_mask, their_steps = ~theirs["padding_mask"], ~theirs["padding_mask_p1"]
+    spread = logprobs[mask].std().item()
     rows = [
         compare("response mask", mask, their_mask, tolerance=0.0),
         by_design("steps with value and reward", mask, their_steps, STEPS),
@@ -203,8 +205,14 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         by_design("log-probs off the mask", logprobs, theirs["logprobs"], FILL, ~mask),
         compare("scores", rollout.scores, theirs["scores"]),
         compare("values", values, theirs["values"], steps),
-        compare("KL a token", kl, theirs["kl"]),
-        compare("rewards without the score", penalties, theirs["non_score_reward"]),
+        # Differences of log-probabilities: the rounding is theirs, however small what is left.
+        compare("KL a token", kl, theirs["kl"], scale=spread),
+        compare(
+            "rewards without the score",
+            penalties,
+            theirs["non_score_reward"],
+            scale=config.kl_coef * spread,
+        ),
         by_design("rewards", rewards, theirs["rewards"], STEPS),
         compare("  rewards on TRL's steps", rewards_on, theirs["rewards"]),
         by_design("advantages", raw, theirs["raw_advantages"], BOOTSTRAP, mask),
@@ -215,7 +223,7 @@ def rollout_rows(rollout, values, steps, theirs: dict, config):
         compare("  whitening × √((n−1)/n)", whitened_on, theirs["advantages"], mask),
     ]
     _, advantages_on = whiten(raw_on, mask)
-    on = rollouts.Experience(
+    on = Experience(
         rollout, mask, logprobs, rollout.values, advantages_on, returns_on, mask.float()
     )
     # The extra step's column stays when a minibatch is cut to its longest response.

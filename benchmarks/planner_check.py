@@ -169,6 +169,7 @@ def train_ppo(config, dtype: str, device) -> None:
 
     from step3_ppo import rollout as rollouts
     from step3_ppo.checks.watch import Watch
+    from step3_ppo.experience import make_experience
     from step3_ppo.models import build
     from step3_ppo.state import State
     from step3_ppo.update import train_on
@@ -186,7 +187,7 @@ def train_ppo(config, dtype: str, device) -> None:
     ]
     for step in range(2):
         rollout, _ = rollouts.collect(models, prompts, config, device, noise_step=step)
-        experience, _ = rollouts.make_experience(rollout, config, state)
+        experience, _ = make_experience(rollout, config, state)
         train_on(models, experience, config, device, step, watch)
 
 

@@ -209,7 +209,7 @@ def value_loss(new_values, values, returns, mask, clip_value: float):
 
 
 # An algorithm's estimator takes (advantages.Earned, config), its loss (new_logprobs (B,A), the
-# update.Experience of these rows, config), where config has the fields of PPOConfig.
+# experience.Experience of these rows, config), where config has the fields of PPOConfig.
 
 
 def with_critic(earned, config):

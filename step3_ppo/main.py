@@ -17,6 +17,7 @@ from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
 from step3_ppo.config import PPOConfig
+from step3_ppo.experience import make_experience
 from step3_ppo.models import build, outputs, readers
 from step3_ppo.state import State
 from step3_ppo.update import train_on
@@ -168,7 +169,7 @@ def main() -> None:
                 raise
             rollout, sampled, greedy, metrics = drawn
             if watch.may_train_on(rollout, step):
-                experience, measured = rollouts.make_experience(rollout, config, state, greedy)
+                experience, measured = make_experience(rollout, config, state, greedy)
                 metrics |= measured
                 state.adapt(metrics["kl"], len(sampled), config)
                 trained = time.time()

@@ -1,4 +1,4 @@
-"""One batch of experience: generate → score → gather, then rewards and advantages.
+"""One rollout: generate → score → gather.
 
 Rows are dealt to the ranks for the forward passes and gathered again, so every rank holds the
 whole rollout (a few bytes a token) and PPO's arithmetic, its minibatches and its metrics are the
@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from step3_ppo import advantages as estimators
-from step3_ppo import algorithm, measures
 from step3_ppo.environments.play import play
 from step3_ppo.episodes import Episode, Tokens, lay_out, numbers_of, rows_of
 from utils.data import batches
@@ -261,83 +259,3 @@ def logprobs_of(input_ids, mask, actions, model, temperature: float, nucleus=Non
 def values_of(input_ids, mask, actions, critic) -> tuple[torch.Tensor]:
     """(B,P+R) → (B,R): V before response token t is drawn, read at the token before it."""
     return (critic(input_ids, mask)[:, -actions.shape[1] - 1 : -1],)
-
-
-@dataclass
-class Experience:
-    """A rollout with what the updates need. A = R where an action is a token, A = 1 where it is
-    the whole answer. (B,A) fp32 each, 0 where no action is."""
-
-    rollout: Rollout
-    action_mask: torch.Tensor  # (B,A) bool
-    logprobs: torch.Tensor
-    values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-    weights: torch.Tensor  # what each action counts in the policy's loss
-    kl_in_loss: float = 0.0  # the cost of a nat there; 0: it is charged in the rewards
-    scores: torch.Tensor | None = None  # (B,) fp32 as rewards count them; none in a micro-batch
-    rewards: torch.Tensor | None = None  # (B,A), of the whole rollout only too
-    # (B,) fp32, as `scores`, of the greedy answer to the row's prompt; None where there is none.
-    baseline: torch.Tensor | None = None
-
-    @property
-    def group(self) -> torch.Tensor:
-        """(B,) int64: number of the row's prompt in the rollout."""
-        return self.rollout.group
-
-
-def make_experience(
-    rollout: Rollout, config, state, greedy: Rollout | None = None
-) -> tuple[Experience, dict[str, float]]:
-    """Scores → rewards → advantages; and the rollout's metrics. greedy: row g answers the prompt of
-    group g."""
-    mask, logprobs, values = rollout.action_mask, rollout.logprobs, rollout.values
-    scores, clipped = state.shape_scores(rollout, config)
-    in_loss = config.place_of_kl() == "loss"
-    price, estimator = 0.0 if in_loss else state.kl_coef, config.estimator_of_kl()
-    rewards, _ = algorithm.token_rewards(
-        scores, logprobs, rollout.ref_logprobs, mask, price, estimator
-    )
-    if config.action_level == "sequence":
-        rewards, logprobs = (algorithm.one_action(x, mask) for x in (rewards, logprobs))
-        values, mask = algorithm.first_action(values, mask), mask.any(1, keepdim=True)
-    if config.whiten_rewards:
-        rewards = estimators.whiten(rewards, mask, shift_mean=False)
-    method = algorithm.ALGORITHMS[config.algorithm]
-    baseline = None if greedy is None else state.shaped(greedy, config)[0][rollout.group]
-    lengths = rollout.action_mask.sum(1)
-    earned = estimators.Earned(rewards, values, mask, rollout.group, lengths, baseline)
-    advantages, returns = method.advantages(earned, config)
-    learned = mask  # what the updates learn from
-    if config.mask_cut_answers:
-        learned = mask & rollout.finished[:, None]
-    weights = algorithm.loss_weights(learned, config.normalisation(), config.max_response_length)
-    experience = Experience(
-        rollout,
-        learned,
-        logprobs,
-        values,
-        advantages,
-        returns,
-        weights,
-        kl_in_loss=state.kl_coef if in_loss else 0.0,
-        scores=scores,
-        rewards=rewards,
-        baseline=baseline,
-    )
-    metrics = measures.measure_rollout(rollout, estimator) | clipped
-    of_all = dataclasses.replace(experience, action_mask=mask)
-    metrics |= measures.measure_experience(of_all, config, state)
-    if config.mask_cut_answers:
-        experience.advantages = advantages * learned
-    if "whiten_advantages" in method.reads and config.whiten_advantages:
-        experience.advantages = estimators.whiten(advantages, learned)
-    if config.importance_cap:
-        engine = rollout.engine_logprobs
-        if config.action_level == "sequence":
-            engine = algorithm.one_action(engine, rollout.action_mask)
-        experience.advantages = experience.advantages * algorithm.importance_weights(
-            logprobs, engine, mask, config.importance_cap
-        )
-    return experience, metrics

@@ -5,7 +5,7 @@ import math
 import torch
 
 from step3_ppo import algorithm, ptx, trust_region
-from step3_ppo.rollout import Experience
+from step3_ppo.experience import Experience
 from utils import metrics
 from utils.data import batches
 from utils.distributed import host_memory

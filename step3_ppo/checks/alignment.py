@@ -175,7 +175,7 @@ def advantages_reach_their_tokens(steps: FirstSteps) -> str:
         raise Fault(
             f"in the loss of the first minibatch tokens weigh up to {most:.2g} (mean {mean:.2g}, "
             "relative) more or less than the advantages that scores, KL and values make: rows or "
-            "tokens are out of step; see rollout.make_experience and update.step_actor"
+            "tokens are out of step; see experience.make_experience and update.step_actor"
         )
     _loss_is_divided(steps.trace, tokens, answers, config)
     return f"{tokens} tokens of the first minibatch weigh in the loss what they should"
@@ -197,7 +197,7 @@ def _scores_keep_their_order(experience, config) -> None:
                 raise Fault(
                     f"scores {raw[low]:.4g} and {raw[high]:.4g} of rows {low} and {high} count as "
                     f"{counted[low]:.4g} and {counted[high]:.4g}: rewards are another row's; see "
-                    "rollout.make_experience"
+                    "experience.make_experience"
                 )
 
 

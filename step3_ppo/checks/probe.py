@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from step3_ppo.experience import Experience
 from step3_ppo.models import Models
-from step3_ppo.rollout import Experience, Prompt, Rollout
+from step3_ppo.rollout import Prompt, Rollout
 from utils.distributed import process_group
 from utils.models import language_model, scorer
 from utils.verdicts import Fault

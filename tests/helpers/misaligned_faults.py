@@ -27,7 +27,7 @@ def scores_rolled_once_collected(patch):
         found.scores = found.scores.roll(1)
         return real(found, *args)
 
-    around(patch, rollout, "make_experience", make)
+    around(patch, step3, "make_experience", make)
 
 
 def rewards_of_the_row_before(patch):
@@ -42,7 +42,7 @@ def shaped_scores_of_the_row_before(patch):
         experience, metrics = real(other, *args)
         return dataclasses.replace(experience, rollout=found), metrics
 
-    around(patch, rollout, "make_experience", make)
+    around(patch, step3, "make_experience", make)
 
 
 def advantages_of_the_token_before(patch):

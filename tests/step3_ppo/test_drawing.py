@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from step3_ppo import drawing, rollout
-from step3_ppo.rollout import Prompt, make_experience
+from step3_ppo.experience import make_experience
+from step3_ppo.rollout import Prompt
 from step3_ppo.state import State
 from tests.helpers.small_models import config_of, drawn_rows, rollout_of
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from step3_ppo.experience import make_experience
 from step3_ppo.measures import measure_rollout
-from step3_ppo.rollout import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import config_of, drawn_rows, rollout_of
 from utils.distributed.process_group import StopRun

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from step3_ppo import ptx, update
-from step3_ppo.rollout import make_experience
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
 from utils.data import batches, fitting

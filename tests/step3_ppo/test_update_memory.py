@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from step3_ppo import update
-from step3_ppo.rollout import make_experience
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, rollout_of
 from utils.kernels import vocabulary_head

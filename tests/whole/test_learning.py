@@ -12,7 +12,7 @@ import torch
 from step3_ppo import algorithm, update
 from step3_ppo.advantages import gae
 from step3_ppo.checks.watch import Watch
-from step3_ppo.rollout import make_experience
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.jobs import ppo
 from tests.helpers.running import metrics_of, run_ranks

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from step3_ppo import rollout, update
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, config_of, drawn_rows, rollout_of
 from tests.helpers.waits import DEVICE, Waits
@@ -64,7 +65,7 @@ def per_micro_batch(work, packed: bool) -> dict[str, float]:
 
 def experience():
     rows = rollout_of(drawn_rows(ROWS, VOCABULARY, seed=5))
-    return rollout.make_experience(rows, config_of(prompts_per_rollout=ROWS), State(kl_coef=0.1))[0]
+    return make_experience(rows, config_of(prompts_per_rollout=ROWS), State(kl_coef=0.1))[0]
 
 
 def actor(found, config):

@@ -11,7 +11,8 @@ from step3_ppo import algorithm, update
 from step3_ppo.algorithm import ALGORITHMS
 from step3_ppo.checks import alignment
 from step3_ppo.checks.probe import Fault, Probe
-from step3_ppo.rollout import Prompt, make_experience
+from step3_ppo.experience import make_experience
+from step3_ppo.rollout import Prompt
 from step3_ppo.state import State
 from tests.helpers.small_models import Engine, TableActor, config_of, drawn_rows, rollout_of
 from utils.rewards.sums import Function, WeightedSum

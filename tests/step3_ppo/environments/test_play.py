@@ -14,6 +14,7 @@ from step3_ppo import update
 from step3_ppo.environments import play as playing
 from step3_ppo.environments.environment import Environment
 from step3_ppo.episodes import lay_out, numbers_of
+from step3_ppo.experience import make_experience
 from step3_ppo.state import State
 from tests.helpers.chat_templates import byte_level
 from tests.helpers.small_models import Engine, config_of
@@ -289,7 +290,7 @@ def first_step(model, tokenizer, prompts):
         rollout_engine=NativeEngine(),
         reward_function=WeightedSum({"priced": priced}, [1.0]),
         environment=Environment(says, "says", tokenizer, "tool", TURNS, 60.0),
-        **dict.fromkeys(("critic", "reward", "judge", "frozen_offload", "ptx")),
+        **dict.fromkeys(("critic", "reward", "judge", "frozen_offload", "ptx", "nucleus")),
     )
     config = config_of(
         algorithm="reinforce",
@@ -302,7 +303,7 @@ def first_step(model, tokenizer, prompts):
     )
     device = torch.device("cpu")
     rollout, _ = rollouts.collect(models, prompts, config, device, noise_step=0)
-    experience, measured = rollouts.make_experience(rollout, config, State(kl_coef=0.0))
+    experience, measured = make_experience(rollout, config, State(kl_coef=0.0))
     everything = list(range(len(prompts)))
     measured |= update.step_actor(models, experience, everything, config, device)
     return SimpleNamespace(rollout=rollout, seen=seen, measured=measured, actor=models.actor)
