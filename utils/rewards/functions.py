@@ -211,7 +211,7 @@ def _within(seconds: float, function: Callable, batch: Batch) -> _Call:
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     gradients = torch.is_grad_enabled()
     # Copies: a function that changes its arguments must not change the data of later steps.
-    arguments = [[copy.copy(row) for row in column] for column in batch.arguments]
+    arguments = copy.deepcopy(list(batch.arguments))
 
     def work() -> None:
         try:

@@ -169,7 +169,7 @@ def test_where_the_server_dies_the_run_is_saved_and_goes_on(tiny, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/"
     flags = ("--reward_url", url, "--max_steps", 5, "--self_check", "off")
-    flags += ("--reward_function_timeout", 1, "--learning_rate", 1e-3)
+    flags += ("--reward_function_timeout", 4, "--learning_rate", 1e-3)
 
     def job(name, *more):
         return ppo(tiny, tiny / "base_model", "", tmp_path / name, *flags, *more)
