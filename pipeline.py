@@ -51,7 +51,7 @@ class Method:
 METHODS = {
     name: Method(name, step, flag, families)
     for step, flag, families, names in (
-        ("ppo", "algorithm", (), "ppo a2c trpo"),
+        ("ppo", "algorithm", (), "ppo a2c trpo nlpo"),
         ("ppo", "algorithm", FAMILIES[:1], "reinforce reinforce++ remax"),
         (
             *("ppo", "algorithm", FAMILIES[:2]),

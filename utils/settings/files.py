@@ -15,7 +15,7 @@ from utils import strict_json
 # methods of one family share, a method's own section, and in rounds after the first `later_…`.
 FAMILIES = ("critic_free", "groups", "no_reference")
 METHODS = tuple(
-    "ppo a2c trpo reinforce reinforce++ remax "
+    "ppo a2c trpo nlpo reinforce reinforce++ remax "
     "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo "
     "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce "
     "simpo orpo slic best_of_n".split()
