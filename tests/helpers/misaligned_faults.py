@@ -82,8 +82,9 @@ def reference_at_another_temperature(patch):
         reference.append(built.reference)
         return built
 
-    def logprobs(real, ids, mask, actions, model, temperature):
-        return real(ids, mask, actions, model, temperature * (1.3 if model in reference else 1.0))
+    def logprobs(real, ids, mask, actions, model, temperature, *nucleus):
+        temperature *= 1.3 if model in reference else 1.0
+        return real(ids, mask, actions, model, temperature, *nucleus)
 
     around(patch, step3, "build", build)
     around(patch, rollout, "logprobs_of", logprobs)

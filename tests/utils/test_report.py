@@ -57,7 +57,7 @@ def test_curves_are_labelled_by_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "read_metrics", lambda folder: rows)
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    summary.plot(tmp_path)
+    summary.plot(tmp_path, tmp_path, {"ppo": tmp_path})
     (axis,) = (a for a in drawn[0].axes if a.get_title().endswith("KL to the reference"))
     found = {f"kl_{line.get_label()}": line.get_ydata().tolist() for line in axis.lines}
     assert found == kls
