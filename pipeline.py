@@ -121,12 +121,22 @@ class Pipeline(Settings):
             return self.labeller
         return "verifier" if self.embedded else "reward_model"
 
+    def _samples(self) -> bool:
+        """Does collect.py have a stage in this run?"""
+        demonstrated = any(method.step == "sft" for method in self.methods())
+        return self.embedded or self.rounds > 1 or demonstrated
+
     def contradictions(self, world_size: int) -> Iterator[str]:
         for name in ("sft_data", "preference_data"):
             if not self.embedded and not getattr(self, name):
                 yield f"this recipe needs --{name}"
         if not self.embedded and self.labeller == "verifier":
             yield "labeller=verifier judges the embedded task only; leave out --labeller"
+        elif self.labeller != "auto" and not self._samples():
+            yield (
+                f"labeller={self.labeller} ranks new answers, and rounds=1 of these methods "
+                "collects none; leave out --labeller, or set --rounds or --method best_of_n"
+            )
         scored = [m.name for m in self.methods() if m.step == "ppo"]
         if self.rounds > 1 and scored and self.ranked_by() == "reward_model":
             yield (
@@ -267,6 +277,8 @@ class Plan:
             "policies": policies,
             "judge_model": self.reward,
             "output_file": out / "methods.json",
+            # The section `collect` may hold settings that are refused with another labeller.
+            "labeller": self.given.ranked_by(),
         }
         if self.given.embedded:
             flags["held_out_data"] = out / "data/held_out.jsonl"
@@ -285,8 +297,9 @@ def paths_made(output: Path, embedded: bool) -> Iterator[Path]:
         ".methods",
         *(method.folder for method in METHODS.values()),
     ]
+    names += [f"step2_reward{m.suffix}" for m in METHODS.values() if m.step == "ppo" and m.suffix]
     yield from (output / name for name in names)
-    yield from output.glob("round[0-9]*")
+    yield from (path for path in output.glob("round*") if path.name[5:].isdecimal())
     if embedded:
         yield output / "data"
     else:  # a folder of that name may be the user's

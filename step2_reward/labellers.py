@@ -47,21 +47,23 @@ def by_reward_model(config, prompts, answers: list[list[Sampled]], reward) -> li
 def by_reward_function(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
     """The weighted sum of --reward_function's scores, asked for --micro_batch_size prompts at a
     time on rank 0. Ends the run with the row that is to blame."""
-    labels: list | str = []
-    if process_group.is_main():
-        asked = list(zip(prompts, answers, strict=True))
-        size = config.micro_batch_size
-        try:
-            for some in (asked[i : i + size] for i in range(0, len(asked), size)):
-                rows = [(p.messages, a.text, p.row, a.finished) for p, group in some for a in group]
-                scores = reward.total(reward.scores(Answers(*map(list, zip(*rows, strict=True)))))
-                found = iter(scores.tolist())
-                labels += [[next(found) for _ in group] for _, group in some]
-        except FunctionError as error:
-            labels = str(error)
-    labels = process_group.gather_objects(labels)[0]
-    if isinstance(labels, str):
-        raise SystemExit(labels)
+    labels: list[list[float]] = []
+    asked, size = list(zip(prompts, answers, strict=True)), config.micro_batch_size
+    for some in (asked[i : i + size] for i in range(0, len(asked), size)):
+        found: list[float] | str = []
+        if process_group.is_main():
+            rows = [(p.messages, a.text, p.row, a.finished) for p, group in some for a in group]
+            try:
+                scores = reward.scores(Answers(*map(list, zip(*rows, strict=True))))
+                found = reward.total(scores).tolist()
+            except FunctionError as error:
+                found = str(error)
+        # After each call: all of them may take longer than --timeout_minutes lets a rank wait.
+        found = process_group.gather_objects(found)[0]
+        if isinstance(found, str):
+            raise SystemExit(found)
+        scores_in_turn = iter(found)
+        labels += [[next(scores_in_turn) for _ in group] for _, group in some]
     return labels
 
 

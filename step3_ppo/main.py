@@ -26,6 +26,7 @@ from utils.data import prompts as prompt_data
 from utils.data import toy_tasks
 from utils.data.loading import DataSettings
 from utils.distributed import program
+from utils.distributed.process_group import StopRun
 from utils.models.scorer import reads_text
 from utils.run import Run
 from utils.settings import command_line
@@ -160,7 +161,12 @@ def main() -> None:
             tick = time.time()
             if models.nucleus is not None and step and step % config.mask_every == 0:
                 models.nucleus.update()
-            drawn = drawing.draw(models, prompts, config, device, step)
+            try:
+                drawn = drawing.draw(models, prompts, config, device, step)
+            except StopRun:  # of a reward or an environment, before anything of this step is done
+                if step:
+                    run.checkpoints.save(step, wait=True)
+                raise
             rollout, sampled, greedy, metrics = drawn
             if watch.may_train_on(rollout, step):
                 experience, measured = make_experience(rollout, config, state, greedy)

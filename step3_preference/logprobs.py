@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from utils import whole_files
-from utils.data import comparisons
+from utils.data import chat_template, comparisons
 from utils.data.preferences import Answers
 from utils.distributed import process_group, zero
 from utils.models import language_model
 from utils.models.loading import Loading
+from utils.models.scorer import differences
 
 FILE = "reference_logprobs.npz"
 
@@ -57,6 +58,13 @@ def of_reference(config, parts: dict[str, Sequence], tokenizer, run) -> dict[str
     parts: views of rows by name.
     """
     path = config.reference_model or config.model_name_or_path
+    other = chat_template.load_tokenizer(path, config.trust_remote_code, config.date)
+    if differ := differences(tokenizer, other):
+        raise SystemExit(
+            f"reference_model={path!r} and model_name_or_path={config.model_name_or_path!r} differ "
+            f"in {', '.join(differ)}: the same ids would mean different text; give one that shares "
+            "the model's tokenizer as --reference_model"
+        )
     key = _key(path, run.dtype, parts)
     file = Path(config.output_dir) / FILE
     # Rank 0's look at the file decides for all.

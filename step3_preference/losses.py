@@ -222,8 +222,9 @@ class KTO(Loss):
 class RankingLoss(Loss):
     def total(self, scores, labels, z0, how):
         parts = scores.split([len(row) for row in labels.rows])
-        ranked = zip(parts, labels.rows, strict=True)
-        return sum(plackett_luce(part, torch.tensor(row), how) for part, row in ranked)
+        rows = (torch.tensor(row, dtype=torch.float64) for row in labels.rows)
+        ranked = zip(parts, rows, strict=True)
+        return sum(plackett_luce(part, row, how) for part, row in ranked)
 
 
 def _pairs(meaning: str, score: Callable, compare: Callable, **numbers) -> PairLoss:

@@ -107,7 +107,7 @@ class Returned:
     expected: object
 
     def passes(self, program: str, confine: bool) -> bool:
-        sources = [program, CALL, f"_call({self.function!r})"]
+        sources = [CALL, program, f"_call({self.function!r})"]
         given = json.dumps(self.arguments)
         ended = sandbox.run_program(sources, given, LIMITS, name="answer", confine=confine)
         accepted = [self.expected]
@@ -115,7 +115,7 @@ class Returned:
             accepted += self.expected  # in APPS it is often in a list of its own
         try:
             result = json.loads(ended.output)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return ended.code == 0 and any(same_value(result, one) for one in accepted)
 
@@ -149,6 +149,9 @@ def tests_of(row: dict) -> Iterator[Test]:
         )
     inputs, outputs = pairs.get("inputs"), pairs.get("outputs")
     if given(inputs):
+        if not all(isinstance(x, (list, tuple)) for x in (inputs, outputs or ())):
+            found = f"{inputs!r:.80} and {outputs!r:.80}"
+            raise ValueError(f"inputs and outputs must be lists, not {found}")
         if len(inputs) != len(outputs or ()):
             raise ValueError(f"{len(inputs)} inputs for {len(outputs or ())} outputs")
         for one, expected in zip(inputs, outputs, strict=True):
@@ -213,5 +216,8 @@ def same_value(a: object, b: object) -> bool:
         return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
     if isinstance(a, float) or isinstance(b, float):
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
-        return numbers and math.isclose(a, b, rel_tol=CLOSE, abs_tol=CLOSE)
+        try:
+            return numbers and math.isclose(a, b, rel_tol=CLOSE, abs_tol=CLOSE)
+        except OverflowError:  # an integer beyond any float
+            return False
     return type(a) is type(b) and a == b

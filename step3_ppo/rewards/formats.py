@@ -20,11 +20,13 @@ from utils.rewards.sandbox import Servants
 
 SECONDS = 1.0
 LETTERS = "ABCDEFGHIJ"
-# What may stand before a letter that is chosen, the clearest first.
+# What may stand before a letter that is chosen. A small one counts only before a sign or at the end
+# of its line: "the answer is a dog" and "we choose a card" choose nothing.
 STATED = re.compile(
     r"(?:answer\s*(?:is|:|=)|answer\s*[:：]|答案\s*(?:是|为|选|：|:)|选择?|choose)"
-    r"[\s:：]*(?:option\s*|choice\s*)?[(（\[*]*([A-J])(?![A-Za-z])",
-    re.I,
+    r"[\s:：]*(?:option\s*|choice\s*)?"
+    r"[(（\[*]*((?-i:[A-J])(?![A-Za-z])|[A-J](?=[)）\].*]|\s*$))",
+    re.I | re.M,
 )
 ALONE = re.compile(r"^[\s(（\[*]*([A-J])[\s)）\]*.:：,]*(?:$|(?<=[)）\].:：,])\s)", re.M)
 BLOCK = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.S | re.I)

@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 
 import run_all
+from evaluation.methods import MethodsConfig
 from pipeline import ALL, METHODS, Plan, paths_made
+from step2_reward.collect import CollectConfig
 from step3_ppo.algorithm import ALGORITHMS
+from step3_preference.config import PreferenceConfig
 from step3_preference.losses import LOSSES
-from utils.settings import files
+from utils.settings import command_line, files
 
 REAL = ["scratch", "--sft_data", "s.jsonl", "--preference_data", "p.jsonl"]
+BY_FUNCTION = ["--labeller", "reward_function", "--collect.reward_function", "f.py:g"]
 
 
 def stages(*words) -> list:
@@ -154,6 +158,39 @@ def test_settings_reach_the_stages_that_read_their_section():
     ]
 
 
+def configs_of(*words) -> list[tuple[str, object]]:
+    """(script, its settings) of each stage that collects, compares or trains on preferences."""
+    classes = {
+        "step2_reward/collect.py": CollectConfig,
+        "step3_preference/main.py": PreferenceConfig,
+        "evaluation/methods.py": MethodsConfig,
+    }
+    job = run_all.Job([*words, "--output_dir", "out"])
+    return [
+        (s.script, command_line.build(classes[s.script], job.words_for(s), 1))
+        for s in job.all_stages()
+        if s.script in classes
+    ]
+
+
+def test_a_labellers_settings_suit_every_stage_that_reads_them():
+    found = configs_of(*REAL, *BY_FUNCTION, "--method", "best_of_n", "--rounds", "2")
+    assert [c.labeller for _, c in found] == ["reward_function"] * 3
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "scratch", "qwen2.5-0.5b", "7b-zero3"])
+def test_no_round_holds_out_what_an_earlier_one_trained_on(recipe):
+    """Nor a single prompt of the new answers: collect.py has left out what its own share is."""
+    data = [] if recipe == "tiny" else REAL[1:]
+    shares = {}
+    for script, config in configs_of(recipe, *data, "--method", "dpo", "--rounds", "2"):
+        shares.setdefault(script, set()).add(config.eval_fraction)
+    (collected,), (trained,) = (
+        shares[script] for script in ("step2_reward/collect.py", "step3_preference/main.py")
+    )
+    assert trained > collected
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -163,6 +200,7 @@ def test_settings_reach_the_stages_that_read_their_section():
         (["tiny", "--method", "dpo", "dpo"], "a method stands there twice"),
         ([*REAL, "--rounds", 2], "which the old one cannot label"),
         ([*REAL, "--labeller", "verifier"], "judges the embedded task only"),
+        ([*REAL, "--labeller", "reward_function"], "ranks new answers, and rounds=1"),
         (["tiny", "--rounds", 1, "--replay_share", 0.5], "replay_share=0.5 is read only with"),
         (["tiny", "--replay_share", 1.5], "must be at most 1"),
         (["scratch", "--sft_data", "a"], "this recipe needs --preference_data"),
@@ -174,14 +212,20 @@ def test_what_a_run_would_pass_over_is_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_overwrite_takes_what_methods_made_and_leaves_a_users_data(tmp_path):
-    job = run_all.Job([*REAL, "--output_dir", str(tmp_path), "--method", *METHODS])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_overwrite_takes_what_methods_made_and_leaves_a_users_data(tmp_path, rounds):
+    words = [*REAL, *BY_FUNCTION, "--rounds", str(rounds), "--method", *METHODS]
+    job = run_all.Job([*words, "--output_dir", str(tmp_path)])
     (tmp_path / "data").mkdir()
-    made = {Path(s.flags.get("output_file", s.flags.get("output_dir"))) for s in job.all_stages()}
-    mine = {tmp_path / "data/own.jsonl", tmp_path / "step3_notes", tmp_path / "round", tmp_path}
+    flags = [stage.flags for stage in job.all_stages()]
+    made = {Path(given.get("output_file", given.get("output_dir"))) for given in flags}
+    # Of what stands in the folder of a round, that folder.
+    made = {p.parent if p.parent.name.startswith("round") else p for p in made}
+    names = "data/own.jsonl step3_notes round round2_notes".split()
+    mine = {tmp_path, *(tmp_path / name for name in names)}
     found = set(paths_made(tmp_path, embedded=False))
-    for path in made - found:
-        path.touch()  # those below data/ are found once they are there
+    for path in (made | mine) - found - {tmp_path}:
+        path.touch()  # those below data/, and rounds, are found once they are there
     found = set(paths_made(tmp_path, embedded=False))
     assert made <= found and not mine & found and tmp_path / "data" not in found
     assert isinstance(job.plan, Plan) and tmp_path / "data" in paths_made(tmp_path, embedded=True)

@@ -8,6 +8,7 @@ from step2_reward.collect import CollectConfig
 from step2_reward.kept_answers import Sampled
 from step2_reward.labellers import agreeing_scores, by_reward_function, share_agreeing
 from utils.data.prompts import Prompt
+from utils.distributed import process_group
 from utils.rewards import sums
 from utils.settings import command_line
 
@@ -61,6 +62,15 @@ def test_functions_rank_each_prompts_answers_with_its_own_row(tmp_path):
     assert asked(tmp_path, "length") == [[0, 1], [3, 4], [4, 3]]
     both = asked(tmp_path, "length", "asks", weights=(-1, 0.5))
     assert both == [[0, -1], [2, 1], [-4, -3]]
+
+
+def test_other_ranks_wait_for_one_call_at_a_time(tmp_path, monkeypatch):
+    gathered, gather = [], process_group.gather_objects
+    monkeypatch.setattr(
+        process_group, "gather_objects", lambda found: gathered.append(found) or gather(found)
+    )
+    asked(tmp_path, "length")
+    assert gathered == [[0, 1, 3, 4], [4, 3]], "three prompts, two a call"
 
 
 def test_a_function_that_fails_ends_the_run_with_the_row(tmp_path):

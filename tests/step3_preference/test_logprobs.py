@@ -1,5 +1,6 @@
 """The reference's numbers: computed once, and read again for the same rows and reference alone."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -80,3 +81,13 @@ def test_they_are_read_again_for_the_same_rows_and_reference_alone(run, tiny, mo
     file.write_bytes(file.read_bytes()[:200])
     numbers_of(run, {"train": Rows(ROWS[::-1])})
     assert len(loaded) == 3
+
+
+def test_a_reference_whose_ids_mean_other_text_is_refused(run, tiny, tmp_path):
+    other = chat_template.load_tokenizer(str(tiny / "base_model"))
+    other.add_tokens(["zyx"])
+    shutil.copytree(tiny / "base_model", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    run.config.reference_model = str(tmp_path / "other")
+    with pytest.raises(SystemExit, match="differ in vocabulary: .* as --reference_model"):
+        numbers_of(run, {"train": ROWS})

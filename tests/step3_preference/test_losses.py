@@ -253,6 +253,9 @@ def test_a_ranking_costs_the_logarithm_of_its_chance():
     both = [*rows, REJECTED, CHOSEN]
     _, sums = loss_of("plackett_luce", both, [labels, [0, 1]], how)
     assert float(sums["loss"]) == pytest.approx(expected + pair, rel=1e-12)
+    # Scores that are one number in fp32 are no tie.
+    _, sums = loss_of("plackett_luce", [CHOSEN, REJECTED], [[2.0**24 + 1, 2.0**24]], how)
+    assert float(sums["loss"]) == pytest.approx(pair, rel=1e-12)
 
 
 def test_ties_of_a_ranking_claim_nothing_of_each_other():

@@ -110,8 +110,8 @@ def load(
     bad.finish("preference_data")
     if not train or not held:
         raise SystemExit(
-            "no row to train or evaluate on; give more --preference_data, or raise "
-            f"--max_length (now {max_length})"
+            "no row to train or evaluate on; give more --preference_data, raise --max_length "
+            f"(now {max_length}), or lower --pair_margin (now {margin:g})"
         )
     for view, part in zip(views, ("answers to train on", "held-out answers"), strict=True):
         say(view.counts().line(part))
@@ -152,4 +152,4 @@ class Mismatched(Sequence):
         return Answers([ids[: self.max_length]], [row.begins[0]], [0.0], [0])
 
     def fingerprint(self) -> str:
-        return f"mismatched {self.rows.fingerprint()}"
+        return f"mismatched within {self.max_length} tokens, {self.rows.fingerprint()}"

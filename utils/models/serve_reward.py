@@ -5,7 +5,6 @@ python -m utils.models.serve_reward --model RM --port 8100
 
 import hmac
 import json
-import os
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,15 +14,18 @@ import torch
 
 from utils.data.chat_template import READ_AT, READ_AT_HELP, TemplateError
 from utils.distributed import program, zero
+from utils.errors import UserError
 from utils.models import scalar_model
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer
+from utils.rewards import remote
+from utils.rewards.functions import FunctionError
 from utils.rewards.remote import TOKEN
 from utils.settings import command_line
 from utils.settings.fields import Settings, setting
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-LARGEST = 1 << 28  # bytes of a request
+LOCAL = ("127.0.0.1", "localhost")
+LARGEST, CHUNK = 1 << 28, 1 << 20  # bytes of a request; of one that is thrown away, at a time
 
 
 @dataclass
@@ -58,8 +60,8 @@ def scores_of(scorer: Scorer, config: ServeConfig, asked: object) -> list[float]
     if not isinstance(asked, dict):
         raise Asked("not a JSON object")
     prompts, texts = asked.get("messages"), asked.get("responses")
-    finished = asked.get("finished", [True] * len(texts or ()))
-    columns = (prompts, texts, finished)
+    finished = asked.get("finished", [True] * len(texts) if isinstance(texts, list) else None)
+    columns = (texts, prompts, finished)
     if not all(isinstance(column, list) and len(column) == len(texts) for column in columns):
         raise Asked("messages, responses and finished must be lists of one length")
     if not all(isinstance(text, str) for text in texts):
@@ -83,16 +85,19 @@ def scores_of(scorer: Scorer, config: ServeConfig, asked: object) -> list[float]
 
 def server_of(scorer: Scorer, config: ServeConfig) -> ThreadingHTTPServer:
     """Listens at once; answers with serve_forever(). One batch is scored at a time."""
-    one_at_a_time, token = threading.Lock(), os.environ.get(TOKEN)
+    one_at_a_time, token = threading.Lock(), remote.token()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            given = self.headers.get("Authorization", "")
-            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return self.reply(401, {"error": f"set {TOKEN} to the server's"})
             length = self.headers.get("Content-Length", "")
             if not length.isdecimal() or int(length) > LARGEST:
                 return self.reply(413, {"error": f"Content-Length must be at most {LARGEST}"})
+            given = self.headers.get("Authorization", "")
+            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                # Read, or the connection is reset before a long request's sender sees the reply.
+                for begin in range(0, int(length), CHUNK):
+                    self.rfile.read(min(CHUNK, int(length) - begin))
+                return self.reply(401, {"error": f"set {TOKEN} to the server's"})
             try:
                 asked = json.loads(self.rfile.read(int(length)))
                 with one_at_a_time:
@@ -118,9 +123,13 @@ def server_of(scorer: Scorer, config: ServeConfig) -> ThreadingHTTPServer:
 def main() -> None:
     config = command_line.parse(ServeConfig, __doc__)
     program.quiet_libraries()
+    try:
+        remote.token()
+    except FunctionError as error:
+        raise UserError(str(error)) from None
     server = server_of(scorer_of(config), config)
     who = "this machine only" if config.host in LOCAL else "every machine that reaches it"
-    open_ = "" if os.environ.get(TOKEN) else f"; without a token ({TOKEN} is not set)"
+    open_ = "" if remote.token() else f"; without a token ({TOKEN} is not set)"
     host, port = server.server_address[:2]
     print(f"{config.model} answers {who} at http://{host}:{port}/{open_}", flush=True)
     server.serve_forever()

@@ -135,6 +135,13 @@ def confine(readable=()) -> None:
     only_known_calls()
 
 
+def attempt(memory: int, seconds: int, output: int) -> None:
+    """What `run` does before a program starts. OSError, ValueError or KeyError where this machine
+    or this user cannot."""
+    limit(memory, seconds, output)
+    confine()
+
+
 def run(job: int, memory: int, seconds: int, output: int, confined: bool) -> None:
     """Run the sources of a job, which the file of this number holds as JSON: {"name": __name__,
     "sources": [Python, …]}, one after the other with the same globals."""
@@ -180,4 +187,4 @@ if __name__ == "__main__":
     with open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")  # where memory runs out, the kernel ends this process first
     what, *arguments = json.loads(sys.argv[1])
-    {"run": run, "serve": serve, "confine": confine}[what](*arguments)
+    {"run": run, "serve": serve, "attempt": attempt}[what](*arguments)

@@ -211,7 +211,8 @@ def _within(seconds: float, function: Callable, batch: Batch) -> _Call:
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     gradients = torch.is_grad_enabled()
     # Copies: a function that changes its arguments must not change the data of later steps.
-    arguments = [[copy.copy(row) for row in column] for column in batch.arguments]
+    # Of each row by itself, as samples of one prompt share theirs.
+    arguments = [[copy.deepcopy(row) for row in column] for column in batch.arguments]
 
     def work() -> None:
         try:

@@ -22,6 +22,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 AGAIN = (408, 429)  # and all from 500
 
 
+def token() -> str:
+    """Without the line end that files and secret stores add; empty where none is set. FunctionError
+    where it cannot be sent, whose own message would print it."""
+    found = os.environ.get(TOKEN, "").strip()
+    if not (found.isascii() and found.isprintable()):
+        raise FunctionError(f"{TOKEN} holds what no header can: line ends, or letters beyond ASCII")
+    return found
+
+
 class NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would take the token to another address."""
 
@@ -49,6 +58,7 @@ class Server:
                 break
             except urllib.error.HTTPError as error:
                 said = hidden(error.read(500).decode("utf-8", "replace"))
+                said = said.replace(token(), "…") if token() else said
                 problem = f"HTTP {error.code} {error.reason}: {said}"
                 if error.code < 500 and error.code not in AGAIN:
                     raise FunctionError(f"reward server {self.url} refused: {problem}") from None
@@ -68,8 +78,8 @@ class Server:
 
     def _post(self, body: bytes, seconds: float) -> object:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(TOKEN):
-            headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
+        if token():
+            headers["Authorization"] = f"Bearer {token()}"
         request = urllib.request.Request(self.url, body, headers)
         seconds = None if seconds == float("inf") else seconds
         with urllib.request.build_opener(NoRedirects).open(request, timeout=seconds) as reply:

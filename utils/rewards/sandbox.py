@@ -4,6 +4,7 @@ run_program    Python from a model: what it writes, and how it ended
 call_each      a function of ours on many arguments, each call with a time limit
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -53,9 +54,9 @@ def _command(*job) -> list[str]:
 @functools.cache
 def refusal() -> str:
     """Why this machine cannot confine programs; empty where it can."""
-    tried = subprocess.run(
-        _command("confine"), env=ENVIRONMENT, cwd="/", capture_output=True, text=True
-    )
+    # With the limits: where this user may not set them, no program would start.
+    asked = _command("attempt", Limits.memory, Limits.seconds, Limits.output)
+    tried = subprocess.run(asked, env=ENVIRONMENT, cwd="/", capture_output=True, text=True)
     if tried.returncode == 0:
         return ""
     why = tried.stderr.strip().splitlines()[-1:] or [f"exit code {tried.returncode}"]
@@ -95,7 +96,9 @@ def run_program(
             start_new_session=True,
         )
         watched = os.pidfd_open(process.pid)
-        in_time, _, _ = select.select([watched], [], [], 2 * limits.seconds)
+        waiting = select.poll()  # select.select would refuse the 1024th open file
+        waiting.register(watched, select.POLLIN)
+        in_time = waiting.poll(2000 * limits.seconds)
         os.close(watched)
         # Unconfined it may have started others, which are in its group; the group's number is its
         # own until `wait` has taken note of its end.
@@ -129,10 +132,7 @@ class Servants:
         return each(self._call, calls)
 
     def _call(self, arguments: Sequence) -> object:
-        try:
-            process = self.idle.get_nowait()
-        except queue.Empty:
-            process = self._started()
+        process = self._taken()
         try:
             process.stdin.write(json.dumps(arguments) + "\n")
             process.stdin.flush()
@@ -142,10 +142,20 @@ class Servants:
         if line:
             self.idle.put(process)
             return json.loads(line)
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it has not read
+            process.stdin.close()
         if process.wait() not in (-signal.SIGPROF, -signal.SIGALRM):
             raise RuntimeError(f"{self.name} failed, exit code {process.returncode}; see stderr")
         return None
+
+    def _taken(self) -> subprocess.Popen:
+        """One that is idle, or a new one. Idle ones may have been ended where memory ran out."""
+        while not self.idle.empty():
+            with contextlib.suppress(queue.Empty):
+                process = self.idle.get_nowait()
+                if process.poll() is None:
+                    return process
+        return self._started()
 
     def _started(self) -> subprocess.Popen:
         # They run our own code: the time limit holds where nothing can be confined, too.

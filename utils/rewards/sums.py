@@ -73,7 +73,7 @@ def load(names: list[str], weights: list[float], timeout: float, server=None) ->
 
 
 def metric_names(names: list[str]) -> list[str]:
-    """FILE.py:name → name, or the whole where several functions are called that."""
+    """FILE.py:name → name, or the whole where several functions are called that, or the server."""
     short = [name.rpartition(":")[2] for name in names]
-    times = Counter(short)
+    times = Counter([*short, "url"])
     return [s if times[s] == 1 else whole for s, whole in zip(short, names, strict=True)]

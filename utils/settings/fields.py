@@ -146,6 +146,8 @@ def value_of(f: dataclasses.Field, given):
             shown = ", ".join(str(choice) or "(nothing)" for choice in f.metadata["choices"])
             raise ValueError(f"{f.name}={value} is not one of {shown}")
         return value
+    if given == "":
+        return []  # a file may say so that there is none; older ones do where one name was taken
     values = [convert(v, kind, f.name) for v in (given if isinstance(given, list) else [given])]
     if kind is str and not all(v.strip() for v in values):
         raise ValueError(f"{f.name}={values} holds an empty name")

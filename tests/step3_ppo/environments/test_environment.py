@@ -89,11 +89,14 @@ def test_a_slow_one_ends_in_time_with_the_row_to_blame():
 def test_what_it_is_given_are_copies():
     def changes(conversations, rows):
         for conversation, row in zip(conversations, rows, strict=True):
+            conversation[0]["content"] = "another"
             conversation.clear()
             row.clear()
         return [None] * len(rows)
 
+    before = copy.deepcopy(CONVERSATIONS)
     environment(changes).replies(CONVERSATIONS, ROWS)
+    assert before == CONVERSATIONS
     assert [len(c) for c in CONVERSATIONS] == [2, 2, 2] and ROWS[2] == {"n": 2}
 
 

@@ -55,7 +55,11 @@ def verl(tests):
         (HUMAN, "print('passed')\nimport sys\nsys.exit()", 0),
         (HUMAN, '"""', 0),
         (HUMAN, "", 0),
-        (CALLED, "import os\nos.write(1, b'3')\nos._exit(0)", 0.5),  # right for the first, by luck
+        (CALLED, "import os\nos.write(1, b'3')\nos._exit(0)", 0),
+        (CALLED, f"{ADD}\nprint(add(1, 2))", 1),  # an example of its use
+        # What is read of an answer must not end the run.
+        (CALLED, "_os.write(_out, b'[' * 100_000)\n_os._exit(0)", 0),
+        (CALLED | {"outputs": [0.5, 7.5]}, "def add(a, b):\n    return 10**400", 0),
         (DOUBLE, "while True: pass", 0),
     ],
 )
@@ -131,6 +135,7 @@ def test_results_are_compared_as_json_has_them(a, b, same):
     [
         ({"prompt": "p"}, "the row has no tests: .*; it has 'prompt'"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs for 0 outputs"),
+        ({"inputs": "12", "outputs": "34"}, "must be lists, not '12' and '34'"),
         ({"input_output": "{"}, "the row's tests is no JSON"),
         ({"input_output": "[1]"}, "are no JSON object of inputs and outputs: .1."),
     ],

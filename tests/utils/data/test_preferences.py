@@ -82,7 +82,7 @@ def test_pairs_that_are_no_further_apart_than_the_margin_are_left_out(
     settings = DataSettings(str(tmp_path), eval_fraction=0.5)
     load = partial(preferences.load, [str(file)], tokenizer, settings, 96)
     if not kept:
-        with pytest.raises(SystemExit, match="no row to train or evaluate on"):
+        with pytest.raises(SystemExit, match=r"lower --pair_margin \(now 1.5\)"):
             load("best_worst", False, said.append, margin)
         return
     parts = load("best_worst", False, said.append, margin)
@@ -170,7 +170,9 @@ def test_a_mismatched_answer_is_another_prompts(tokenizer, tmp_path):
             assert ids[:begin] == own.answers[0][: own.begins[0]]
             givers = [other for other in part if ids[begin:] == other.answers[0][other.begins[0] :]]
             assert len(givers) == 1 and givers[0].prompt != own.prompt
-    assert max(len(row.answers[0]) for row in preferences.Mismatched(parts[0], 16)) == 16
+    long, short = (preferences.Mismatched(parts[0], length) for length in (96, 16))
+    assert max(len(row.answers[0]) for row in short) == 16
+    assert short.fingerprint() != long.fingerprint(), "of other tokens, where rows are the same"
 
 
 def test_mismatched_answers_take_turns_and_need_two_prompts(tokenizer, tmp_path):

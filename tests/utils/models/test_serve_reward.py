@@ -13,6 +13,7 @@ from tests.helpers.running import metrics_of, run_ranks
 from utils.models import serve_reward
 from utils.models.serve_reward import ServeConfig, scorer_of, server_of
 from utils.rewards import remote
+from utils.rewards.functions import FunctionError
 from utils.rewards.remote import Server
 from utils.rewards.sums import Answers
 
@@ -58,6 +59,8 @@ def test_scores_over_http_are_the_scorers(served):
         ("[]", "not a JSON object"),
         ('{"messages": [[]], "responses": ["a"]}', "each with role and content"),
         ('{"messages": [], "responses": ["a"]}', "of one length"),
+        ('{"messages": []}', "of one length"),
+        ('{"messages": [], "responses": 1}', "of one length"),
         ('{"messages": [[{"role": "user", "content": 1}]], "responses": ["a"]}', "with role and"),
         ('{"messages": [[{"role": "user", "content": "p"}]], "responses": [1]}', "is no text"),
         ('{"messages": [[]], "responses": ["a"], "finished": [1]}', "neither true nor false"),
@@ -74,8 +77,10 @@ def test_a_token_keeps_others_out(served, monkeypatch):
     one = Answers([({"role": "user", "content": "p"},)], ["a"], [{}], [True])
     assert len(Server(url, 5.0)(one)) == 1
     monkeypatch.setenv(remote.TOKEN, "wrong")
-    with pytest.raises(Exception, match="refused: HTTP 401"):
-        Server(url, 5.0)(one)
+    long = Answers(one.messages, ["a" * (16 << 20)], [{}], [True])  # more than sockets hold
+    for asked in (one, long):
+        with pytest.raises(FunctionError, match="refused: HTTP 401"):
+            Server(url, 5.0)(asked)
 
 
 def test_it_is_this_machines_only_unless_asked():
@@ -83,7 +88,6 @@ def test_it_is_this_machines_only_unless_asked():
 
 
 def test_a_run_by_a_served_model_is_the_run_by_the_model(served, tiny, chain, tmp_path):
-    """And where the server dies, the run ends with a checkpoint from which it goes on."""
     url = served[1]()
     end = ("--reward_read_at", "end")
     few = ("--max_steps", 2, "--self_check", "off")

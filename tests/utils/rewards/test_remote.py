@@ -2,10 +2,12 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 
+from tests.helpers.jobs import ppo
+from tests.helpers.running import metrics_of, run_ranks
 from utils.rewards import remote
 from utils.rewards.functions import FunctionError
 from utils.rewards.remote import Server
@@ -126,3 +128,62 @@ def test_the_token_goes_to_the_server_and_nowhere_else(serve, monkeypatch):
         Server(url, 5.0)(ANSWERS)
     assert seen[0][0]["Authorization"] == "Bearer a-secret-word" and not at_other
     assert "a-secret-word" not in str(caught.value) + repr(Server(url, 5.0))
+    echo, _ = serve((403, "not a-secret-word"))
+    with pytest.raises(FunctionError, match="not …"):
+        Server(echo, 5.0)(ANSWERS)
+
+
+def test_a_token_as_files_hold_it(serve, monkeypatch):
+    """With a line end behind it; one within it is refused, and the refusal does not print it."""
+    url, seen = serve(GOOD)
+    monkeypatch.setenv(remote.TOKEN, "a-secret-word\n")
+    Server(url, 5.0)(ANSWERS)
+    assert seen[0][0]["Authorization"] == "Bearer a-secret-word"
+    monkeypatch.setenv(remote.TOKEN, "a-secret\nword")
+    with pytest.raises(FunctionError, match="REWARD_TOKEN holds what no header can") as caught:
+        Server(url, 5.0)(ANSWERS)
+    assert "secret" not in str(caught.value) and len(seen) == 1
+
+
+@pytest.mark.slow
+def test_where_the_server_dies_the_run_is_saved_and_goes_on(tiny, tmp_path):
+    """After three rollouts; and to the same end, bit for bit, once the server is there again."""
+    asked, alive = [], [4]  # requests that it lives for: the evaluation before, three rollouts
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps([len(r) / 10 for r in asked["responses"]]).encode())
+
+        def log_message(self, *_):
+            pass
+
+    class Mortal(ThreadingHTTPServer):
+        def verify_request(self, *_):
+            asked.append(1)
+            return len(asked) <= alive[0]
+
+    server = Mortal(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    flags = ("--reward_url", url, "--max_steps", 5, "--self_check", "off")
+    flags += ("--reward_function_timeout", 4, "--learning_rate", 1e-3)
+
+    def job(name, *more):
+        return ppo(tiny, tiny / "base_model", "", tmp_path / name, *flags, *more)
+
+    try:
+        with pytest.raises(AssertionError, match=r"(?s)exit codes \[1\].*gave no scores.*--resume"):
+            run_ranks([job("died")], 1)
+        saved = [p.name for p in (tmp_path / "died/checkpoints").iterdir()]
+        assert saved == ["step-000003"] and len(metrics_of(tmp_path / "died", "score")) == 3
+        alive[0] = 10**6
+        run_ranks([job("whole"), job("died", "--resume", "auto")], 1)
+    finally:
+        server.shutdown()
+        server.server_close()
+    for name in ("score", "kl", "policy_loss", "eval/score"):
+        found = metrics_of(tmp_path / "died", name)
+        assert len(found) >= 2 and found == metrics_of(tmp_path / "whole", name)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -164,6 +165,38 @@ def test_a_machine_that_cannot_confine_says_why(monkeypatch):
         sandbox.refusal.cache_clear()
 
 
+def test_where_its_limits_cannot_be_set_it_says_so():
+    """Else no program would start, and every answer would score 0."""
+
+    def poor():
+        # Without the capability to raise limits (PR_CAPBSET_DROP, CAP_SYS_RESOURCE): as a user.
+        confined.libc.prctl(24, 24, 0, 0, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    source = "from utils.rewards import sandbox; print(sandbox.refusal())"
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        cwd=sandbox.ROOT,
+        preexec_fn=poor,
+        capture_output=True,
+        text=True,
+    )
+    assert "cannot be confined here" in done.stdout and "maximum limit" in done.stdout
+
+
+def test_many_open_files_are_no_hindrance():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, before[1]), before[1]))
+    files = []
+    try:
+        files += [os.open("/dev/null", os.O_RDONLY) for _ in range(1200)]
+        assert end_of("print(1)") == sandbox.Ended(0, "1\n")
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 # Calls of our own functions.
 
 
@@ -184,6 +217,16 @@ def test_a_call_that_needs_too_much_memory_has_no_answer():
 def test_a_function_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="operator:truediv failed"):
         Servants("operator:truediv", 5.0).call_each([[1, 0]])
+
+
+def test_one_that_was_ended_while_it_was_idle_is_replaced():
+    servants = Servants("operator:add", 5.0)
+    assert servants.call_each([[1, 2]]) == [3]
+    idle = servants.idle.get()
+    idle.kill()
+    idle.wait()
+    servants.idle.put(idle)
+    assert servants.call_each([[3, 4]]) == [7]
 
 
 def test_servants_end_with_their_master():

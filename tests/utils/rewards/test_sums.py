@@ -53,3 +53,10 @@ def test_functions_of_one_name_are_told_apart(own):
 def test_the_one_that_fails_is_named(own):
     with pytest.raises(FunctionError, match="own.py:fails' failed on row 1 of 2: RuntimeError"):
         sums.load([own("length"), own("fails")], [], 5.0).scores(ANSWERS)
+
+
+def test_a_function_called_url_stands_beside_the_server(own, tmp_path):
+    (tmp_path / "own.py").write_text(OWN + "url = length")
+    both = sums.load([own("url")], [], 5.0, server=lambda answers: [7.0] * len(answers))
+    assert list(both.parts) == [own("url"), "url"]
+    assert both.total(both.scores(ANSWERS)).tolist() == [1 + 7, 2 + 7]

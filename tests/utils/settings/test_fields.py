@@ -94,6 +94,13 @@ def test_what_a_reward_function_measures_may_cost():
     assert build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1).reward_function_coef == -0.5
 
 
+def test_an_empty_text_in_a_file_is_a_list_of_none(tmp_path):
+    """Older config.yaml have reward_function: '', where one name was taken."""
+    (tmp_path / "c.yaml").write_text("reward_function: ''\nreward_weights: ''\n")
+    config = build(PPOConfig, ["--config", str(tmp_path / "c.yaml"), *NEEDED[PPOConfig]], 1)
+    assert config.reward_function == [] and config.reward_weights == []
+
+
 def test_a_preference_loss_takes_its_own_numbers_unless_they_are_set():
     def how(*argv):
         return build(PreferenceConfig, [*NEEDED[PreferenceConfig], *argv], 1).how()
