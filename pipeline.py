@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from step3_ppo.algorithm import ALGORITHMS
+from step3_preference.losses import LOSSES
+from utils.settings import files
 from utils.settings.fields import Settings, setting
-from utils.settings.files import FAMILIES, LATER
 
 PROGRAMS = {
     "sft": "step1_sft/main.py",
@@ -44,30 +46,25 @@ class Method:
     def sections(self, number: int) -> tuple[str, ...]:
         """Of settings, in round `number`; the last one counts."""
         later = [f"later_{self.step}"] if number > 1 else []
-        found = (self.step, *self.families, self.name, *(s for s in later if s in LATER))
+        found = (self.step, *self.families, self.name, *(s for s in later if s in files.SECTIONS))
         return tuple(dict.fromkeys(found))
 
 
-METHODS = {
-    name: Method(name, step, flag, families)
-    for step, flag, families, names in (
-        ("ppo", "algorithm", (), "ppo a2c trpo nlpo"),
-        ("ppo", "algorithm", FAMILIES[:1], "reinforce reinforce++ remax"),
-        (
-            *("ppo", "algorithm", FAMILIES[:2]),
-            "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo",
-        ),
-        (
-            "preference",
-            "loss",
-            (),
-            "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce",
-        ),
-        ("preference", "loss", FAMILIES[2:], "simpo orpo slic"),
-        ("sft", "", (), "best_of_n"),
-    )
-    for name in names.split()
-}
+# What methods of one kind share has a section of its own, beside theirs.
+CRITIC_FREE, GROUPS, NO_REFERENCE = FAMILIES = ("critic_free", "groups", "no_reference")
+
+
+def _methods() -> Iterator[Method]:
+    """All there are: every --algorithm of step 3, every --loss of preferences, and best of n."""
+    for name, entry in ALGORITHMS.items():
+        families = ((CRITIC_FREE, not entry.critic), (GROUPS, entry.groups))
+        yield Method(name, "ppo", "algorithm", tuple(family for family, so in families if so))
+    for name, loss in LOSSES.items():
+        yield Method(name, "preference", "loss", () if loss.reads_reference else (NO_REFERENCE,))
+    yield Method("best_of_n", "sft")
+
+
+METHODS = {method.name: method for method in _methods()}
 ALL = "ppo grpo rloo dpo kto best_of_n".split()  # what --method all means
 
 
@@ -230,7 +227,7 @@ class Plan:
             data = self.with_replay(flag, learned, older if number > 1 else 0)
             flags = {"model_name_or_path": policy, "output_dir": folder / method.folder}
             flags |= {method.flag: method.name} if method.flag else {}
-            if method.flag and "no_reference" not in method.families:
+            if method.flag and NO_REFERENCE not in method.families:
                 flags["reference_model"] = self.sft
             if method.step != "ppo":
                 flags |= data

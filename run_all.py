@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from pipeline import Pipeline, Plan, Stage, paths_made
+from pipeline import FAMILIES, METHODS, Pipeline, Plan, Stage, paths_made
 from utils import launch
 from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
@@ -89,6 +89,12 @@ class Job:
             for flag in self.flags
             if "." in flag and flag.partition(".")[0] not in read
         ]
+        there = {*METHODS, *FAMILIES}
+        problems += [
+            f"  - {path}: methods.{name} is no method; there are " + ", ".join(sorted(there))
+            for path in self.configs
+            for name in sorted(files.methods_in(path) - there)
+        ]
         if problems:
             end("these settings cannot work:\n" + "\n".join(problems))
 
@@ -104,7 +110,8 @@ class Job:
     def words_for(self, stage: Stage) -> list[str]:
         """Its own flags, then recipe and --config files, flags for every step, flags for the
         sections that it reads: the last one counts."""
-        more = "".join(f":{name}" for name in stage.sections[1:])
+        names = (n if n in files.SECTIONS else files.METHODS + n for n in stage.sections[1:])
+        more = "".join(f":{name}" for name in names)
         words = words_of(stage.flags) + ["--config", *(path + more for path in self.configs)]
         words += ["--overwrite"] if self.settings.overwrite else ["--resume", "auto"]
         given = {n: v for n, v in self.flags.items() if "." not in n}

@@ -29,13 +29,15 @@ from pipeline import METHODS  # noqa: E402
 
 def recipe_flags(section: str) -> list[str]:
     """Flags of a section of the tiny recipe."""
-    given = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text(encoding="utf-8"))[section]
+    given = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text(encoding="utf-8"))
+    given = (given | given["methods"])[section]
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def method_flags(name: str) -> list[str]:
     """What run_all.sh --method NAME gives its step beside the step's own section of the recipe."""
     there = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text(encoding="utf-8"))
+    there = there | there["methods"]
     method = METHODS[name]
     flags = [f"--{method.flag}", name] if method.flag else []
     sections = [section for section in method.sections(1)[1:] if section in there]

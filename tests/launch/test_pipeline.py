@@ -6,7 +6,7 @@ import pytest
 
 import run_all
 from evaluation.methods import MethodsConfig
-from pipeline import ALL, METHODS, Plan, paths_made
+from pipeline import ALL, FAMILIES, METHODS, Plan, paths_made
 from step2_reward.collect import CollectConfig
 from step3_ppo.algorithm import ALGORITHMS
 from step3_preference.config import PreferenceConfig
@@ -42,9 +42,18 @@ def test_every_algorithm_and_loss_is_a_method_that_reads_what_there_is():
     assert set(LOSSES) == set(losses)
     for name, entry in LOSSES.items():
         assert ("no_reference" in losses[name].families) == (not entry.reads_reference), name
-    assert set(METHODS) == set(files.METHODS) and set(ALL) <= set(METHODS)
+    assert set(ALL) <= set(METHODS)
     sections = {section for m in METHODS.values() for n in (1, 2) for section in m.sections(n)}
-    assert sections <= set(files.SECTIONS)
+    assert sections <= {*files.SECTIONS, *METHODS, *FAMILIES}
+    assert not {*METHODS, *FAMILIES} & set(files.SECTIONS) - {"ppo"}
+
+
+def test_a_section_of_no_method_is_refused(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("methods:\n  gpro:\n    kl_coef: 0.2\n")
+    with pytest.raises(SystemExit):
+        run_all.Job(["tiny", "--config", str(file), "--output_dir", "out"])
+    assert "methods.gpro is no method; there are " in capsys.readouterr().err
 
 
 def test_methods_share_sft_and_reward_model_and_are_compared():
@@ -148,10 +157,10 @@ def test_settings_reach_the_stages_that_read_their_section():
 
     found = [given(s) for s in job.plan.stages() if s.method and s.sections[0] != "collect"]
     assert found == [
-        ("tiny.yaml:dpo", "2", "0.2"),
-        ("tiny.yaml:dpo:later_preference", "1", "0.2"),
-        ("tiny.yaml:kto", "2", "0.3"),
-        ("tiny.yaml:kto:later_preference", "1", "0.3"),
+        ("tiny.yaml:methods.dpo", "2", "0.2"),
+        ("tiny.yaml:methods.dpo:later_preference", "1", "0.2"),
+        ("tiny.yaml:methods.kto", "2", "0.3"),
+        ("tiny.yaml:methods.kto:later_preference", "1", "0.3"),
         ("tiny.yaml", None, None),
         ("tiny.yaml", None, None),  # the reward model
         ("tiny.yaml:later_ppo", None, None),

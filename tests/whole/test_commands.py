@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+import pipeline
 import run_all
 from evaluation.chat import ChatConfig
 from evaluation.methods import MethodsConfig
@@ -145,7 +146,14 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relativ
 @functools.cache
 def known_flags() -> set[str]:
     flags = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)} | OF_OTHERS
-    flags |= {"help", "config", "check_config", *files.SECTIONS}
+    flags |= {
+        "help",
+        "config",
+        "check_config",
+        *files.SECTIONS,
+        *pipeline.METHODS,
+        *pipeline.FAMILIES,
+    }
     for path in [ROOT / "run_all.sh", *(p for p in FILES if p.suffix in (".py", ".sh"))]:
         pattern = r"--([a-z]\w+)" if path.suffix == ".sh" else r"""add_argument\(\s*"--(\w+)"""
         flags |= set(re.findall(pattern, path.read_text()))

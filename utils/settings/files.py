@@ -11,19 +11,13 @@ import yaml
 
 from utils import strict_json
 
-# Programs read `all` and the section of their step. run_all.sh lets them read more on top: what
-# methods of one family share, a method's own section, and in rounds after the first `later_…`.
-FAMILIES = ("critic_free", "groups", "no_reference")
-METHODS = tuple(
-    "ppo a2c trpo nlpo reinforce reinforce++ remax "
-    "grpo dr_grpo rloo reinforce++_baseline opo gspo cispo "
-    "dpo ipo cdpo robust_dpo dpo_norm apo_zero apo_down kto plackett_luce "
-    "simpo orpo slic best_of_n".split()
+# Programs read `all` and the section of their step; `run` is read by run_all.sh itself, `scratch`
+# is the shape of a model from random weights. run_all.sh lets programs read more on top: `later_…`
+# in rounds after the first, and of the sections in `methods` those of the method that it runs.
+SECTIONS = tuple(
+    "all run scratch sft collect reward ppo preference later_ppo later_preference methods".split()
 )
-LATER = ("later_ppo", "later_preference")
-# `run` is read by run_all.sh itself; `scratch` is the shape of a model from random weights.
-SECTIONS = ("all", "run", "scratch", "sft", "collect", "reward", "ppo", "preference")
-SECTIONS = tuple(dict.fromkeys((*SECTIONS, *FAMILIES, *METHODS, *LATER)))
+METHODS = "methods."
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,14 +59,27 @@ def layers(word: str, *sections: str) -> list[tuple[str, dict]]:
     `FILE:SECTION:SECTION` reads more sections on top. ValueError where there is no such file.
     """
     path, more = word, []
-    while ":" in path[1:] and (last := path.rpartition(":")[2]) in SECTIONS:
+    while ":" in path[1:] and is_section(last := path.rpartition(":")[2]):
         path, more = path.rpartition(":")[0], [last, *more]
     values = read(path)
     known = {name: v for name, v in values.items() if name in SECTIONS and isinstance(v, dict)}
     outside = {name: v for name, v in values.items() if name not in known}
     outside = {name: v for name, v in outside.items() if name not in SECTIONS or v is not None}
+    for name, v in known.pop("methods", {}).items():
+        if not isinstance(v, dict):
+            raise ValueError(f"--config {path!r}: {METHODS}{name} holds no settings but {v!r}")
+        known[METHODS + str(name)] = v
     found = [(path, outside)] if not sections or "all" in sections else []
     return found + [(f"{path}, {n}", known[n]) for n in (*sections, *more) if n in known]
+
+
+def is_section(name: str) -> bool:
+    return name in SECTIONS or name.startswith(METHODS)
+
+
+def methods_in(path: str) -> set[str]:
+    """The names in section `methods` of a file."""
+    return set(map(str, read(path).get("methods") or ()))
 
 
 def read(path: str) -> dict:
