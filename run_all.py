@@ -110,9 +110,8 @@ class Job:
     def words_for(self, stage: Stage) -> list[str]:
         """Its own flags, then recipe and --config files, flags for every step, flags for the
         sections that it reads: the last one counts."""
-        names = (n if n in files.SECTIONS else files.METHODS + n for n in stage.sections[1:])
-        more = "".join(f":{name}" for name in names)
-        words = words_of(stage.flags) + ["--config", *(path + more for path in self.configs)]
+        configs = [files.with_sections(path, stage.sections[1:]) for path in self.configs]
+        words = words_of(stage.flags) + ["--config", *configs]
         words += ["--overwrite"] if self.settings.overwrite else ["--resume", "auto"]
         given = {n: v for n, v in self.flags.items() if "." not in n}
         for section in stage.sections:

@@ -134,8 +134,8 @@ def test_recipes_name_real_settings(recipe):
     read = {SFTConfig: "sft", PPOConfig: "ppo", PreferenceConfig: "preference"}
     for config in (*read, CollectConfig, RewardConfig, run_all.Pipeline):
         methods = [m for m in pipeline.METHODS.values() if m.step == read.get(config)]
-        more = [":".join(m.sections(2)[1:]) for m in methods] or [""]
-        for word in (f"{recipe}:{each}" if each else str(recipe) for each in more):
+        for more in [m.sections(2)[1:] for m in methods] or [()]:
+            word = files.with_sections(str(recipe), more)
             for place, settings in files.layers(word, *config.sections):
                 assert settings.keys() <= {f.name for f in fields(config)}, place
 
@@ -239,7 +239,9 @@ def of_config(program: str, flags: dict[str, str]) -> dict[str, str]:
         path, *more = word.split(":")
         sections = yaml.safe_load(Path(path).read_text())
         for name in ("all", SECTIONS[program.removeprefix(f"{ROOT}/")], *more):
-            said |= {n: str(value) for n, value in sections.get(name, {}).items()}
+            there = sections.get("methods", {}) if name.startswith("methods.") else sections
+            own = there.get(name.removeprefix("methods."), {})
+            said |= {n: str(value) for n, value in own.items()}
     return said
 
 

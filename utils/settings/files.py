@@ -5,6 +5,7 @@ program reads what stands outside the sections, then `all`, then its own section
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -71,6 +72,11 @@ def layers(word: str, *sections: str) -> list[tuple[str, dict]]:
         known[METHODS + str(name)] = v
     found = [(path, outside)] if not sections or "all" in sections else []
     return found + [(f"{path}, {n}", known[n]) for n in (*sections, *more) if n in known]
+
+
+def with_sections(path: str, names: Sequence[str]) -> str:
+    """The word of --config for a file of which these sections are read on top."""
+    return ":".join([path, *(n if n in SECTIONS else METHODS + n for n in names)])
 
 
 def is_section(name: str) -> bool:
