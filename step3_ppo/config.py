@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from step3_ppo import contradictions
 from step3_ppo.algorithm import ALGORITHMS, KL_ESTIMATORS, NORMALISATIONS, NOT_FOR_ALL
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
@@ -271,101 +272,10 @@ class PPOConfig(RunConfig):
 
     def contradictions(self, world_size: int) -> Iterator[str]:
         yield from super().contradictions(world_size)
-        rollout, size = self.rollout_size(), self.global_batch_size
-        # The rollout.
-        sources = self.reward_sources()
-        if not self.reward_model and not sources:
-            yield (
-                "reward_model is empty; set --reward_model (step 2's output), --reward_function or "
-                "--reward_url"
-            )
-        for name, default in (("reward_weights", []), ("reward_function_coef", 1.0)):
-            if not sources and getattr(self, name) != default:
-                yield (
-                    f"{name}={getattr(self, name)} is read only with --reward_function or "
-                    f"--reward_url; set one, or leave out --{name}"
-                )
-        if sources and self.reward_weights and len(self.reward_weights) != len(sources):
-            yield (
-                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
-                f"{len(sources)} of --reward_function and --reward_url; give --reward_weights one "
-                "each"
-            )
-        if rollout % max(size, 1):
-            yield (
-                f"prompts_per_rollout × samples_per_prompt = {self.prompts_per_rollout} × "
-                f"{self.samples_per_prompt} = {rollout} is not divisible by global_batch_size="
-                f"{size}; set --prompts_per_rollout to a multiple, or lower --global_batch_size"
-            )
-        by_layer = self.zero_stage == 3 and self.rollout_gather == "layer"
-        if by_layer and self.decode in ("static", "graph"):
-            yield (
-                f"decode={self.decode} and rollout_gather=layer: ranks that gather each layer "
-                "together cannot replay a step apart; set --decode eager"
-            )
-        if self.offload_frozen and self.stage_of_reference() == 3:
-            yield (
-                "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
-                "--reference_zero_stage 0, or --offload all for shards in CPU memory"
-            )
-        if self.hybrid_engine == "deepspeed" and self.rollout_gather == "rollout":
-            yield (
-                "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
-                "--rollout_gather auto, or --hybrid_engine native"
-            )
-        # The algorithm.
-        if ALGORITHMS[self.algorithm].one_step and (self.ppo_epochs, rollout) != (1, size):
-            yield (
-                f"algorithm={self.algorithm} has no ratio that would mend samples of an older "
-                f"policy: set --ppo_epochs 1 (now {self.ppo_epochs}) and --global_batch_size "
-                f"{rollout} (now {size}), one step a rollout"
-            )
-        for name in self.unread():
-            yield f"algorithm={self.algorithm} does not read {name}; leave out --{name}"
-        if self.algorithm == "nlpo" and self.hybrid_engine == "deepspeed":
-            yield (
-                "algorithm=nlpo draws among some tokens only, which hybrid_engine=deepspeed does "
-                "not know; set --hybrid_engine native"
-            )
-        if self.algorithm == "gspo" and self.action_level == "sequence":
-            yield (
-                "action_level=sequence: gspo's ratio is by the mean over the answer's tokens, not "
-                "by their sum; leave out --action_level, or set --algorithm grpo"
-            )
-        if self.place_of_kl() == "loss" and self.estimator_of_kl() == "k1":
-            yield (
-                "kl_estimator=k1 with kl_in=loss: its gradient is 0 on average and holds nothing "
-                "back; set --kl_estimator k3 or k2, or --kl_in reward"
-            )
-        if self.dynamic_sampling and not self.compares_groups():
-            yield (
-                f"dynamic_sampling={self.dynamic_sampling} is for algorithms that compare the "
-                f"answers to a prompt, and {self.algorithm} does not; leave it out"
-            )
-        if self.overlong_penalty and not 0 < self.overlong_buffer <= self.max_response_length:
-            yield (
-                f"overlong_penalty needs 0 < overlong_buffer={self.overlong_buffer} ≤ "
-                f"max_response_length={self.max_response_length}; set --overlong_buffer"
-            )
-        if self.compares_groups() and self.samples_per_prompt < 2:
-            yield (
-                f"algorithm={self.algorithm} compares the answers to one prompt and "
-                f"samples_per_prompt={self.samples_per_prompt} gives none to compare with; set "
-                "--samples_per_prompt 8"
-            )
-        if 0 < self.dual_clip <= 1:
-            yield f"dual_clip={self.dual_clip} must be above 1 (3 is usual), or 0 for off"
-        if bool(self.ptx_coef) != bool(self.ptx_data):
-            yield f"ptx_coef={self.ptx_coef} and ptx_data={self.ptx_data} need each other; set both"
-        if self.kl_target > 0 and self.kl_coef == 0:
-            yield "kl_target multiplies kl_coef=0, which stays 0; set --kl_coef above 0"
-        if self.kl_target > 0 and self.kl_horizon <= rollout * 0.2:
-            yield (
-                f"kl_horizon={self.kl_horizon} is too short for rollouts of {rollout} sequences: "
-                "kl_coef would jump; set --kl_horizon well above the rollout"
-            )
-        if self.check_only and self.self_check == "off":
-            yield "check_only asks for the self-check and self_check=off refuses it; drop one"
+        yield from contradictions.of_rewards(self)
+        yield from contradictions.of_rollouts(self)
+        yield from contradictions.of_algorithm(self)
+        yield from contradictions.of_loss(self)
 
     def shortened(self) -> "PPOConfig":
         """The same run with a first rollout of one optimizer step, for --check_only."""

@@ -148,6 +148,25 @@ def evaluate(engine, held: Rows, config, device) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
+def result_of(before: dict, after: dict) -> dict:
+    """What result.json says of the evaluations before and after training."""
+    result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
+    return result | {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()}
+
+
+def told(result: dict) -> str:
+    """The result in words; single answers have no pairs, and so no accuracy."""
+    accuracy = ""
+    if "pairs_after" in result:
+        accuracy = (
+            f"accuracy {result['accuracy_after']:.3f} (95 % by prompt: "
+            f"{result['accuracy_low_after']:.3f} to {result['accuracy_high_after']:.3f}, "
+            f"{result['pairs_after']} pairs), "
+        )
+    loss = f"{result['loss_before']:.4f} → {result['loss_after']:.4f}"
+    return f"held-out loss {loss}, {accuracy}margin {result['margin_after']:.3f}"
+
+
 def main() -> None:
     config = command_line.parse(PreferenceConfig, __doc__)
     run = Run(config)
@@ -223,22 +242,8 @@ def main() -> None:
     after = measure()
     watch.warn(steps, after)
     run.save()
-    result = {f"{k.removeprefix('eval/')}_before": v for k, v in before.items()}
-    result |= {f"{k.removeprefix('eval/')}_after": v for k, v in after.items()} | {"steps": steps}
-    accuracy = (
-        ""
-        if "pairs_after" not in result
-        else (
-            f"accuracy {result['accuracy_after']:.3f} (95 % by prompt: "
-            f"{result['accuracy_low_after']:.3f} to {result['accuracy_high_after']:.3f}, "
-            f"{result['pairs_after']} pairs), "
-        )
-    )
-    run.finish(
-        result,
-        f"held-out loss {result['loss_before']:.4f} → {result['loss_after']:.4f}, {accuracy}margin "
-        f"{result['margin_after']:.3f}; saved {config.output_dir}",
-    )
+    result = result_of(before, after) | {"steps": steps}
+    run.finish(result, f"{told(result)}; saved {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def collect(tiny, policy, *flags):
     return job("step2_reward/collect.py", settings, *flags)
 
 
-def reward(tiny, policy, out, *flags):
+def reward(tiny, policy, out, *flags, program="step2_reward/main.py"):
     settings = {
         "model_name_or_path": policy,
         "preference_data": tiny / "data/comparisons.jsonl",
@@ -55,22 +55,11 @@ def reward(tiny, policy, out, *flags):
         "max_length": 96,
         "eval_fraction": 0.2,
     }
-    return job("step2_reward/main.py", settings | TRAINING, *flags)
+    return job(program, settings | TRAINING, *flags)
 
 
 def preference(tiny, policy, out, *flags):
-    settings = {
-        "model_name_or_path": policy,
-        "preference_data": tiny / "data/comparisons.jsonl",
-        "output_dir": out,
-        "max_steps": 5,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "learning_rate": 1e-3,
-        "max_length": 96,
-        "eval_fraction": 0.2,
-    }
-    return job("step3_preference/main.py", settings | TRAINING, *flags)
+    return reward(tiny, policy, out, *flags, program="step3_preference/main.py")
 
 
 def ppo(tiny, policy, reward_model, out, *flags):

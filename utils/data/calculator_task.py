@@ -9,7 +9,6 @@ Most demonstrations guess, and are wrong; a third call the calculator, of which 
 something else or do not believe it. No prompt stands in two files.
 """
 
-import argparse
 import operator
 import random
 from pathlib import Path
@@ -69,16 +68,7 @@ def write(
     return toy_tasks.write_files(folder, files)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--seed", type=int, default=42)
-    arguments = parser.parse_args()
-    for name, path in write(arguments.output_dir, arguments.seed).items():
-        print(f"{name}: {path}")
-
-
 if __name__ == "__main__":
     from utils.distributed.program import run
 
-    run(main)
+    run(lambda: toy_tasks.main(write, __doc__))

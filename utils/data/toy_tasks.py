@@ -277,10 +277,11 @@ def write_files(folder: str | Path, files: dict[str, Iterable[dict]]) -> dict[st
     return paths
 
 
-def main() -> None:
+def main(write=write, about: str = __doc__) -> None:
+    """Writes a task's files where the command line says."""
     import argparse
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
