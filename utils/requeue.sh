@@ -11,6 +11,8 @@ requeued() {
     trap 'warned=1; [ -z "$command" ] || kill -USR1 "$command"' USR1
     "$@" &
     command=$!
+    # Warned before its process was known: asked once more, when it surely runs.
+    [ "$warned" = 0 ] || { sleep 1 && kill -USR1 "$command"; }
     wait "$command"
     code=$?
     while kill -0 "$command" 2>/dev/null; do # a signal ended the waiting and not the command

@@ -221,6 +221,20 @@ def test_a_job_goes_back_into_the_queue_where_it_was_warned_and_has_saved(
     assert asked == ("requeue 7\n" if requeued else "")
 
 
+def test_a_job_that_is_warned_before_its_command_runs_is_asked_to_save_too(tmp_path):
+    """`trap` here warns as soon as it listens: before the process that it would ask is known."""
+    script(tmp_path / "bin/scontrol", f'#!/bin/bash\necho "$@" >>{tmp_path}/asked\n')
+    warn = 'trap() { builtin trap "$@"; kill -USR1 $$; }'
+    work = "trap 'exit 75' USR1; while :; do sleep 0.02; done"
+    job = subprocess.run(
+        ["bash", "-c", f'. "$SLURM_SUBMIT_DIR/utils/requeue.sh"; {warn}; requeued bash -c "{work}"'],
+        env=environment(tmp_path, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7"),
+        timeout=60,
+    )
+    assert job.returncode == 75
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
 def test_the_interface_towards_a_machine():
     """One that has the address which the kernel would send from; none for this machine alone."""
     import psutil
