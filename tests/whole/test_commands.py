@@ -17,6 +17,7 @@ import run_all
 from evaluation.chat import ChatConfig
 from evaluation.methods import MethodsConfig
 from evaluation.prompt_eval import PromptEvalConfig
+from evaluation.win_rate import WinRateConfig
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
@@ -36,6 +37,7 @@ CONFIGS = {
     "step3_preference/main.py": PreferenceConfig,
     "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
+    "evaluation/win_rate.py": WinRateConfig,
     "evaluation/chat.py": ChatConfig,
     "utils/models/serve_reward.py": ServeConfig,
 }
