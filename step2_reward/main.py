@@ -22,6 +22,7 @@ from utils.data.loading import DataSettings
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import scalar_model, scorer
+from utils.models.adapters import Lora
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -78,7 +79,8 @@ def freeze(model, patterns: list[str]) -> str:
     """Leave only weights that match a pattern, and the head, trainable; says how many."""
     for name, p in model.named_parameters():
         p.requires_grad_(
-            not patterns or ".score." in name or any(re.search(x, name) for x in patterns)
+            p.requires_grad  # adapters leave their base frozen
+            and (not patterns or ".score." in name or any(re.search(x, name) for x in patterns))
         )
     free = [n for n, p in model.named_parameters() if p.requires_grad]
     if patterns and all(".score." in n for n in free):
@@ -114,6 +116,7 @@ def main() -> None:
         config.model_name_or_path,
         tokenizer=tokenizer,
         head="normal",
+        lora=config.pick(Lora),
         **loading,
     )
     run.say(freeze(model, config.trainable_modules))
