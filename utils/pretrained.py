@@ -16,7 +16,11 @@ def adapter_file(path: str) -> str | None:
     """Where the settings of an adapter folder, or of a hub name that is one, lie; None: a model."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    return find_adapter_config_file(str(path)) if path else None
+    if not path or os.path.isdir(path):
+        file = os.path.join(path, "adapter_config.json")
+        return file if os.path.isfile(file) else None
+    with refused(path, "a model"):
+        return find_adapter_config_file(path)
 
 
 def base_of(path: str) -> str | None:
