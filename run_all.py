@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipeline import FAMILIES, METHODS, Pipeline, Plan, Stage, paths_made
-from utils import launch
+from utils import launch, whole_files
 from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
 
@@ -99,7 +99,7 @@ class Job:
             end("these settings cannot work:\n" + "\n".join(problems))
 
     def all_stages(self) -> list[Stage]:
-        compared = [] if self.methods == ["ppo"] else [self.plan.comparison()]
+        compared = [self.plan.comparison()] if self.settings.is_compared() else []
         return [*self.plan.stages(), *compared]
 
     def kept(self, name: str, otherwise: str) -> str:
@@ -185,10 +185,11 @@ class Job:
         if summary.exists() and self.kept(".methods", "ppo").split() == self.methods:
             print(f"\n=== finished before (--overwrite begins anew)\n{summary.read_text()}", end="")
             return
-        if self.methods != ["ppo"]:
+        if self.settings.is_compared():
             self.start(self.plan.comparison())
         flags = {"output_dir": self.output, "seed": self.settings.seed, "methods": self.methods}
-        flags["reward"] = self.plan.reward
+        if self.settings.trains_reward_model():
+            flags["reward"] = self.plan.reward
         flags["seconds"] = [f"{name}={took:.0f}" for name, took in self.times.items()]
         if self.settings.embedded:
             flags["verifier_data"] = self.output / "data/held_out.jsonl"
@@ -197,8 +198,10 @@ class Job:
             done = python("evaluation.summary", *words_of(flags), stdout=subprocess.PIPE)
             print(done.stdout, end="", flush=True)
             if not done.returncode:
-                summary.write_text(done.stdout)
+                # Of which methods it is, before it is there: it says that all is finished.
+                summary.unlink(missing_ok=True)
                 (self.output / ".methods").write_text(" ".join(self.methods))
+                whole_files.write_text(summary, done.stdout)
             return done.returncode
 
         self.stage("evaluation", run)
@@ -209,7 +212,7 @@ class Job:
 
     def run(self) -> None:
         if self.settings.embedded:
-            self.make("data", self.output / "data", "utils.data.toy_tasks")
+            self.make("data", self.output / "data", f"utils.data.{self.settings.task}")
         if not self.settings.model_name_or_path:
             shape = {"data": [*self.plan.sft_data, *self.settings.preference_data]}
             for _, values in (layer for p in self.configs for layer in files.layers(p, "scratch")):

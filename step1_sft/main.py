@@ -22,8 +22,9 @@ from utils.distributed import host_memory, program, zero
 from utils.generation import engines
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.metrics import Metric
-from utils.models import language_model
+from utils.models import freezing, language_model
 from utils.models.adapters import Lora
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -128,6 +129,7 @@ def main() -> None:
         lora=config.pick(Lora),
         **loading,
     )
+    run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     answers = Answers(run, engine, tokenizer, held)
     budget = config.micro_batch_size, config.micro_batch_tokens

@@ -11,9 +11,10 @@ from utils.distributed.host_memory import FrozenOffload
 from utils.generation import engines
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
-from utils.models import language_model, scalar_model
+from utils.models import freezing, language_model, scalar_model
 from utils.models.adapters import Lora
 from utils.models.ema import EMA
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 from utils.rewards import remote, sums
@@ -77,8 +78,7 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
     lora = config.pick(Lora)
     model = language_model.load(settings, name, zero_stage=stage, lora=lora, **loading)
-    for p in language_model.bottom_of(model, config.freeze_bottom_layers).values():
-        p.requires_grad_(False)
+    freezing.apply(model, config.pick(Freezing))
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.has_critic():

@@ -34,7 +34,10 @@ def join(config) -> torch.device:
 
 def output_of(config) -> resuming.Output:
     return config.pick(
-        resuming.Output, settings=dataclasses.asdict(config), on_resume=config.on_resume()
+        resuming.Output,
+        settings=dataclasses.asdict(config),
+        on_resume=config.on_resume(),
+        defaults=config.defaults(),
     )
 
 

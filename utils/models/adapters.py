@@ -97,17 +97,10 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
         if zero_sharded(layer) and layer.use_dora.get(NAME):
             _gather_for_dora(layer)
     if rank:
-        trained = sum(size_of(p) for p in model.parameters() if p.requires_grad)
-        total = sum(size_of(p) for p in model.parameters())
         process_group.say(
             f"{path}: adapters of rank {config.r} ({variant_of(config)}) on "
-            f"{', '.join(sorted(config.target_modules))}: {trained:,} weights are trained, "
-            f"{total - trained:,} frozen"
+            f"{', '.join(sorted(config.target_modules))}"
         )
-
-
-def size_of(p: nn.Parameter) -> int:
-    return getattr(p, "ds_numel", p.numel())
 
 
 def variant_of(config) -> str:

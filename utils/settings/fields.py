@@ -99,6 +99,10 @@ class Settings:
         """{setting: what a resumed run does with another value}, see setting()."""
         return {f.name: f.metadata["on_resume"] for f in dataclasses.fields(self)}
 
+    @classmethod
+    def defaults(cls) -> dict:
+        return {f.name: default_of(f) for f in dataclasses.fields(cls)}
+
     def _problems_of(self, f: dataclasses.Field) -> Iterator[str]:
         name, value, limits = f.name, getattr(self, f.name), f.metadata
         values = value if isinstance(value, list) else [value]
