@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils import metrics
+from utils import metrics, provenance
 from utils import report as reporting
 from utils.checkpoints import manifest, model_folder, resuming
 from utils.checkpoints.checkpoints import Checkpoints, Saving
@@ -73,6 +73,7 @@ class Run:
         self.settings = command_line.text_of(config, process_group.world_size())
         if process_group.is_main():
             command_line.save(config, config.output_dir, process_group.world_size())
+            provenance.save(config.output_dir, process_group.world_size())
         self.bad_steps = BadSteps(config.max_bad_steps, self.say, self.save)
         self.checkpoints = Checkpoints(
             config.pick(Saving), dataclasses.asdict(config), self.resumed_from, self.report
