@@ -27,6 +27,7 @@ from utils.data import toy_tasks
 from utils.data.loading import DataSettings
 from utils.distributed import program
 from utils.distributed.process_group import StopRun
+from utils.models import freezing
 from utils.models.scorer import reads_text
 from utils.run import Run
 from utils.settings import command_line
@@ -95,6 +96,8 @@ def load(run: Run):
         config.max_steps,
     )
     models = build(config, tokenizer, run.dtype, run.device, of_scorers)
+    for role, engine in models.trained().items():
+        say(f"{role}: {freezing.counts(engine.module)}")
     say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")
