@@ -118,6 +118,9 @@ class Pipeline(Settings):
         choices=("same", "disjoint"),
     )
     max_ranks: int = setting(0, "the most ranks that are of use; 0: any number")
+    report_every: float = setting(
+        0.0, "minutes after which OUTPUT/report.html is written again while it runs; 0: at its end"
+    )
     seed: int = setting(42, "seed of everything random", below=2**63)
     overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
 
@@ -331,6 +334,8 @@ def paths_made(output: Path, embedded: bool) -> Iterator[Path]:
     names = "base_model step1_sft step2_reward summary.json summary.txt methods.json".split()
     names = [
         *names,
+        "report.html",
+        "run.json",
         ".seed",
         ".seconds",
         ".methods",

@@ -1,5 +1,6 @@
 """The stages of run_all.sh, one after the other; how it is used stands there."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline import FAMILIES, METHODS, Pipeline, Plan, Stage, paths_made
 from utils import launch, whole_files
 from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
+from utils.settings.secrets import hidden
 
 ROOT = Path(__file__).resolve().parent
 
@@ -52,6 +54,7 @@ class Job:
         recipe = recipe_of(words[0] if named else "", self.flags)
         self.configs = [str(recipe), *self.flags.pop("config", [])]
         own = {f.name: self.flags[f.name] for f in fields(Pipeline) if f.name in self.flags}
+        self.own = own
         # Not the default: a variable of the user's shell was empty.
         problems += [f"  - {n} is empty; set --{n}" for n, words in own.items() if words == [""]]
         try:
@@ -155,6 +158,8 @@ class Job:
         self.times = json.loads(self.kept(".seconds", "") or "{}")
         (self.output / ".seed").write_text(seed)
         (self.output / ".date").write_text(self.day)
+        asked = {"recipe": self.name, "configs": self.configs[1:], "flags": self.flags | self.own}
+        whole_files.write_text(self.output / "run.json", hidden(json.dumps(asked, indent=2)) + "\n")
 
     def stage(self, name: str, run: Callable[[], int], method: str = "shared"):
         """Ends the job at the first failure, with its code. Its seconds count for a method, or for
@@ -206,6 +211,22 @@ class Job:
 
         self.stage("evaluation", run)
 
+    @contextlib.contextmanager
+    def page_refreshed(self) -> Iterator[None]:
+        """Write report.html again every --report_every minutes, beside the stages."""
+        every = self.settings.report_every
+        if not every:
+            yield
+            return
+        flags = words_of({"output_dir": self.output, "report_every": every})
+        words = [launch.PYTHON, "-m", "evaluation.html_report", *flags]
+        writer = subprocess.Popen(words, env=environment_of_python())
+        try:
+            yield
+        finally:
+            writer.terminate()
+            writer.wait()
+
     def start(self, stage: Stage) -> None:
         words = self.words_for(stage)
         self.stage(stage.name, lambda: launch.launch(stage.script, words), stage.method or "shared")
@@ -219,16 +240,20 @@ class Job:
                 shape |= values
             shape |= {name: v for name, v in self.flags.items() if name == "columns"}
             self.make("base model", self.plan.model, "utils.models.from_scratch", **shape)
-        for stage in self.plan.stages():
-            self.start(stage)
+        with self.page_refreshed():
+            for stage in self.plan.stages():
+                self.start(stage)
         self.evaluate()
 
 
-def python(module: str, *words: str, **more) -> subprocess.CompletedProcess:
+def environment_of_python() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
+    return os.environ | {"PYTHONPATH": path}
+
+
+def python(module: str, *words: str, **more) -> subprocess.CompletedProcess:
     command = [launch.PYTHON, "-m", module, *words]
-    return subprocess.run(command, env=environment, text=True, **more)
+    return subprocess.run(command, env=environment_of_python(), text=True, **more)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@
 #   --labeller WHAT              verifier (embedded task), reward_model or reward_function
 #   --replay_share S             learn from this share of older rounds' answers again (default: 1)
 #   --round_prompts disjoint     other prompts in each round
+#   --report_every MINUTES       write OUTPUT/report.html while it runs too, not only at its end
 #   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG, --preference.FLAG value   for one step
 #   --METHOD.FLAG value          for one method
 #   --config FILE [FILE …]       settings, in sections or for every step; they win over the recipe

@@ -1,4 +1,4 @@
-"""The closing table of a run, summary.json and curves.png.
+"""The closing table of a run, summary.json, curves.png and the run's page, report.html.
 
     python -m evaluation.summary --output_dir OUTPUT [--verifier_data held_out.jsonl]
 
@@ -18,6 +18,8 @@ from utils import whole_files
 from utils.data import batches, chat_template, toy_tasks
 from utils.distributed import program
 from utils.generation import sampling
+from utils.models import adapters
+from utils.pretrained import base_of
 from utils.report import standard_error, table
 
 STEPS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo"}
@@ -58,7 +60,9 @@ def verdicts(folder: Path, rows: list[dict], seed: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     tokenizer = chat_template.load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(base_of(str(folder)) or folder)
+    adapters.put_on(model, str(folder), None)
+    model.eval()
     turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     encoded = [chat_template.encode_prompt(tokenizer, turn) for turn in turns]
     responses = sampling.generate(
@@ -139,6 +143,11 @@ def summarise_methods(output: Path, reward: Path, seconds: dict[str, float]) -> 
     found = json.loads((output / "methods.json").read_text(encoding="utf-8"))
     summary = {"sft": taken("sft", output / STEPS["sft"]), "reward": taken("reward", reward)}
     return summary | {"methods": found, "seconds": seconds}
+
+
+def table_of(summary: dict) -> str:
+    """The closing table of what one of the functions above gave."""
+    return closing_table_of_methods(summary) if "methods" in summary else closing_table(summary)
 
 
 def before_step_3(sft: dict, reward: dict | None) -> list[tuple]:
@@ -265,21 +274,24 @@ def main() -> None:
     reward = asked.reward
     if reward is None:
         summary = summarise_without_reward_model(output, asked.methods, seconds)
-        shown = closing_table_of_methods(summary)
     elif asked.methods == ["ppo"]:
         # The folder may hold other methods, whose seconds are not this run's.
         reward, total = output / STEPS["reward"], sum(seconds.get(n, 0) for n in ("shared", "ppo"))
         summary = summarise(output, asked.verifier_data, asked.seed, total)
-        shown = closing_table(summary)
     else:
         summary = summarise_methods(output, reward, seconds)
-        shown = closing_table_of_methods(summary)
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     whole_files.write_text(output / "summary.json", text + "\n")
     folders = {name: output / f"step3_{name}" for name in asked.methods}
     plot(output, reward, {name: f for name, f in folders.items() if (f / "actor").exists()})
-    print(shown)
-    print(f"written: {output}/summary.json, {output}/curves.png")
+    from evaluation import html_report  # which shows the tables of this module
+
+    html_report.write([output], output / "report.html")
+    print(table_of(summary))
+    print(
+        "written:",
+        ", ".join(f"{output}/{x}" for x in ("summary.json", "curves.png", "report.html")),
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from evaluation import summary
 from step2_reward import main as step2  # noqa: F401  its metrics
 from step3_ppo import main as step3
+from tests.helpers import run_folders
 from tests.helpers.known_metrics import KnownMetrics
 from utils import metrics
 from utils.report import standard_error
@@ -105,8 +106,10 @@ def test_other_methods_seconds_are_not_ppos(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "plot", lambda *given: None)
     words = ["--output_dir", str(tmp_path), "--reward", "r", "--seconds", "shared=9", "ppo=2"]
     monkeypatch.setattr("sys.argv", ["summary", *words, "dpo=700"])
+    run_folders.ppo(tmp_path / "step3_ppo")
     summary.main()
     assert told == [11.0]
+    assert "verifier rose" in (tmp_path / "report.html").read_text(), "the run's page is made too"
 
 
 def test_curves_and_results_are_of_metrics_in_the_table(tmp_path, monkeypatch):

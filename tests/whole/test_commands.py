@@ -15,8 +15,10 @@ import pytest
 import pipeline
 import run_all
 from evaluation.chat import ChatConfig
+from evaluation.html_report import ReportConfig
 from evaluation.methods import MethodsConfig
 from evaluation.prompt_eval import PromptEvalConfig
+from evaluation.win_rate import WinRateConfig
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step2_reward.config import RewardConfig
@@ -36,7 +38,9 @@ CONFIGS = {
     "step3_preference/main.py": PreferenceConfig,
     "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
+    "evaluation/win_rate.py": WinRateConfig,
     "evaluation/chat.py": ChatConfig,
+    "evaluation/html_report.py": ReportConfig,
     "utils/models/serve_reward.py": ServeConfig,
 }
 SET = "HuggingFaceH4/ultrafeedback_binarized"
@@ -82,7 +86,8 @@ def check(program: str, argv: list[str], ranks: int) -> None:
     try:
         command_line.build(CONFIGS[program], argv, ranks)
     except ConfigError as error:
-        problems = [x for x in str(error).split("\n") if "does not exist" not in x]
+        absent = re.compile("does not exist|no such folder|is no folder")
+        problems = [x for x in str(error).split("\n") if not absent.search(x)]
         assert not problems, f"{program} {' '.join(argv)}"
 
 
