@@ -22,7 +22,8 @@ from utils.distributed import host_memory, program, zero
 from utils.generation import engines
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.metrics import Metric
-from utils.models import language_model
+from utils.models import freezing, language_model
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -123,6 +124,7 @@ def main() -> None:
     model = language_model.load(
         config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
     )
+    run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     answers = Answers(run, engine, tokenizer, held)
     budget = config.micro_batch_size, config.micro_batch_tokens

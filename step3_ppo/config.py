@@ -204,11 +204,6 @@ class PPOConfig(RunConfig):
         above=0,
         at_most=1,
     )
-    freeze_bottom_layers: int = setting(
-        0,
-        "layers of the actor, from below, that stay as they are, and with them its embeddings and "
-        "a head that is tied to these; 0: all of it is trained",
-    )
     critic_learning_rate: float = setting(
         0.0, "peak learning rate of the critic; 0: five times the actor's", at_most=1
     )
@@ -407,4 +402,6 @@ class PPOConfig(RunConfig):
             length=self.max_prompt_length + self.max_response_length,
             predicted=self.max_response_length,
             rollout_rows=self.rollout_size(),
+            several_turns=bool(self.environment),
+            earlier_policy=self.algorithm == "nlpo",
         )

@@ -11,8 +11,9 @@ from utils.distributed.host_memory import FrozenOffload
 from utils.generation import engines, vllm_server
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
-from utils.models import language_model, scalar_model
+from utils.models import freezing, language_model, scalar_model
 from utils.models.ema import EMA
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 from utils.rewards import remote, sums
@@ -75,8 +76,7 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
     model = language_model.load(settings, name, zero_stage=stage, **loading)
-    for p in language_model.bottom_of(model, config.freeze_bottom_layers).values():
-        p.requires_grad_(False)
+    freezing.apply(model, config.pick(Freezing))
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.has_critic():

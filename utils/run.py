@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils import metrics
+from utils import metrics, provenance
 from utils import report as reporting
 from utils.checkpoints import model_folder, resuming
 from utils.checkpoints.checkpoints import Checkpoints, Saving
@@ -32,7 +32,10 @@ def join(config) -> torch.device:
 
 def output_of(config) -> resuming.Output:
     return config.pick(
-        resuming.Output, settings=dataclasses.asdict(config), on_resume=config.on_resume()
+        resuming.Output,
+        settings=dataclasses.asdict(config),
+        on_resume=config.on_resume(),
+        defaults=config.defaults(),
     )
 
 
@@ -68,6 +71,7 @@ class Run:
         self.settings = command_line.text_of(config, process_group.world_size())
         if process_group.is_main():
             command_line.save(config, config.output_dir, process_group.world_size())
+            provenance.save(config.output_dir, process_group.world_size())
         self.bad_steps = BadSteps(config.max_bad_steps, self.say, self.save)
         self.checkpoints = Checkpoints(
             config.pick(Saving), dataclasses.asdict(config), self.resumed_from, self.report

@@ -5,7 +5,8 @@ import torch
 from step3_ppo.checks.probe import AFTER, FirstSteps, check
 from utils.checkpoints import engine_state
 from utils.distributed import process_group, zero
-from utils.models import language_model
+from utils.models import freezing
+from utils.models.freezing import Freezing
 from utils.verdicts import Doubt, Fault
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -100,8 +101,7 @@ def on_policy_at_the_first_update(steps: FirstSteps) -> str:
 def gradients_reach(steps: FirstSteps) -> str:
     """Every weight that should train has had a gradient; no frozen one has, nor has it changed."""
     models, before, counts = steps.probe.models, steps.weights, []
-    held = steps.probe.config.freeze_bottom_layers
-    held = language_model.bottom_of(models.actor.module, held).keys()
+    held = freezing.frozen_by(models.actor.module, steps.probe.config.pick(Freezing))
     for name, engine in models.trained().items():
         weights = {n for n, _ in engine.module.named_parameters()}
         weights = sorted(weights - held if name == "actor" else weights)
@@ -113,7 +113,7 @@ def gradients_reach(steps: FirstSteps) -> str:
             )
         counts.append(f"{len(weights)} of the {name}")
     if held & before.gradients["actor"]:
-        raise Fault("weights below --freeze_bottom_layers had a gradient: they are trained")
+        raise Fault("weights that --freeze… names had a gradient: they are trained")
     for name, model in models.frozen().items():
         trained = [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None]
         if trained:

@@ -18,7 +18,7 @@ from utils.generation import engines, weights
 from utils.generation import sampling as generation
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.generation.engines.native import NativeEngine
-from utils.models import language_model
+from utils.models import language_model, loading
 
 PAD, STOP, VOCAB, NEW, LENGTHS = 0, 2, 96, 8, [7, 1, 4, 6]
 
@@ -124,7 +124,9 @@ def modes(folder):
     for stage, gather in ((0, "rollout"), (3, "rollout"), (3, "layer")):
         actor = zero_gathers.engine_of(big_llama(), stage)
         module, engine = actor.module, NativeEngine(gather)
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint(module, 1)
+        flags = [getattr(m, "gradient_checkpointing", None) for m in module.modules()]
+        assert flags.count(True) == 2  # the model's own and one layer's
         ids = torch.ones(1, 4, dtype=torch.int64)
 
         drawn = torch.get_rng_state()
@@ -142,7 +144,8 @@ def modes(folder):
             except ZeroDivisionError:
                 assert fails
             assert all(m.training for m in module.modules()) and engine.generator is None
-            assert module.model.gradient_checkpointing
+            now = [getattr(m, "gradient_checkpointing", None) for m in module.modules()]
+            assert now == flags
             assert engine._twin is None or not any(p.numel() for p in engine._twin.parameters())
         # A resumed run builds the plain twin later than the uninterrupted one did.
         assert torch.equal(torch.get_rng_state(), drawn)

@@ -227,7 +227,11 @@ def test_a_job_that_is_warned_before_its_command_runs_is_asked_to_save_too(tmp_p
     warn = 'trap() { builtin trap "$@"; kill -USR1 $$; }'
     work = "trap 'exit 75' USR1; while :; do sleep 0.02; done"
     job = subprocess.run(
-        ["bash", "-c", f'. "$SLURM_SUBMIT_DIR/utils/requeue.sh"; {warn}; requeued bash -c "{work}"'],
+        [
+            "bash",
+            "-c",
+            f'. "$SLURM_SUBMIT_DIR/utils/requeue.sh"; {warn}; requeued bash -c "{work}"',
+        ],
         env=environment(tmp_path, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7"),
         timeout=60,
     )

@@ -61,7 +61,14 @@ def test_a_cpu_takes_two_ranks_unless_fewer_are_asked_for(monkeypatch, limit, ra
     assert launch.ranks_here() == ranks
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+# run_all.sh's walk starts its ranks by deepspeed, and other tests start a step by python.
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        name if name == "torchrun" else pytest.param(name, marks=pytest.mark.slow)
+        for name in LAUNCHERS
+    ],
+)
 def test_a_step_runs_from_any_directory(tiny, tmp_path, launcher):
     program, argv = sft(tiny, tmp_path / "out", "--max_steps", 2)
     code, output = run([*LAUNCHERS[launcher](), ROOT / program, *argv], cwd=tmp_path)
@@ -130,7 +137,9 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").iterdir()), ids=lambda p: p.stem)
 def test_recipes_name_real_settings(recipe):
     sections = files.read(str(recipe))
-    assert sections.keys() >= {"run", "sft", "reward", "ppo"} and recipe.suffix == ".yaml"
+    scored_by = sections["run"].get("scored_by", "reward")
+    assert sections.keys() >= {"run", "sft", "ppo", scored_by} - {"reward_function"}
+    assert recipe.suffix == ".yaml"
     read = {SFTConfig: "sft", PPOConfig: "ppo", PreferenceConfig: "preference"}
     for config in (*read, CollectConfig, RewardConfig, run_all.Pipeline):
         methods = [m for m in pipeline.METHODS.values() if m.step == read.get(config)]
@@ -338,34 +347,34 @@ def test_the_shape_of_a_new_model_is_the_recipes_unless_a_file_says_another(tmp_
 
 
 def test_run_all_stops_at_the_first_failure_with_its_code(tmp_path):
-    bad = tmp_path / "bad.jsonl"
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
     bad.write_text('{"instruction": "a", "output": ""}\n')
-    command = [
-        "bash",
-        ROOT / "run_all.sh",
-        "--sft_data",
-        bad,
-        "--preference_data",
-        bad,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    code, output = run(command, tmp_path)
+    own = ["--sft_data", bad, "--preference_data", bad, "--output_dir", out]
+    code, output = run(["bash", ROOT / "run_all.sh", *own], tmp_path)
     assert code == 1 and f"{bad}:1: " in output and "failed with exit code 1" in output
     assert "step 1" not in output
-    for words, message in (
-        (["--ppo.bogus", "1"], "unknown flag --bogus (step3_ppo/main.py)"),
-        (["--max_epochs", "1"], "--max_epochs; did you mean --epochs? (step1_sft/main.py, step2"),
+    wrong = ["--ppo.bogus", 1, "--max_epochs", 1, "--micro_batch_size=5"]
+    code, output = run(["bash", ROOT / "run_all.sh", *wrong], tmp_path)
+    assert code == 2 and "===" not in output, output
+    assert "unknown flag --bogus (step3_ppo/main.py)" in output
+    assert "--max_epochs; did you mean --epochs? (step1_sft/main.py, step2" in output
+    assert "not divisible by micro_batch_size" in output
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
         (["--output_dir"], "--output_dir has no value; it takes one"),
         (["--output_dir", ""], "output_dir is empty; set --output_dir"),
         (["--model_name_or_path="], "model_name_or_path is empty; set --model_name_or_path"),
         (["--rounds", "x"], "rounds='x' is not int"),
         (["tiny", "word"], "'word' stands before any flag"),
-        (["scratch", "--sft_data", bad], "needs --preference_data"),
-        (["--micro_batch_size=5"], "not divisible by micro_batch_size"),
-    ):
-        code, output = run(["bash", ROOT / "run_all.sh", *words], tmp_path)
-        assert code == 2 and message in output and "===" not in output, output
-    assert not (tmp_path / "output").exists()
-    code, output = run(["bash", ROOT / "run_all.sh", "nope"], tmp_path)
-    assert code == 2 and "no recipe nope" in output and "tiny" in output
+        (["scratch", "--sft_data", "a.jsonl"], "needs --preference_data"),
+        (["nope"], "no recipe nope; there are: 70b-offload 7b-zero3"),
+    ],
+)
+def test_words_that_run_all_cannot_read_end_it(capfd, words, message):
+    with pytest.raises(SystemExit) as end:
+        run_all.Job(words)
+    assert end.value.code == 2 and message in capfd.readouterr().err

@@ -6,6 +6,7 @@ import math
 import pytest
 from safetensors.torch import load_file
 
+from step3_preference.losses import LOSSES
 from tests.helpers.jobs import preference
 from tests.helpers.running import CLOSE, assert_same_path, built_once, metrics_of, run_ranks
 from tests.helpers.same_end import assert_same_end
@@ -87,3 +88,28 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(walked):
     assert_same_end(whole.parent / "asked", whole)
     said = (whole.parent / "said 2").read_text()
     assert said.count(f"read from {whole.parent / 'asked'}") == 1
+
+
+@pytest.mark.slow
+def test_every_loss_takes_one_path_and_resumes(tiny, chain, tmp_path):
+    """One rank, and two in shards, stopped after the third step: the path and the last bit."""
+    write_comparisons(tiny, tmp_path / "comparisons.jsonl")
+    data = ["--preference_data", tmp_path / "comparisons.jsonl"]
+    shards, losses = WAYS["two ranks in shards"][1], [x for x in LOSSES if x != "kto"]
+
+    def job(loss, name, *flags):
+        flags = [*data, "--loss", loss, *flags]
+        return preference(tiny, chain / "sft", tmp_path / f"{loss} {name}", *flags)
+
+    run_ranks([job(loss, "plain") for loss in losses], 1)
+    jobs = []
+    for loss in losses:
+        jobs += [job(loss, "shards", *shards)]
+        jobs += [stopped(job(loss, "asked", *shards), 3, "SIGTERM")]
+        jobs += [job(loss, "asked", *shards, "--resume", "auto")]
+    run_ranks(jobs, 2)
+    for loss in losses:
+        folders = {name: tmp_path / f"{loss} {name}" for name in ("plain", "shards")}
+        assert_same_path(folders, NUMBERS)
+        assert min(metrics_of(folders["plain"], "grad_norm")) > 0, loss
+        assert_same_end(tmp_path / f"{loss} asked", folders["shards"])

@@ -31,7 +31,8 @@ class Output:
     """The output folder of a run, and what its flags say of a run that is there already.
 
     settings: all settings of the run, which a checkpoint must share to be gone on from, but for
-    those whose on_resume is "rounding" or "free".
+    those whose on_resume is "rounding" or "free". defaults: of the same settings; a checkpoint from
+    before there was a setting was made with its default.
     """
 
     output_dir: str
@@ -40,6 +41,7 @@ class Output:
     overwrite: bool
     settings: dict
     on_resume: dict[str, str]
+    defaults: dict
 
     def check(self) -> None:
         """Before anything is loaded: end a run whose folder is taken, or that is finished."""
@@ -74,7 +76,7 @@ class Output:
                 2, f"{what} is there and {settings} is not, which would say how it was made"
             )
         saved = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        changed, _ = differences(saved, self.settings, self.on_resume)
+        changed, _ = self._differences(saved)
         if changed:
             process_group.leave(2, refusal(f"{what}, which is finished,", changed))
         process_group.leave(0, f"{what} is finished: nothing to do (--overwrite begins anew)")
@@ -124,7 +126,7 @@ class Output:
         return folders
 
     def _check_settings(self, folder: Path, record: dict) -> None:
-        changed, rounding = differences(record["config"], self.settings, self.on_resume)
+        changed, rounding = self._differences(record["config"])
         if record["world_size"] != process_group.world_size():
             rounding.append(f"ranks: {record['world_size']} → {process_group.world_size()}")
         if changed and not self.resume_anyway:
@@ -133,6 +135,9 @@ class Output:
             process_group.say(f"--resume_anyway: {line}")
         for line in rounding:
             process_group.say(f"resumed with {line}: the same path up to rounding")
+
+    def _differences(self, saved: dict) -> tuple[list[str], list[str]]:
+        return differences(self.defaults | saved, self.settings, self.on_resume)
 
     def _make_way(self, checkpoint: Checkpoint) -> None:
         """Going on from a checkpoint named by hand leaves the later ones of its folder behind, or

@@ -61,15 +61,15 @@ def in_eval_mode(actor):
     """The trained module, in eval mode, caching and not checkpointing; as before afterwards."""
     module, engine = actor.module, actor.engine
     was_training = module.training
-    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+    checkpointing = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     try:
-        if checkpointing:
-            module.gradient_checkpointing_disable()
+        for m in checkpointing:  # --checkpoint_layers may have chosen some
+            m.gradient_checkpointing = False
         engine.eval()
         yield module
     finally:
-        if checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+        for m in checkpointing:
+            m.gradient_checkpointing = True
         engine.train(was_training)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from utils.distributed import zero
 from utils.kernels import cpu_products, packing
+from utils.models.freezing import layers_of
 from utils.pretrained import refused
 
 
@@ -18,6 +19,7 @@ class Loading:
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    checkpoint_layers: int = 0
     packing: str = "auto"
     offload: str = "none"  # where ZeRO-3 puts the shards
 
@@ -46,7 +48,9 @@ def load(
         # Inside, where transformers knows that the embeddings may be shards.
         if tokenizer is not None:
             fit_to_tokenizer(model, tokenizer, path, grow)
-    prepare_training(model, how.gradient_checkpointing)
+    prepare_training(model)
+    if how.gradient_checkpointing:
+        checkpoint(model, how.checkpoint_layers)
     packing.choose(model, how.packing, dtype)
     return model
 
@@ -154,7 +158,7 @@ def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) 
                 holder.bos_token_id = tokenizer.bos_token_id
 
 
-def prepare_training(model: nn.Module, gradient_checkpointing: bool = False) -> None:
+def prepare_training(model: nn.Module) -> None:
     """Dropout to 0 wherever a family keeps its rates: PPO's ratio compares two passes, and noise
     between them is a silent bug. On a CPU the faster matrix products. Every rank must call it."""
     from deepspeed.accelerator import get_accelerator
@@ -170,5 +174,22 @@ def prepare_training(model: nn.Module, gradient_checkpointing: bool = False) -> 
                     setattr(holder, name, 0.0)
     if get_accelerator().device_name() == "cpu":
         cpu_products.train_with(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def checkpoint(model: nn.Module, layers: int = 0) -> None:
+    """In training the first `layers` layers keep their inputs only, and run again in the backward
+    pass; 0: all of them. Raises SystemExit where the family's code has no such layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # It has the embeddings' output want a gradient, which only reentrant checkpointing needs:
+    # frozen layers would keep activations and have a backward pass.
+    model.disable_input_require_grads()
+    blocks = layers_of(model)
+    if layers and not all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
+        raise SystemExit(
+            f"checkpoint_layers={layers}: {type(model).__name__} recomputes all layers or none; "
+            "leave out --checkpoint_layers"
+        )
+    for block in blocks[layers:] if layers else ():
+        block.gradient_checkpointing = False

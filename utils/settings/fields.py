@@ -106,6 +106,10 @@ class Settings:
             if name
         }
 
+    @classmethod
+    def defaults(cls) -> dict:
+        return {f.name: default_of(f) for f in dataclasses.fields(cls)}
+
     def _problems_of(self, f: dataclasses.Field) -> Iterator[str]:
         name, value, limits = f.name, getattr(self, f.name), f.metadata
         values = value if isinstance(value, list) else [value]

@@ -27,8 +27,8 @@ def config(tmp_path):
         signal.signal(number, handler)
 
 
-def save(config, step: int):
-    """A checkpoint with one file and no engine."""
+def save(config, step: int, unknown: str = ""):
+    """A checkpoint with one file and no engine, from before there was a setting `unknown`."""
     folder = manifest.folder_of(config.output_dir, step)
     temporary = folder.with_name(f".{folder.name}.writing")
     temporary.mkdir(parents=True)
@@ -37,7 +37,7 @@ def save(config, step: int):
         "format": manifest.FORMAT,
         "step": step,
         "world_size": 1,
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name != unknown},
         "facts": {},
     }
     manifest.seal(temporary, folder, record | {"files": manifest.listed(temporary, {})})
@@ -114,6 +114,15 @@ def test_unfinished_ones_are_removed_and_never_read(config, tmp_path):
         (checkpoints / name / "state").write_text("half")
     assert output_of(replace(config, resume="auto")).find().step == 2
     assert [p.name for p in checkpoints.iterdir()] == ["step-000002"]
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_was_at_its_default(config, capsys):
+    save(config, 2, unknown="weight_decay")
+    auto = replace(config, resume="auto")
+    assert output_of(auto).find().step == 2
+    with pytest.raises(SystemExit):
+        output_of(replace(auto, weight_decay=0.5)).find()
+    assert "weight_decay: 0.0 → 0.5" in capsys.readouterr().err
 
 
 def test_a_changed_setting_is_shown_and_refused_where_it_changes_what_is_learned(config, capsys):
