@@ -101,6 +101,7 @@ def test_measures_of_an_experience(rollout):
             has_critic=lambda critic=critic: critic,
             compares_groups=lambda: False,
             compares_engine=lambda: False,
+            importance_cap=0,
         )
         state = SimpleNamespace(kl_coef=0.3)
         found = measures.measure_experience(experience, config, state)
