@@ -18,6 +18,8 @@ from utils import whole_files
 from utils.data import batches, chat_template, toy_tasks
 from utils.distributed import program
 from utils.generation import sampling
+from utils.models import adapters
+from utils.pretrained import base_of
 from utils.report import standard_error, table
 
 STEPS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo"}
@@ -58,7 +60,9 @@ def verdicts(folder: Path, rows: list[dict], seed: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     tokenizer = chat_template.load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(base_of(str(folder)) or folder)
+    adapters.put_on(model, str(folder), None)
+    model.eval()
     turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     encoded = [chat_template.encode_prompt(tokenizer, turn) for turn in turns]
     responses = sampling.generate(

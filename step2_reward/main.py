@@ -21,6 +21,7 @@ from utils.data.loading import DataSettings
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import freezing, scalar_model, scorer
+from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.run import Run
@@ -98,6 +99,7 @@ def main() -> None:
         config.model_name_or_path,
         tokenizer=tokenizer,
         head="normal",
+        lora=config.pick(Lora),
         **loading,
     )
     run.say(freezing.apply(model, config.pick(Freezing)))

@@ -101,6 +101,11 @@ def of_algorithm(config) -> Iterator[str]:
 
 def of_loss(config) -> Iterator[str]:
     """Numbers of the loss, and the self-check."""
+    if config.lora_dropout:
+        yield (
+            f"lora_dropout={config.lora_dropout}: PPO's ratio compares two passes, and noise "
+            "between them is a silent fault; leave it out, or give --sft.lora_dropout to run_all.sh"
+        )
     if 0 < config.dual_clip <= 1:
         yield f"dual_clip={config.dual_clip} must be above 1 (3 is usual), or 0 for off"
     if bool(config.ptx_coef) != bool(config.ptx_data):

@@ -12,6 +12,7 @@ from utils.generation import engines, vllm_server
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
 from utils.models import freezing, language_model, scalar_model
+from utils.models.adapters import Lora
 from utils.models.ema import EMA
 from utils.models.freezing import Freezing
 from utils.models.loading import Loading
@@ -75,7 +76,8 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
-    model = language_model.load(settings, name, zero_stage=stage, **loading)
+    lora = config.pick(Lora)
+    model = language_model.load(settings, name, zero_stage=stage, lora=lora, **loading)
     freezing.apply(model, config.pick(Freezing))
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
@@ -85,7 +87,8 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
         like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
-        model = scalar_model.load(settings, start, zero_stage=stage, head="zero", **loading)
+        given = dict(zero_stage=stage, head="zero", lora=lora)
+        model = scalar_model.load(settings, start, **given, **loading)
         how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
         critic = zero.TrainEngine(model, how, zero_stage=stage, **training)
     stage = config.stage_of_reference()

@@ -27,6 +27,7 @@ from utils.data.preferences import Answers
 from utils.distributed import program, zero
 from utils.metrics import Metric
 from utils.models import freezing, language_model
+from utils.models.adapters import Lora
 from utils.models.ema import EMA
 from utils.models.freezing import Freezing
 from utils.models.loading import Loading
@@ -196,7 +197,11 @@ def main() -> None:
     held.refer(numbers)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
-        config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
+        config.pick(Loading),
+        config.model_name_or_path,
+        tokenizer=tokenizer,
+        lora=config.pick(Lora),
+        **loading,
     )
     run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)

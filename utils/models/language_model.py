@@ -16,11 +16,11 @@ from utils.models.loading import Loading
 from utils.pretrained import config_of, positions_of
 
 
-def load(how: Loading, path: str, *, dtype: str, zero_stage: int = 0, tokenizer=None) -> nn.Module:
-    """A causal LM from a folder or hub name, ready for `tokenizer`; see loading.load."""
+def load(how: Loading, path: str, *, dtype: str, zero_stage: int = 0, **settings) -> nn.Module:
+    """A causal LM from a folder or hub name; tokenizer, lora, shared: see loading.load."""
     from transformers import AutoModelForCausalLM
 
-    settings = dict(dtype=dtype, zero_stage=zero_stage, tokenizer=tokenizer)
+    settings |= dict(dtype=dtype, zero_stage=zero_stage)
     return loading.load(AutoModelForCausalLM, path, how, **settings)
 
 

@@ -159,6 +159,28 @@ class RunConfig(Settings):
         only_with="gradient_checkpointing",
     )
 
+    lora_rank: int = setting(
+        0, "rank of the adapters trained in place of all weights (docs/adapters.md); 0: none"
+    )
+    lora_alpha: float = setting(
+        16.0, "what adapters add is multiplied by this / rank", above=0, only_with="lora_rank"
+    )
+    lora_dropout: float = setting(
+        0.0, "of what adapters read, steps 1 and 2", below=1, only_with="lora_rank"
+    )
+    lora_target_modules: list[str] = setting(
+        [], "linear layers that get one; none: all but the head", only_with="lora_rank"
+    )
+    lora_variant: str = setting(
+        "lora",
+        "rslora: alpha / √rank; dora: direction and size of each row apart",
+        choices=("lora", "rslora", "dora"),
+        only_with="lora_rank",
+    )
+    merge_on_save: bool = free(
+        False, "write whole models at the end, adapters merged", only_with="lora_rank"
+    )
+
     dtype: str = setting(
         "auto",
         "weights and matmuls (steps are made on fp32 weights, log-softmax is fp32); auto: bf16 "
