@@ -90,7 +90,19 @@ class Pipeline(Settings):
     preference_data: list[str] = setting([], "comparisons")
     prompt_data: list[str] = setting([], "prompts of step 3; empty: those of the comparisons")
     method: list[str] = setting(["ppo"], "how the policy is aligned", check=check_methods)
+    scored_by: str = setting(
+        "reward_model",
+        "what scores answers in step 3: a reward model trained on comparisons; or what "
+        "--ppo.reward_function and --ppo.reward_url name, alone and without step 2",
+        choices=("reward_model", "reward_function"),
+    )
     embedded: bool = setting(False, "the embedded task, whose data are made on the spot")
+    task: str = setting(
+        "toy_tasks",
+        "which module of utils/data makes them",
+        choices=("toy_tasks", "calculator_task"),
+        only_with="embedded",
+    )
     rounds: int = setting(1, "how often new answers are collected and learned from", at_least=1)
     labeller: str = setting(
         "auto",
@@ -106,6 +118,9 @@ class Pipeline(Settings):
         choices=("same", "disjoint"),
     )
     max_ranks: int = setting(0, "the most ranks that are of use; 0: any number")
+    report_every: float = setting(
+        0.0, "minutes after which OUTPUT/report.html is written again while it runs; 0: at its end"
+    )
     seed: int = setting(42, "seed of everything random", below=2**63)
     overwrite: bool = setting(False, "begin anew in a folder that holds a run, which is deleted")
 
@@ -123,10 +138,36 @@ class Pipeline(Settings):
         demonstrated = any(method.step == "sft" for method in self.methods())
         return self.embedded or self.rounds > 1 or demonstrated
 
+    def trains_reward_model(self) -> bool:
+        return self.scored_by == "reward_model"
+
+    def is_compared(self) -> bool:
+        """Do all policies answer the same prompts in the end? Else step 3 has measured them."""
+        return self.method != ["ppo"] and self.trains_reward_model()
+
+    def without_comparisons(self) -> Iterator[str]:
+        """What cannot be where answers are scored by functions alone."""
+        others = [m.name for m in self.methods() if m.step != "ppo"]
+        if others:
+            yield (
+                f"scored_by=reward_function is for algorithms of rollouts, and {', '.join(others)} "
+                "learn from collected answers; leave out --scored_by, or choose --method grpo"
+            )
+        given = {"preference_data": [], "rounds": 1, "labeller": "auto"}
+        for name in (n for n, default in given.items() if getattr(self, n) != default):
+            yield (
+                f"scored_by=reward_function collects and reads no comparisons, for which "
+                f"{name}={getattr(self, name)} is; leave out --{name}"
+            )
+
     def contradictions(self, world_size: int) -> Iterator[str]:
-        for name in ("sft_data", "preference_data"):
+        compared = "preference_data" if self.trains_reward_model() else "prompt_data"
+        for name in ("sft_data", compared):
             if not self.embedded and not getattr(self, name):
                 yield f"this recipe needs --{name}"
+        if not self.trains_reward_model():
+            yield from self.without_comparisons()
+            return
         if not self.embedded and self.labeller == "verifier":
             yield "labeller=verifier judges the embedded task only; leave out --labeller"
         elif self.labeller != "auto" and not self._samples():
@@ -199,25 +240,27 @@ class Plan:
         """All of them, each on what those before it make."""
         flags = {"model_name_or_path": self.model, "output_dir": self.sft}
         yield Stage("step 1: SFT", ("sft",), flags | {"sft_data": self.sft_data})
-        if self.given.embedded:
-            # There is no reward model yet.
-            by = self.given.ranked_by().replace("reward_model", "verifier")
-            flags = self.sampling(1, self.sft, by) | {"output_file": self.compared[0]}
-            yield Stage("round 1: comparisons", ("collect",), flags)
-        yield self.reward_model(self.reward, {"preference_data": self.compared}, "")
+        if self.given.trains_reward_model():
+            if self.given.embedded:
+                # There is no reward model yet.
+                by = self.given.ranked_by().replace("reward_model", "verifier")
+                flags = self.sampling(1, 1, self.sft, by) | {"output_file": self.compared[0]}
+                yield Stage("round 1: comparisons", ("collect",), flags)
+            yield self.reward_model(self.reward, {"preference_data": self.compared}, "")
         for method in self.given.methods():
             yield from self.rounds_of(method)
 
     def rounds_of(self, method: Method) -> Iterator[Stage]:
         policy, demonstrates, reward = self.sft, method.step == "sft", self.reward
         learned = [] if demonstrates else self.compared
+        first = 1 if demonstrates or self.given.embedded else 2  # round that samples
         for number in range(1, self.given.rounds + 1):
             folder, older = self.folder(number), len(learned)
             if demonstrates or number > 1:
                 what = "best" if demonstrates else "comparisons"
                 suffix = "" if demonstrates else method.suffix
                 file = self.output / f"data/{what}_{number}{suffix}.jsonl"
-                flags = self.sampling(number, policy, self.given.ranked_by())
+                flags = self.sampling(number, first, policy, self.given.ranked_by())
                 flags |= {"keep": "best"} if demonstrates else {}
                 flags |= {"output_file": file}
                 name = f"round {number}: {'best answers' if demonstrates else what}"
@@ -235,9 +278,9 @@ class Plan:
                 if number > 1:
                     reward = folder / f"step2_reward{method.suffix}"
                     yield self.reward_model(reward, data, method.name)
-                prompts = self.prompts or self.compared
-                flags |= {"reward_model": reward, "prompt_data": prompts}
-                flags["preference_data"] = learned
+                flags["prompt_data"] = self.prompts or self.compared
+                if self.given.trains_reward_model():
+                    flags |= {"reward_model": reward, "preference_data": learned}
             name = f"step 3: {method.name.upper()}"
             yield Stage(name, method.sections(number), flags, method.name)
             policy = folder / method.policy
@@ -246,14 +289,16 @@ class Plan:
         flags = {"model_name_or_path": self.sft, **data, "sft_data": self.sft_data}
         return Stage("step 2: reward model", ("reward",), flags | {"output_dir": folder}, method)
 
-    def sampling(self, number: int, policy: Path, labeller: str) -> dict:
-        """Flags of collect.py for new answers of a policy."""
+    def sampling(self, number: int, first: int, policy: Path, labeller: str) -> dict:
+        """Flags of collect.py for new answers of a policy, in round `number` of those from `first`
+        on."""
         flags = {"policy": policy, "prompt_data": self.prompts or self.compared}
-        flags |= {"labeller": labeller}
+        flags |= {"labeller": labeller, "round": number}
         if labeller == "reward_model":
             flags["reward_model"] = self.reward
         if self.given.round_prompts == "disjoint":
-            flags["prompt_part"] = f"{number}/{self.given.rounds}"
+            before = first - 1
+            flags["prompt_part"] = f"{number - before}/{self.given.rounds - before}"
         return flags
 
     def with_replay(self, flag: str, sets: list, older: int) -> dict:
@@ -289,6 +334,8 @@ def paths_made(output: Path, embedded: bool) -> Iterator[Path]:
     names = "base_model step1_sft step2_reward summary.json summary.txt methods.json".split()
     names = [
         *names,
+        "report.html",
+        "run.json",
         ".seed",
         ".seconds",
         ".methods",

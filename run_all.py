@@ -1,5 +1,6 @@
 """The stages of run_all.sh, one after the other; how it is used stands there."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -8,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from pipeline import FAMILIES, METHODS, Pipeline, Plan, Stage, paths_made
-from utils import launch
+from utils import launch, whole_files
 from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
+from utils.settings.secrets import hidden
 
 ROOT = Path(__file__).resolve().parent
 
@@ -52,6 +54,7 @@ class Job:
         recipe = recipe_of(words[0] if named else "", self.flags)
         self.configs = [str(recipe), *self.flags.pop("config", [])]
         own = {f.name: self.flags[f.name] for f in fields(Pipeline) if f.name in self.flags}
+        self.own = own
         # Not the default: a variable of the user's shell was empty.
         problems += [f"  - {n} is empty; set --{n}" for n, words in own.items() if words == [""]]
         try:
@@ -99,7 +102,7 @@ class Job:
             end("these settings cannot work:\n" + "\n".join(problems))
 
     def all_stages(self) -> list[Stage]:
-        compared = [] if self.methods == ["ppo"] else [self.plan.comparison()]
+        compared = [self.plan.comparison()] if self.settings.is_compared() else []
         return [*self.plan.stages(), *compared]
 
     def kept(self, name: str, otherwise: str) -> str:
@@ -155,6 +158,8 @@ class Job:
         self.times = json.loads(self.kept(".seconds", "") or "{}")
         (self.output / ".seed").write_text(seed)
         (self.output / ".date").write_text(self.day)
+        asked = {"recipe": self.name, "configs": self.configs[1:], "flags": self.flags | self.own}
+        whole_files.write_text(self.output / "run.json", hidden(json.dumps(asked, indent=2)) + "\n")
 
     def stage(self, name: str, run: Callable[[], int], method: str = "shared"):
         """Ends the job at the first failure, with its code. Its seconds count for a method, or for
@@ -185,10 +190,11 @@ class Job:
         if summary.exists() and self.kept(".methods", "ppo").split() == self.methods:
             print(f"\n=== finished before (--overwrite begins anew)\n{summary.read_text()}", end="")
             return
-        if self.methods != ["ppo"]:
+        if self.settings.is_compared():
             self.start(self.plan.comparison())
         flags = {"output_dir": self.output, "seed": self.settings.seed, "methods": self.methods}
-        flags["reward"] = self.plan.reward
+        if self.settings.trains_reward_model():
+            flags["reward"] = self.plan.reward
         flags["seconds"] = [f"{name}={took:.0f}" for name, took in self.times.items()]
         if self.settings.embedded:
             flags["verifier_data"] = self.output / "data/held_out.jsonl"
@@ -197,11 +203,29 @@ class Job:
             done = python("evaluation.summary", *words_of(flags), stdout=subprocess.PIPE)
             print(done.stdout, end="", flush=True)
             if not done.returncode:
-                summary.write_text(done.stdout)
+                # Of which methods it is, before it is there: it says that all is finished.
+                summary.unlink(missing_ok=True)
                 (self.output / ".methods").write_text(" ".join(self.methods))
+                whole_files.write_text(summary, done.stdout)
             return done.returncode
 
         self.stage("evaluation", run)
+
+    @contextlib.contextmanager
+    def page_refreshed(self) -> Iterator[None]:
+        """Write report.html again every --report_every minutes, beside the stages."""
+        every = self.settings.report_every
+        if not every:
+            yield
+            return
+        flags = words_of({"output_dir": self.output, "report_every": every})
+        words = [launch.PYTHON, "-m", "evaluation.html_report", *flags]
+        writer = subprocess.Popen(words, env=environment_of_python())
+        try:
+            yield
+        finally:
+            writer.terminate()
+            writer.wait()
 
     def start(self, stage: Stage) -> None:
         words = self.words_for(stage)
@@ -209,23 +233,27 @@ class Job:
 
     def run(self) -> None:
         if self.settings.embedded:
-            self.make("data", self.output / "data", "utils.data.toy_tasks")
+            self.make("data", self.output / "data", f"utils.data.{self.settings.task}")
         if not self.settings.model_name_or_path:
             shape = {"data": [*self.plan.sft_data, *self.settings.preference_data]}
             for _, values in (layer for p in self.configs for layer in files.layers(p, "scratch")):
                 shape |= values
             shape |= {name: v for name, v in self.flags.items() if name == "columns"}
             self.make("base model", self.plan.model, "utils.models.from_scratch", **shape)
-        for stage in self.plan.stages():
-            self.start(stage)
+        with self.page_refreshed():
+            for stage in self.plan.stages():
+                self.start(stage)
         self.evaluate()
 
 
-def python(module: str, *words: str, **more) -> subprocess.CompletedProcess:
+def environment_of_python() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
+    return os.environ | {"PYTHONPATH": path}
+
+
+def python(module: str, *words: str, **more) -> subprocess.CompletedProcess:
     command = [launch.PYTHON, "-m", module, *words]
-    return subprocess.run(command, env=environment, text=True, **more)
+    return subprocess.run(command, env=environment_of_python(), text=True, **more)
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 #
 #   bash run_all.sh [RECIPE] [--flag value …]
 #
-# RECIPE is a file of recipes/ (tiny, scratch, qwen2.5-0.5b, 7b-zero3, 70b-offload) or a YAML file of
-# your own with such sections. Without one: `tiny`, or `scratch` where data is named, or
+# RECIPE is a file of recipes/ (tiny, calculator, scratch, qwen2.5-0.5b, 7b-zero3, 70b-offload) or a
+# YAML file of your own with such sections. Without one: `tiny`, or `scratch` where data is named, or
 # `qwen2.5-0.5b`'s settings where a model is named.
 #
 #   --output_dir FOLDER          default: output/RECIPE
@@ -14,10 +14,12 @@
 #   --prompt_data A [B …]        prompts of step 3 (default: those of the comparisons)
 #   --method A [B …]             ppo (default), grpo, rloo, dpo, kto, best_of_n, … or all: each beside
 #                                the others, which are then compared (docs/online.md)
+#   --scored_by reward_function  by --ppo.reward_function alone: without comparisons and step 2
 #   --rounds N                   repeat collect → train N times (tiny: 2); new answers are ranked by
 #   --labeller WHAT              verifier (embedded task), reward_model or reward_function
 #   --replay_share S             learn from this share of older rounds' answers again (default: 1)
 #   --round_prompts disjoint     other prompts in each round
+#   --report_every MINUTES       write OUTPUT/report.html while it runs too, not only at its end
 #   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG, --preference.FLAG value   for one step
 #   --METHOD.FLAG value          for one method
 #   --config FILE [FILE …]       settings, in sections or for every step; they win over the recipe

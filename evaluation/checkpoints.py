@@ -11,8 +11,8 @@ import torch
 
 from utils.data import chat_template, files, fitting
 from utils.distributed import zero
-from utils.models import loading
-from utils.pretrained import positions_of
+from utils.models import adapters, loading
+from utils.pretrained import base_of, positions_of
 from utils.settings.fields import Settings, setting
 
 
@@ -94,9 +94,10 @@ def load_checkpoint(
 
     tokenizer = chat_template.load_tokenizer(path, trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = base_of(path) or path
     model = loading.load_whole(
         AutoModelForCausalLM,
-        path,
+        base,
         dtype=zero.DTYPES[zero.resolve_dtype(dtype, device)],
         device_map=device_map or None,
         attn_implementation=None if attn_implementation == "auto" else attn_implementation,
@@ -106,6 +107,7 @@ def load_checkpoint(
     if len(tokenizer) > have:
         loading.fit_to_tokenizer(model, tokenizer, path)
         print(f"{path}: chat template needs {len(tokenizer) - have} new tokens, untrained")
+    adapters.put_on(model, path, None)
     return (model if device_map else model.to(device)).eval(), tokenizer
 
 

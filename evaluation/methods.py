@@ -8,6 +8,7 @@ deepspeed evaluation/methods.py --policies sft=FOLDER dpo=FOLDER --judge_model R
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,13 @@ def measured(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def as_table(summary: dict[str, dict[str, float]], seconds: dict[str, float]) -> str:
-    """summary: of `summarised`. seconds: what each method took, beside what all share."""
+def as_table(
+    summary: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+    scored_by: str = "the reward model of round 1",
+) -> str:
+    """summary: of `summarised`. seconds: what each method took, beside what all share. scored_by:
+    what gives the scores."""
     first = next(iter(summary.values()))
     judges = [name for name in ("verifier", "score") if name in first]
     header = [h for name in judges for h in (name, "change")]
@@ -181,18 +187,18 @@ def as_table(summary: dict[str, dict[str, float]], seconds: dict[str, float]) ->
         cells = []
         for judge in judges:
             cells.append(measured(row[judge], row[f"{judge}_se"]))
-            change = measured(row[f"{judge}_change"], row[f"{judge}_change_se"], "+")
-            cells.append("" if row is first else change)
-        cells.append("" if row is first else measured(row["kl"], row["kl_se"]))
+            change = row.get(f"{judge}_change"), row.get(f"{judge}_change_se")
+            cells.append("" if row is first else measured(*change, "+"))
+        cells.append("" if row is first else measured(row["kl"], row.get("kl_se")))
         cells += [f"{row['response_length']:.1f}", f"{row['eos_share']:.3f}"]
         cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
         rows.append((name, *cells))
     legend = (
-        f"{first['prompts']} held-out prompts, an answer each. score: the reward model's of round "
-        "1. change, KL (nats a response): to\nthe first policy. ±: one standard error over the "
-        "prompts. seconds: of the stages that are this method's alone."
+        f"{first['prompts']} held-out prompts, an answer each. score: by {scored_by}. change, KL "
+        "(nats a response): to the first policy. ±: one standard error over the prompts. seconds: "
+        "of the stages that are this method's alone."
     )
-    return f"{table(rows, ('method', *header))}\n{legend}"
+    return f"{table(rows, ('method', *header))}\n{textwrap.fill(legend, 100)}"
 
 
 def main() -> None:

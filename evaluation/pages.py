@@ -1,7 +1,8 @@
-"""A side-by-side evaluation as text, Markdown and tables. No text of a model can steer a terminal
-or end its block of Markdown."""
+"""A side-by-side evaluation as text, Markdown, HTML and tables. No text of a model can steer a
+terminal, end its block of Markdown or be markup."""
 
 import re
+from html import escape
 
 from evaluation.questions import Question
 from utils import report
@@ -33,6 +34,15 @@ def as_text(questions: list[Question], results: dict) -> str:
     return "\n".join(lines)
 
 
+def last_turns(answered: list[tuple]) -> str:
+    """(question, answer) of answers that have just come, for a terminal."""
+    lines = []
+    for question, a in answered:
+        lines += [f"── {visible(question.where)}: {visible(question.turns[a.turn - 1])}"]
+        lines += ["    " + line for line in visible(a.answer).split("\n")]
+    return "\n".join(lines)
+
+
 def as_markdown(questions: list[Question], results: dict, settings: dict, summary: str) -> str:
     shown = "\n".join(f"{name}: {value}" for name, value in settings.items())
     parts = ["# Answers side by side", fence(shown), fence(summary)]
@@ -40,6 +50,31 @@ def as_markdown(questions: list[Question], results: dict, settings: dict, summar
         parts.append("#" * level + " " + code_span(heading))
         parts += [fence(text)] if level > 2 else []
     return "\n\n".join(parts) + "\n"
+
+
+STYLE = (
+    ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;"
+    "margin:auto;padding:1rem}pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:.6rem;"
+    "border:1px solid #8886;border-radius:.4rem;unicode-bidi:isolate}"
+    "h2{border-top:2px solid #8886;padding-top:1rem}"
+)
+
+
+def as_html(questions: list[Question], results: dict, settings: dict, summary: str) -> str:
+    """A page that needs no other file."""
+    shown = "\n".join(f"{name}: {value}" for name, value in settings.items())
+    parts = ["<h1>Answers side by side</h1>", preformatted(shown), preformatted(summary)]
+    for level, heading, text in _blocks(questions, results):
+        parts.append(f"<h{level}>{escape(visible(heading))}</h{level}>")
+        parts += [preformatted(text)] if level > 2 else []
+    head = f'<meta charset="utf-8"><title>Answers side by side</title><style>{STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width">'
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{escape(visible(text))}</pre>"
 
 
 def fence(text: str) -> str:

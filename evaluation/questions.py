@@ -1,6 +1,6 @@
 """The prompts of a side-by-side evaluation: built in, lines of text files, or rows of data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.data import chat_template, files, prompts, rows, sources
@@ -25,6 +25,7 @@ class Question:
     context: tuple[dict, ...]  # what was said before, a system turn perhaps
     turns: tuple[str, ...]  # what the user says, each after the answer to the one before
     where: str
+    row: dict = field(default_factory=dict)  # of the data, where verifiers find their columns
 
 
 def load(names: list[str], most: int = 0) -> list[Question]:
@@ -51,7 +52,8 @@ def _rows(name: str, bad: rows.BadRows) -> list[Question]:
     role = "eval" if sources.has_split(name, prompts.SPLITS["eval"]) else "train"
     for prompt in prompts.load_prompts([name], split_role=role, bad=bad):
         try:
-            questions.append(Question(prompt.messages[:-1], _turns(prompt), prompt.where))
+            turns = _turns(prompt)
+            questions.append(Question(prompt.messages[:-1], turns, prompt.where, prompt.row))
         except rows.BadRow as problem:
             bad.add(prompt.where, str(problem), prompt.row)
     return questions

@@ -1,10 +1,11 @@
-"""The closing table of a run, summary.json and curves.png.
+"""The closing table of a run, summary.json, curves.png and the run's page, report.html.
 
     python -m evaluation.summary --output_dir OUTPUT [--verifier_data held_out.jsonl]
 
 Reads each step's result.json and metrics.jsonl. Of PPO alone it shows before and after; with the
 embedded task it also samples from the SFT policy, the PPO policy and its average on held-out
-prompts and lets the verifier judge. With --methods it shows the table of methods.json instead.
+prompts and lets the verifier judge. With --methods it shows the table of methods.json instead; with
+no --reward, what step 3 measured before and after it trained each of them.
 """
 
 import argparse
@@ -17,10 +18,13 @@ from utils import whole_files
 from utils.data import batches, chat_template, toy_tasks
 from utils.distributed import program
 from utils.generation import sampling
+from utils.models import adapters
+from utils.pretrained import base_of
 from utils.report import standard_error, table
 
 STEPS = {"sft": "step1_sft", "reward": "step2_reward", "ppo": "step3_ppo"}
 ANSWER_TOKENS = 32
+FUNCTIONS = "the reward functions, of a verifier that says 1 or 0 the share of right answers"
 POLICIES = {"sft": "step1_sft", "ppo": "step3_ppo/actor", "ppo_ema": "step3_ppo/actor_ema"}
 # What summary.json takes from each step's result.json, by its name there where that differs.
 TAKEN = {
@@ -56,7 +60,9 @@ def verdicts(folder: Path, rows: list[dict], seed: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     tokenizer = chat_template.load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(base_of(str(folder)) or folder)
+    adapters.put_on(model, str(folder), None)
+    model.eval()
     turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     encoded = [chat_template.encode_prompt(tokenizer, turn) for turn in turns]
     responses = sampling.generate(
@@ -104,6 +110,33 @@ def summarise(output: Path, verifier_data: str, seed: int, seconds: float) -> di
     return summary
 
 
+def measured_by_step_3(output: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """The same measures as evaluation/methods.py's, of step 3's held-out prompts and, with an
+    environment, of whole episodes. "sft" is what each method began with: all begin alike."""
+    results = {name: read_result(output / f"step3_{name}") for name in names}
+
+    def row(result: dict, when: str) -> dict:
+        taken = ("score", "score_se", "kl", "response_length", "eos_share")
+        found = {n: result[f"{n}_{when}"] for n in taken if f"{n}_{when}" in result}
+        return found | {"prompts": result["held_out_prompts"]}
+
+    changes = {
+        name: {
+            "score_change": result["score_after"] - result["score_before"],
+            "score_change_se": result["score_se_change"],
+        }
+        for name, result in results.items()
+    }
+    after = {name: row(result, "after") | changes[name] for name, result in results.items()}
+    return {"sft": row(results[names[0]], "before"), **after}
+
+
+def summarise_without_reward_model(output: Path, names: list[str], seconds: dict) -> dict:
+    """The contents of summary.json where functions alone score the answers."""
+    found = {"sft": taken("sft", output / STEPS["sft"])}
+    return found | {"methods": measured_by_step_3(output, names), "seconds": seconds}
+
+
 def summarise_methods(output: Path, reward: Path, seconds: dict[str, float]) -> dict:
     """The contents of summary.json of any methods. reward: the folder of the reward model that all
     of them share. seconds: by method, and of what they share."""
@@ -112,9 +145,17 @@ def summarise_methods(output: Path, reward: Path, seconds: dict[str, float]) -> 
     return summary | {"methods": found, "seconds": seconds}
 
 
-def before_step_3(sft: dict, reward: dict) -> list[tuple]:
+def table_of(summary: dict) -> str:
+    """The closing table of what one of the functions above gave."""
+    return closing_table_of_methods(summary) if "methods" in summary else closing_table(summary)
+
+
+def before_step_3(sft: dict, reward: dict | None) -> list[tuple]:
+    loss = ("SFT held-out loss", sft["eval_loss_before"], sft["eval_loss_after"], "")
+    if reward is None:
+        return [loss]
     return [
-        ("SFT held-out loss", sft["eval_loss_before"], sft["eval_loss_after"], ""),
+        loss,
         (
             "reward accuracy on held-out pairs",
             reward["accuracy_before"],
@@ -131,10 +172,11 @@ def in_three_digits(rows: list[tuple], *header: str) -> str:
 
 
 def closing_table_of_methods(summary: dict) -> str:
-    rows = [row[:3] for row in before_step_3(summary["sft"], summary["reward"])]
+    rows = [row[:3] for row in before_step_3(summary["sft"], summary.get("reward"))]
+    scored_by = {} if "reward" in summary else {"scored_by": FUNCTIONS}
     return (
         f"{in_three_digits(rows, 'measure', 'before', 'after')}\n\n"
-        f"{methods.as_table(summary['methods'], summary['seconds'])}\n"
+        f"{methods.as_table(summary['methods'], summary['seconds'], **scored_by)}\n"
         f"time: {sum(summary['seconds'].values()):.0f} s, of which all methods share "
         f"{summary['seconds'].get('shared', 0.0):.0f} s"
     )
@@ -168,7 +210,7 @@ def closing_table(summary: dict) -> str:
     return f"{shown}\n{legend}\ntime: {times}"
 
 
-def plot(output: Path, reward: Path, policies: dict[str, Path]) -> None:
+def plot(output: Path, reward: Path | None, policies: dict[str, Path]) -> None:
     """curves.png: loss of SFT and reward model; scores, verifier and KL of each method that learns
     from rollouts."""
     import matplotlib
@@ -187,7 +229,9 @@ def plot(output: Path, reward: Path, policies: dict[str, Path]) -> None:
 
     draw(loss, read_metrics(output / STEPS["sft"]), "loss")
     loss.set(title="step 1: SFT loss a token", xlabel="optimizer step", ylabel="nats")
-    draw(ranking, read_metrics(reward), "loss")
+    ranking.set_visible(reward is not None)
+    if reward is not None:
+        draw(ranking, read_metrics(reward), "loss")
     ranking.set(title="step 2: ranking loss", xlabel="optimizer step", ylabel="nats a pair")
     score.set(title="step 3: score", xlabel="rollout", ylabel="reward model's score")
     kl.set(title="step 3: KL to the reference", xlabel="rollout", ylabel="nats a response")
@@ -227,20 +271,27 @@ def main() -> None:
     output = asked.output_dir
     pairs = [pair.partition("=") for pair in asked.seconds]
     seconds = {name: float(value) for name, _, value in pairs}
-    if asked.methods == ["ppo"]:
-        reward, total = output / STEPS["reward"], sum(seconds.values())
+    reward = asked.reward
+    if reward is None:
+        summary = summarise_without_reward_model(output, asked.methods, seconds)
+    elif asked.methods == ["ppo"]:
+        # The folder may hold other methods, whose seconds are not this run's.
+        reward, total = output / STEPS["reward"], sum(seconds.get(n, 0) for n in ("shared", "ppo"))
         summary = summarise(output, asked.verifier_data, asked.seed, total)
-        shown = closing_table(summary)
     else:
-        reward = asked.reward
         summary = summarise_methods(output, reward, seconds)
-        shown = closing_table_of_methods(summary)
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     whole_files.write_text(output / "summary.json", text + "\n")
     folders = {name: output / f"step3_{name}" for name in asked.methods}
     plot(output, reward, {name: f for name, f in folders.items() if (f / "actor").exists()})
-    print(shown)
-    print(f"written: {output}/summary.json, {output}/curves.png")
+    from evaluation import html_report  # which shows the tables of this module
+
+    html_report.write([output], output / "report.html")
+    print(table_of(summary))
+    print(
+        "written:",
+        ", ".join(f"{output}/{x}" for x in ("summary.json", "curves.png", "report.html")),
+    )
 
 
 if __name__ == "__main__":

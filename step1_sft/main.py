@@ -22,7 +22,9 @@ from utils.distributed import host_memory, program, zero
 from utils.generation import engines
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.metrics import Metric
-from utils.models import language_model
+from utils.models import freezing, language_model
+from utils.models.adapters import Lora
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -121,8 +123,13 @@ def main() -> None:
     run.announce(f"step 1, SFT: {steps} steps", steps)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
-        config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
+        config.pick(Loading),
+        config.model_name_or_path,
+        tokenizer=tokenizer,
+        lora=config.pick(Lora),
+        **loading,
     )
+    run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     answers = Answers(run, engine, tokenizer, held)
     budget = config.micro_batch_size, config.micro_batch_tokens

@@ -64,6 +64,9 @@ class CollectConfig(RunConfig):
         "2/3: only the second of three disjoint parts of the prompts, e.g. one for each round",
         check=part_of,
     )
+    round: int = setting(
+        1, "numbers the sampling noise: each round's own, or its answers repeat", at_least=1
+    )
     answers_per_prompt: int = setting(
         4, "K, answers sampled a prompt (InstructGPT: 4 to 9)", at_least=2, at_most=64
     )
@@ -145,7 +148,7 @@ def sample_answers(config, encoded, tokenizer, model, device) -> list[list[Sampl
     """K answers to each prompt of `encoded` (id lists), on every rank, in that order."""
     k, length = config.answers_per_prompt, config.max_response_length
     stop_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    noise = uniform_noise(len(encoded) * k, length, config.seed, 0)
+    noise = uniform_noise(len(encoded) * k, length, config.seed, config.round - 1)
     sampling = Sampling(length, stop_id, pad_id, config.temperature)
     policy = Untrained(model.to(device))
     mine, sampled = batches.dealt(list(map(len, encoded))), {}

@@ -1,19 +1,10 @@
 """Settings of step 2."""
 
-import re
 from dataclasses import dataclass
 
 from utils.planner.workload import Role, Workload
 from utils.settings.fields import setting
-from utils.settings.run_config import RunConfig
-
-
-def check_patterns(patterns: list[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no pattern: {error}") from None
+from utils.settings.run_config import RunConfig, check_patterns
 
 
 @dataclass

@@ -3,7 +3,6 @@
 deepspeed step2_reward/main.py --model_name_or_path SFT --preference_data DATA --output_dir FOLDER
 """
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,9 @@ from utils.data.comparisons import Ranked
 from utils.data.loading import DataSettings
 from utils.distributed import program, zero
 from utils.metrics import Metric
-from utils.models import scalar_model, scorer
+from utils.models import freezing, scalar_model, scorer
+from utils.models.adapters import Lora
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -74,22 +75,6 @@ def evaluate(ranked: list[Ranked], score) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
-def freeze(model, patterns: list[str]) -> str:
-    """Leave only weights that match a pattern, and the head, trainable; says how many."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(
-            not patterns or ".score." in name or any(re.search(x, name) for x in patterns)
-        )
-    free = [n for n, p in model.named_parameters() if p.requires_grad]
-    if patterns and all(".score." in n for n in free):
-        names = [n for n, _ in model.named_parameters()]
-        raise SystemExit(
-            f"trainable_modules={patterns} matches no weight; names look like "
-            f"{names[len(names) // 2]!r}; change --trainable_modules"
-        )
-    return f"{len(free)} of {sum(1 for _ in model.parameters())} weights are trained"
-
-
 def main() -> None:
     config = command_line.parse(RewardConfig, __doc__)
     run = Run(config)
@@ -114,9 +99,10 @@ def main() -> None:
         config.model_name_or_path,
         tokenizer=tokenizer,
         head="normal",
+        lora=config.pick(Lora),
         **loading,
     )
-    run.say(freeze(model, config.trainable_modules))
+    run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     budget = config.micro_batch_size, config.micro_batch_tokens
 

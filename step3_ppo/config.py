@@ -105,11 +105,47 @@ class PPOConfig(RunConfig):
     global_batch_size: int = setting(
         64, "sequences an optimizer step (a minibatch), over all ranks", at_least=1
     )
-    hybrid_engine: str = rounding(
+    rollout_engine: str = rounding(
         "auto",
-        "who samples: our decode loop (native, auto), DeepSpeed's rollout class (deepspeed), or "
-        "our loop on the module as it stands (off, for debugging)",
+        "who samples: our decode loop (native, auto), vLLM in an environment of its own (vllm, "
+        "docs/vllm.md), DeepSpeed's rollout class (deepspeed), or our loop on the module as it "
+        "stands (off, for debugging)",
         choices=engines.CHOICES,
+        formerly="hybrid_engine",
+    )
+    vllm_python: str = free(
+        "", "Python of vLLM's environment; empty: $VLLM_PYTHON", only_with="rollout_engine=vllm"
+    )
+    rollout_url: str = free(
+        "",
+        "http://… of a vLLM server started by hand; empty: the run starts its own",
+        check=check_url,
+        only_with="rollout_engine=vllm",
+    )
+    rollout_devices: str = rounding(
+        "",
+        "GPUs that are vLLM's alone, e.g. 4,5: the model is split over them; empty: it takes turns "
+        "with the training",
+        only_with="rollout_engine=vllm",
+    )
+    rollout_memory: float = rounding(
+        0.4,
+        "share of the memory of a GPU that vLLM fills with weights, keys and values",
+        above=0,
+        below=1,
+        only_with="rollout_engine=vllm",
+    )
+    rollout_timeout: float = free(
+        45.0,
+        "seconds without a new token after which vLLM is started again",
+        above=0,
+        only_with="rollout_engine=vllm",
+    )
+    engine_gap_limit: float = free(
+        0.1,
+        "nats a token that vLLM's log-probabilities may be off from the trainer's, mean over a "
+        "rollout; beyond it the run saves and ends; 0: any",
+        only_with="rollout_engine=vllm",
     )
     offload_frozen: bool = rounding(
         False, "reference and reward models in CPU memory between their uses (CUDA)"
@@ -167,11 +203,6 @@ class PPOConfig(RunConfig):
         "peak, of the actor: for billions of weights (one of a million: 1e-4)",
         above=0,
         at_most=1,
-    )
-    freeze_bottom_layers: int = setting(
-        0,
-        "layers of the actor, from below, that stay as they are, and with them its embeddings and "
-        "a head that is tied to these; 0: all of it is trained",
     )
     critic_learning_rate: float = setting(
         0.0, "peak learning rate of the critic; 0: five times the actor's", at_most=1
@@ -306,6 +337,10 @@ class PPOConfig(RunConfig):
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()
 
+    def compares_engine(self) -> bool:
+        """Are the log-probabilities of the engine that samples kept beside the trainer's?"""
+        return self.importance_cap > 0 or self.rollout_engine == "vllm"
+
     def has_critic(self) -> bool:
         return ALGORITHMS[self.algorithm].critic
 
@@ -367,4 +402,6 @@ class PPOConfig(RunConfig):
             length=self.max_prompt_length + self.max_response_length,
             predicted=self.max_response_length,
             rollout_rows=self.rollout_size(),
+            several_turns=bool(self.environment),
+            earlier_policy=self.algorithm == "nlpo",
         )

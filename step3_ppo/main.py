@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from step3_ppo import drawing, measures, old_logprobs
+from step3_ppo import drawing, measures, old_logprobs, samples
 from step3_ppo import rollout as rollouts
 from step3_ppo.checks import self_check
 from step3_ppo.checks.watch import Watch
@@ -27,6 +27,7 @@ from utils.data import toy_tasks
 from utils.data.loading import DataSettings
 from utils.distributed import program
 from utils.distributed.process_group import StopRun
+from utils.models import freezing
 from utils.models.scorer import reads_text
 from utils.run import Run
 from utils.settings import command_line
@@ -49,16 +50,20 @@ EVALUATION_NOISE = 2**31
 
 def evaluate(models, prompts, config, device, report, when: str, facts: dict) -> dict:
     """Metrics of sampled answers to the held-out prompts; shows people a few of them. The score of
-    each prompt is written to `facts`, as "scores_before" or "scores_after"."""
+    each prompt, and some of the answers, go to `facts`, as "scores_before" or "scores_after"."""
     rollout, found = rollouts.collect(models, prompts, config, device, EVALUATION_NOISE, judge=True)
-    facts[f"scores_{when.split()[0]}"] = rollout.scores.tolist()
+    moment = when.split()[0]
+    facts[f"scores_{moment}"] = rollout.scores.tolist()
     measured = measures.measure_rollout(rollout, config.estimator_of_kl())
     measured |= {name: value for name, value in found.items() if name.startswith("score_")}
     metrics = {f"eval/{name}": value for name, value in measured.items()}
     texts = rollouts.texts_of(models.tokenizer, rollout)
+    verdicts = []
     if all(toy_tasks.is_task(p.row) for p in prompts):
         verdicts = [toy_tasks.verify(p.row, t) for p, t in zip(prompts, texts, strict=True)]
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
+    facts[f"answers_{moment}"] = samples.held_out(prompts, texts, rollout, verdicts)
+    samples.write_answers(config.output_dir, facts)
     lines = []
     for i, prompt in enumerate(prompts[: config.sample_answers]):
         said = [turn["content"] for turn in (prompt.messages[-1], *rollout.earlier[i])] + [texts[i]]
@@ -95,6 +100,8 @@ def load(run: Run):
         config.max_steps,
     )
     models = build(config, tokenizer, run.dtype, run.device, of_scorers)
+    for role, engine in models.trained().items():
+        say(f"{role}: {freezing.counts(engine.module)}")
     say(f"rollouts: {models.rollout_engine.description}")
     if config.offload_frozen and run.device.type != "cuda":
         say("offload_frozen: the models are in CPU memory anyway")
@@ -171,6 +178,7 @@ def main() -> None:
             if watch.may_train_on(rollout, step):
                 experience, measured = make_experience(rollout, config, state, greedy)
                 metrics |= measured
+                samples.write_tokens(models.tokenizer, experience, sampled, config, step + 1)
                 state.adapt(metrics["kl"], len(sampled), config)
                 trained = time.time()
                 metrics |= train_on(models, experience, config, device, step, watch, check.follow)

@@ -8,11 +8,13 @@ from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import process_group, zero
 from utils.distributed.host_memory import FrozenOffload
-from utils.generation import engines
+from utils.generation import engines, vllm_server
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
-from utils.models import language_model, scalar_model
+from utils.models import freezing, language_model, scalar_model
+from utils.models.adapters import Lora
 from utils.models.ema import EMA
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer, differences, reads_text
 from utils.rewards import remote, sums
@@ -74,9 +76,9 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     settings, loading = config.pick(Loading), dict(dtype=dtype, tokenizer=tokenizer)
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
-    model = language_model.load(settings, name, zero_stage=stage, **loading)
-    for p in language_model.bottom_of(model, config.freeze_bottom_layers).values():
-        p.requires_grad_(False)
+    lora = config.pick(Lora)
+    model = language_model.load(settings, name, zero_stage=stage, lora=lora, **loading)
+    freezing.apply(model, config.pick(Freezing))
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
     critic = None
     if config.has_critic():
@@ -85,7 +87,8 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
         like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
-        model = scalar_model.load(settings, start, zero_stage=stage, head="zero", **loading)
+        given = dict(zero_stage=stage, head="zero", lora=lora)
+        model = scalar_model.load(settings, start, **given, **loading)
         how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
         critic = zero.TrainEngine(model, how, zero_stage=stage, **training)
     stage = config.stage_of_reference()
@@ -139,23 +142,24 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
         actor=actor,
         tokenizer=tokenizer,
         others=() if critic is None else (critic,),
-        gather="layer" if config.hybrid_engine == "off" else config.rollout_gather,
+        gather="layer" if config.rollout_engine == "off" else config.rollout_gather,
         decode=config.decode,
         tokens_at_once=config.generation_tokens,
         rows_at_once=config.decoded_at_once(process_group.world_size()),
         longest=config.max_prompt_length + config.max_response_length,
         keep_memory=not config.release_decode_memory,
+        vllm=config.pick(vllm_server.Settings),
     )
-    engine = engines.build(config.hybrid_engine, setup)
-    if config.logprobs_from == "decode" and not engine.returns_logprobs:
+    engine = engines.build(config.rollout_engine, setup)
+    if config.logprobs_from == "decode" and not engine.returns_entropies:
         raise SystemExit(
-            f"logprobs_from=decode: the {engine.name} engine returns no log-probabilities; "
-            "set --logprobs_from auto or --hybrid_engine native"
+            f"logprobs_from=decode: the {engine.name} engine does not return log-probabilities and "
+            "entropies as the trainer's; set --logprobs_from auto or --rollout_engine native"
         )
     if config.importance_cap and not engine.returns_logprobs:
         raise SystemExit(
             f"importance_cap={config.importance_cap}: the {engine.name} engine returns no "
-            "log-probabilities to compare with; leave it out or set --hybrid_engine native"
+            "log-probabilities to compare with; leave it out or set --rollout_engine native"
         )
     return engine
 

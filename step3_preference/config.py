@@ -112,6 +112,11 @@ class PreferenceConfig(RunConfig):
                     f"loss={self.loss} reads no {name} (now {value}); leave out --{name}, or set "
                     f"--loss to one that does: {', '.join(others)}"
                 )
+        if self.lora_dropout:
+            yield (
+                f"lora_dropout={self.lora_dropout}: log-ratios compare the policy with a reference "
+                "without dropout; leave it out, or give --sft.lora_dropout to run_all.sh"
+            )
         if self.reference_model and not entry.reads_reference:
             yield f"loss={self.loss} has no reference; leave out --reference_model"
 

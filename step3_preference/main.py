@@ -26,8 +26,10 @@ from utils.data.loading import DataSettings
 from utils.data.preferences import Answers
 from utils.distributed import program, zero
 from utils.metrics import Metric
-from utils.models import language_model
+from utils.models import freezing, language_model
+from utils.models.adapters import Lora
 from utils.models.ema import EMA
+from utils.models.freezing import Freezing
 from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
@@ -195,8 +197,13 @@ def main() -> None:
     held.refer(numbers)
     loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
-        config.pick(Loading), config.model_name_or_path, tokenizer=tokenizer, **loading
+        config.pick(Loading),
+        config.model_name_or_path,
+        tokenizer=tokenizer,
+        lora=config.pick(Lora),
+        **loading,
     )
+    run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     ema = EMA(engine.module, config.ema_decay) if config.ema_decay else None
     budget = config.micro_batch_size, config.micro_batch_tokens

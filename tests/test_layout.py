@@ -21,6 +21,7 @@ FLOORS = (
         "utils.terminal",
         "utils.pretrained",
         "utils.launch",
+        "utils.provenance",
     ),
     ("utils.distributed", "utils.data", "utils.rewards"),
     ("utils.kernels", "utils.models"),

@@ -1,17 +1,56 @@
 """Reading what transformers has saved: a model's config, and words for what does not load."""
 
+import json
 import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 SHOWN_FILES = 12
+# An adapter folder's; with a config.json, transformers would look for whole weights there.
+ADAPTED_CONFIG = "adapter_model_config.json"
+
+
+def adapter_file(path: str) -> str | None:
+    """Where the settings of an adapter folder, or of a hub name that is one, lie; None: a model."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if not path or os.path.isdir(path):
+        file = os.path.join(path, "adapter_config.json")
+        return file if os.path.isfile(file) else None
+    with refused(path, "a model"):
+        return find_adapter_config_file(path)
+
+
+def base_of(path: str) -> str | None:
+    """Folder or hub name of the model that an adapter folder belongs to; None where `path` is no
+    such folder. Raises SystemExit where the base is not there."""
+    file = adapter_file(path)
+    if file is None:
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    missing = os.path.isabs(base) and not os.path.isdir(base)
+    if not base or missing or (not os.path.isdir(base) and base.count("/") > 1):
+        raise SystemExit(
+            f"{path!r} is an adapter of the model {base!r}, which is not there; name its folder "
+            "as base_model_name_or_path in adapter_config.json"
+        )
+    if adapter_file(base):
+        raise SystemExit(
+            f"{path!r} is an adapter of {base!r}, which is an adapter itself; merge that one "
+            f"first: python -m utils.models.merge {base} FOLDER"
+        )
+    return base
 
 
 def config_of(path: str, trust_remote_code: bool, **settings):
     """The config of a model's folder or hub name. Raises SystemExit with the path and the cause."""
     from transformers import AutoConfig
 
+    if base := base_of(path):
+        own = os.path.join(path, ADAPTED_CONFIG)  # not where other programs have written it
+        path = own if os.path.isfile(own) else base
     with refused(path, "the model's config"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
 

@@ -3,20 +3,22 @@ loops. It owns no loop; each step's main.py does."""
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from utils import metrics
+from utils import metrics, provenance
 from utils import report as reporting
-from utils.checkpoints import model_folder, resuming
+from utils.checkpoints import manifest, model_folder, resuming
 from utils.checkpoints.checkpoints import Checkpoints, Saving
 from utils.data import chat_template
 from utils.distributed import process_group, program, shared_files, zero
 from utils.distributed.process_group import StopRun
 from utils.errors import UserError
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model
+from utils.models import language_model, merge
 from utils.planner import plan
+from utils.pretrained import base_of
 from utils.seeding import seed_everything
 from utils.settings import command_line
 
@@ -71,6 +73,7 @@ class Run:
         self.settings = command_line.text_of(config, process_group.world_size())
         if process_group.is_main():
             command_line.save(config, config.output_dir, process_group.world_size())
+            provenance.save(config.output_dir, process_group.world_size())
         self.bad_steps = BadSteps(config.max_bad_steps, self.say, self.save)
         self.checkpoints = Checkpoints(
             config.pick(Saving), dataclasses.asdict(config), self.resumed_from, self.report
@@ -126,8 +129,15 @@ class Run:
         self.checkpoints.after_step(step, metrics)
 
     def save(self) -> None:
-        """Write the models to the output folder, as they are."""
+        """Write the models to the output folder, as they are; adapters merged, where asked."""
         model_folder.save(self.config.output_dir, self.outputs)
+        if not self.config.merge_on_save:
+            return
+        with manifest.failing_together():
+            folders = [Path(self.config.output_dir) / name for name in self.outputs]
+            for folder in folders if process_group.is_main() else []:
+                if base_of(str(folder)):
+                    merge.write(folder, folder, self.config.trust_remote_code)
 
     def finish(self, result: dict, text: str) -> None:
         """Write result.json, say `text`, leave the other ranks."""

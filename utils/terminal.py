@@ -7,10 +7,11 @@ DIRECTIONS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u
 
 
 def visible(text: str) -> str:
-    """The text with control characters and changes of direction as escape sequences."""
+    """The text with control characters, changes of direction and halves of surrogate pairs, which
+    no file could hold, as escape sequences."""
     return "".join(
         c
-        if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in DIRECTIONS)
+        if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in DIRECTIONS)
         else repr(c)[1:-1]
         for c in text
     )

@@ -91,16 +91,20 @@ def folder_beside(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
 
 
-def move_into(new: Path, folder: Path, stale: str) -> None:
+# Of a model in other files, or of another kind, that stood in the folder before.
+WEIGHTS = ("model*.safetensors*", "adapter_*", "config.json")
+
+
+def move_into(new: Path, folder: Path, stale: tuple[str, ...]) -> None:
     """Move every file of `new` into `folder`, each in one step; other files there stay, but for
-    those that match `stale`."""
+    those that match one of `stale`."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {file.name for file in new.iterdir()}
     for name in written:
         sync(new / name)
     for name in sorted(written):
         os.replace(new / name, folder / name)
-    for old in folder.glob(stale):
+    for old in [file for pattern in stale for file in folder.glob(pattern)]:
         if old.name not in written:
             old.unlink()
     sync(folder)

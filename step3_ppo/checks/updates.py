@@ -5,7 +5,8 @@ import torch
 from step3_ppo.checks.probe import AFTER, FirstSteps, check
 from utils.checkpoints import engine_state
 from utils.distributed import process_group, zero
-from utils.models import language_model
+from utils.models import adapters, freezing
+from utils.models.freezing import Freezing
 from utils.verdicts import Doubt, Fault
 
 WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -36,6 +37,17 @@ def masters(engine) -> int:
     return checksum(span.tensors["weight"] for span in engine_state.spans_of(engine))
 
 
+def held_still(models) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights that no step may change, by whose they are and name: those of frozen models, and
+    what stands beside adapters."""
+    found = {name: dict(model.named_parameters()) for name, model in models.frozen().items()}
+    for name, engine in models.trained().items():
+        own = dict(adapters.own_of(engine.module))
+        base = {n: p for n, p in engine.module.named_parameters() if n not in own}
+        found |= {f"{name}'s base": base} if base else {}
+    return found
+
+
 class WeightsBefore:
     """The weights as they are before the first optimizer step, and from then on which of the
     trained ones get a gradient."""
@@ -50,7 +62,7 @@ class WeightsBefore:
                     hook = p.register_hook(lambda _, weight=weight, seen=seen: seen.add(weight))
                     self._hooks.append(hook)
         self.masters = {name: masters(engine) for name, engine in models.trained().items()}
-        self.frozen = {name: checksum(m.parameters()) for name, m in models.frozen().items()}
+        self.frozen = {name: checksum(of.values()) for name, of in held_still(models).items()}
         self.averaged: dict[str, tuple] = {}  # name → copies of an EMA's matrix and of the actor's
         if models.ema is not None:
             own = models.actor.module.named_parameters()
@@ -100,10 +112,9 @@ def on_policy_at_the_first_update(steps: FirstSteps) -> str:
 def gradients_reach(steps: FirstSteps) -> str:
     """Every weight that should train has had a gradient; no frozen one has, nor has it changed."""
     models, before, counts = steps.probe.models, steps.weights, []
-    held = steps.probe.config.freeze_bottom_layers
-    held = language_model.bottom_of(models.actor.module, held).keys()
+    held = freezing.frozen_by(models.actor.module, steps.probe.config.pick(Freezing))
     for name, engine in models.trained().items():
-        weights = {n for n, _ in engine.module.named_parameters()}
+        weights = {n for n, _ in adapters.own_of(engine.module)}
         weights = sorted(weights - held if name == "actor" else weights)
         missing = [n for n in weights if n not in before.gradients[name]]
         if missing:
@@ -113,12 +124,12 @@ def gradients_reach(steps: FirstSteps) -> str:
             )
         counts.append(f"{len(weights)} of the {name}")
     if held & before.gradients["actor"]:
-        raise Fault("weights below --freeze_bottom_layers had a gradient: they are trained")
-    for name, model in models.frozen().items():
-        trained = [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None]
+        raise Fault("weights that --freeze… names had a gradient: they are trained")
+    for name, weights in held_still(models).items():
+        trained = [n for n, p in weights.items() if p.requires_grad or p.grad is not None]
         if trained:
             raise Fault(f"the {name} is to be frozen, and {trained[0]} is trained")
-        now = checksum(model.parameters())
+        now = checksum(weights.values())
         if now != before.frozen[name]:
             raise Fault(
                 f"the {name} is to be frozen, and its weights changed (checksum "

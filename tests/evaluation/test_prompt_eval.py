@@ -100,7 +100,7 @@ def test_each_turn_sees_the_answers_before_it(policy, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     seen = []
 
-    def canned(model, tokenizer, encoded):
+    def canned(model, tokenizer, encoded, drawn):
         seen.extend(tokenizer.decode(ids) for ids in encoded)
         return [(f"reply {len(seen) - len(encoded) + n}", 3, True) for n in range(len(encoded))]
 

@@ -1,5 +1,6 @@
 """The closing table says what each uncertainty is of, and pairs what was asked twice."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from evaluation import summary
 from step2_reward import main as step2  # noqa: F401  its metrics
 from step3_ppo import main as step3
+from tests.helpers import run_folders
 from tests.helpers.known_metrics import KnownMetrics
 from utils import metrics
 from utils.report import standard_error
@@ -76,6 +78,38 @@ def test_closing_table_says_what_each_number_is(result):
     assert cells[1:] == ["0.400 ± 0.020", "0.700 ± 0.010", "+0.300 ± 0.015"]
     assert "0.900 (0.850 to 0.940)" in "".join(lines) and "std" not in "".join(lines)
     assert "95 % interval, by prompt. ±: one standard error" in lines[-2]
+
+
+def test_without_a_reward_model_the_table_shows_what_step_3_measured(result, tmp_path):
+    for name, score in (("grpo", 5.0), ("rloo", 3.0)):
+        (tmp_path / f"step3_{name}").mkdir()
+        own = json.dumps(result | {"score_after": score, "eos_share_after": 0.25})
+        (tmp_path / f"step3_{name}/result.json").write_text(own)
+    (tmp_path / "step1_sft").mkdir()
+    losses = json.dumps({"eval_loss_before": 6.0, "eval_loss_after": 0.7})
+    (tmp_path / "step1_sft/result.json").write_text(losses)
+    seconds = {"shared": 10.0, "grpo": 2.0}
+    found = summary.summarise_without_reward_model(tmp_path, ["grpo", "rloo"], seconds)
+    shown, names = summary.closing_table_of_methods(found), ("sft ", "grpo ", "rloo ")
+    first, grpo, rloo = (next(x for x in shown.splitlines() if x.startswith(n)) for n in names)
+    assert first.split()[1:4] == ["2.000", "±", f"{by_hand(BEFORE):.3f}"] and "1.000" in first
+    assert grpo.split()[1:4] == ["5.000", "±", f"{by_hand(AFTER):.3f}"] and "0.250" in grpo
+    change = by_hand([1.0, 2.0, 1.0, 2.0])
+    assert grpo.split()[4:7] == ["+3.000", "±", f"{change:.3f}"] and "+1.000 ±" in rloo
+    assert "share of right answers" in shown and "reward accuracy" not in shown
+
+
+def test_other_methods_seconds_are_not_ppos(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(summary, "summarise", lambda *given: told.append(given[-1]) or {})
+    monkeypatch.setattr(summary, "closing_table", lambda found: "")
+    monkeypatch.setattr(summary, "plot", lambda *given: None)
+    words = ["--output_dir", str(tmp_path), "--reward", "r", "--seconds", "shared=9", "ppo=2"]
+    monkeypatch.setattr("sys.argv", ["summary", *words, "dpo=700"])
+    run_folders.ppo(tmp_path / "step3_ppo")
+    summary.main()
+    assert told == [11.0]
+    assert "verifier rose" in (tmp_path / "report.html").read_text(), "the run's page is made too"
 
 
 def test_curves_and_results_are_of_metrics_in_the_table(tmp_path, monkeypatch):

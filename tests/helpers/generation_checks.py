@@ -18,7 +18,7 @@ from utils.generation import engines, weights
 from utils.generation import sampling as generation
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.generation.engines.native import NativeEngine
-from utils.models import language_model
+from utils.models import language_model, loading
 
 PAD, STOP, VOCAB, NEW, LENGTHS = 0, 2, 96, 8, [7, 1, 4, 6]
 
@@ -124,7 +124,9 @@ def modes(folder):
     for stage, gather in ((0, "rollout"), (3, "rollout"), (3, "layer")):
         actor = zero_gathers.engine_of(big_llama(), stage)
         module, engine = actor.module, NativeEngine(gather)
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint(module, 1)
+        flags = [getattr(m, "gradient_checkpointing", None) for m in module.modules()]
+        assert flags.count(True) == 2  # the model's own and one layer's
         ids = torch.ones(1, 4, dtype=torch.int64)
 
         drawn = torch.get_rng_state()
@@ -142,7 +144,8 @@ def modes(folder):
             except ZeroDivisionError:
                 assert fails
             assert all(m.training for m in module.modules()) and engine.generator is None
-            assert module.model.gradient_checkpointing
+            now = [getattr(m, "gradient_checkpointing", None) for m in module.modules()]
+            assert now == flags
             assert engine._twin is None or not any(p.numel() for p in engine._twin.parameters())
         # A resumed run builds the plain twin later than the uninterrupted one did.
         assert torch.equal(torch.get_rng_state(), drawn)
@@ -219,7 +222,7 @@ def a_budget_of_tokens_counts_for_deepspeed(folder, actor, expected):
 def choice_of_engine(folder):
     """Who samples, by the flag: all of them give the same greedy answers."""
     for stage in (0, 3):
-        native = built(folder, zero_stage=stage, hybrid_engine="native")
+        native = built(folder, zero_stage=stage, rollout_engine="native")
         expected = answers(*native)
         assert native[1].name == "native"
         assert (expected != expected[0]).any(), "the prompt must matter"
@@ -227,11 +230,11 @@ def choice_of_engine(folder):
         automatic = built(folder, zero_stage=stage)
         assert type(automatic[1]) is type(native[1])
 
-        off = built(folder, zero_stage=stage, hybrid_engine="off")
+        off = built(folder, zero_stage=stage, rollout_engine="off")
         with synced(off[1], off[0]):
             assert off[1].generator is off[0].module and off[1].in_step is (stage == 3)
 
-        theirs = built(folder, zero_stage=stage, hybrid_engine="deepspeed")
+        theirs = built(folder, zero_stage=stage, rollout_engine="deepspeed")
         assert theirs[1].name == "deepspeed" and "decoded to the limit" in theirs[1].description
         for one in (automatic, off, theirs):
             assert torch.equal(answers(*one), expected), one[1].description
@@ -249,7 +252,7 @@ def choice_of_engine(folder):
     try:
         engines.build("deepspeed", setup)
     except SystemExit as refusal:
-        assert "repetition_penalty" in str(refusal) and "--hybrid_engine native" in str(refusal)
+        assert "repetition_penalty" in str(refusal) and "--rollout_engine native" in str(refusal)
         print("held: settings that change draws")
 
 

@@ -137,7 +137,9 @@ def test_launch_scripts_are_short_and_name_real_flags(script):
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").iterdir()), ids=lambda p: p.stem)
 def test_recipes_name_real_settings(recipe):
     sections = files.read(str(recipe))
-    assert sections.keys() >= {"run", "sft", "reward", "ppo"} and recipe.suffix == ".yaml"
+    scored_by = sections["run"].get("scored_by", "reward")
+    assert sections.keys() >= {"run", "sft", "ppo", scored_by} - {"reward_function"}
+    assert recipe.suffix == ".yaml"
     read = {SFTConfig: "sft", PPOConfig: "ppo", PreferenceConfig: "preference"}
     for config in (*read, CollectConfig, RewardConfig, run_all.Pipeline):
         methods = [m for m in pipeline.METHODS.values() if m.step == read.get(config)]

@@ -88,6 +88,19 @@ def test_methods_share_sft_and_reward_model_and_are_compared():
     assert compared["held_out_data"] == "data/held_out.jsonl" and "prompt_data" not in compared
 
 
+def test_functions_alone_need_no_comparisons_and_no_reward_model():
+    found = stages("calculator", "--method", "grpo", "ppo")
+    assert [s.sections[0] for s in found] == ["sft", "ppo", "ppo"]
+    for flags in of(found, "step3_ppo/main.py"):
+        assert flags["prompt_data"] == "data/prompts.jsonl"
+        assert not flags.keys() & {"reward_model", "preference_data"}
+    own = ["scratch", "--sft_data", "s.jsonl", "--prompt_data", "p.jsonl"]
+    found = stages(*own, "--scored_by", "reward_function", "--method", "rloo")
+    (flags,) = of(found, "step3_ppo/main.py")
+    assert flags["prompt_data"] == "p.jsonl" and flags["reference_model"] == "step1_sft"
+    assert len(found) == 2
+
+
 def test_ppo_alone_has_the_summary_of_before_and_after():
     assert not of(stages("tiny"), "evaluation/methods.py")
 
@@ -96,8 +109,9 @@ def test_rounds_on_real_data_go_on_from_the_policy_and_its_own_answers():
     found = stages(*REAL, "--method", "dpo", "kto", "--rounds", 3, "--round_prompts", "disjoint")
     asked = of(found, "step2_reward/collect.py")
     assert [(a["method"], a["policy"], a["prompt_part"]) for a in asked] == [
-        (m, f"round{n}/step3_{m}", f"{n + 1}/3") for m in ("dpo", "kto") for n in (1, 2)
-    ]
+        (m, f"round{n}/step3_{m}", f"{n}/2") for m in ("dpo", "kto") for n in (1, 2)
+    ], "round 1 samples nothing, and no part of the prompts is left out for it"
+    assert [a["round"] for a in asked] == ["2", "3"] * 2
     for a in asked:
         assert (a["labeller"], a["reward_model"]) == ("reward_model", "round1/step2_reward")
         assert a["prompt_data"] == "p.jsonl"
@@ -210,6 +224,12 @@ def test_no_round_holds_out_what_an_earlier_one_trained_on(recipe):
         ([*REAL, "--rounds", 2], "which the old one cannot label"),
         ([*REAL, "--labeller", "verifier"], "judges the embedded task only"),
         ([*REAL, "--labeller", "reward_function"], "ranks new answers, and rounds=1"),
+        (["calculator", "--method", "grpo", "dpo"], "and dpo learn from collected answers"),
+        (["calculator", "--rounds", 2], "for which rounds=2 is; leave out --rounds"),
+        (
+            ["scratch", "--sft_data", "a", "--scored_by", "reward_function"],
+            "this recipe needs --prompt_data",
+        ),
         (["tiny", "--rounds", 1, "--replay_share", 0.5], "replay_share=0.5 is read only with"),
         (["tiny", "--replay_share", 1.5], "must be at most 1"),
         (["scratch", "--sft_data", "a"], "this recipe needs --preference_data"),

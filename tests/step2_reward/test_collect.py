@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from step2_reward import collect as program
 from step2_reward.collect import write_sampled
@@ -97,3 +99,21 @@ def test_parts_of_the_prompts_are_disjoint_and_all_of_them(tiny, chain, tmp_path
     for wrong in ("3/2", "0/2", "1", "a/b", "1/0"):
         with pytest.raises(ValueError, match="not NUMBER/PARTS"):
             program.part_of(wrong)
+
+
+def test_each_round_draws_by_noise_of_its_own(tiny, chain):
+    tokenizer = chat_template.load_tokenizer(str(chain / "sft"))
+    model = AutoModelForCausalLM.from_pretrained(chain / "sft").eval()
+    lines = (tiny / "data/prompts.jsonl").read_text().splitlines()[:16]
+    turns = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
+    encoded = [chat_template.encode_prompt(tokenizer, turn) for turn in turns]
+
+    def texts(**given):
+        config = program.CollectConfig(answers_per_prompt=2, max_response_length=12, **given)
+        found = program.sample_answers(config, encoded, tokenizer, model, torch.device("cpu"))
+        return [answer.text for group in found for answer in group]
+
+    first = texts()
+    assert texts(round=1) == first
+    same = sum(a == b for a, b in zip(first, texts(round=2), strict=True))
+    assert same < len(first) / 2, "round 2 repeats round 1"

@@ -19,6 +19,7 @@ from utils.checkpoints import engine_state, manifest, model_folder
 from utils.checkpoints.background import Copies, Writing, does_not_fit
 from utils.checkpoints.resuming import Checkpoint
 from utils.distributed import preemption, process_group
+from utils.models import adapters
 
 
 @functools.cache  # importlib reads it from files
@@ -256,7 +257,8 @@ class Checkpoints:
     def _bytes_to_copy(self) -> int:
         total = sum(t.nbytes for t in self._tensors().values())
         if process_group.is_main():
-            for p in (p for engine in self.engines.values() for p in engine.module.parameters()):
+            models = [engine.module for engine in self.engines.values()]
+            for p in (p for module in models for _, p in adapters.own_of(module)):
                 total += getattr(p, "ds_numel", p.numel()) * p.element_size()
         return total
 

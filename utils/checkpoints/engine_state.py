@@ -14,6 +14,7 @@ import torch
 
 from utils.distributed import process_group
 from utils.distributed.zero import MOMENTS
+from utils.models import adapters
 from utils.models.ema import EMA
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -41,7 +42,7 @@ def spans_of(engine, create=lambda name: False) -> list[Span]:
         return _spans_of_average(engine)
     optimizer, masters, rank = engine.engine.optimizer, engine.masters(), process_group.rank()
     spans = []
-    for name, p in engine.module.named_parameters():
+    for name, p in adapters.own_of(engine.module):
         sharded = hasattr(p, "ds_id")
         if not p.requires_grad:  # not in the optimizer: the weight as the model has it
             own = p.ds_tensor if sharded else p
@@ -86,7 +87,7 @@ def _span(name: str, start: int, tensors: dict, p, partitioned: bool) -> Span:
 
 def _spans_of_average(ema: EMA) -> list[Span]:
     spans, rank = [], process_group.rank()
-    for name, p in ema.module.named_parameters():
+    for name, p in adapters.own_of(ema.module):
         shadow, sharded = ema.shadow[name], hasattr(p, "ds_id")
         start = shadow.numel() * rank if sharded else 0
         spans.append(_span(name, start, {"average": shadow}, p, sharded))

@@ -14,13 +14,14 @@ from torch import nn
 from utils import whole_files
 from utils.checkpoints import manifest
 from utils.distributed import process_group, zero
-from utils.models import model_code
+from utils.models import adapters, model_code
 from utils.models.ema import EMA
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A transformers model, maybe sharded, as a folder that plain transformers loads.
+    """A transformers model, maybe sharded, as a folder that plain transformers loads; one with
+    adapters as a folder of these, which names its base.
 
     The folder holds config, safetensors, generation config, tokenizer with its chat template, the
     Python files that came with either and, as config.yaml, the `settings` it was trained with.
@@ -35,7 +36,7 @@ class ModelFolder:
     def snapshot(self, copy: zero.Copy = zero.to_cpu) -> Callable[[Path], None]:
         """Copies the weights of now; → what writes them. Every rank must call it."""
         if self.average is None:
-            state = zero.whole_state_dict(self.model, copy)
+            state = zero.whole_state_dict(self.model, copy, adapters.own_of(self.model))
         else:
             state = self.average.state_dict(copy=copy)
         # A model beside the model, with the same layers: transformers writes its settings, some of
@@ -48,12 +49,15 @@ class ModelFolder:
             # weights that were there.
             with whole_files.folder_beside(folder) as temporary:
                 # Tied weights are one parameter under two names; transformers ties them on loading.
-                shown.save_pretrained(temporary, state_dict=state)
+                if adapters.settings_of(shown) is None:
+                    shown.save_pretrained(temporary, state_dict=state)
+                else:
+                    adapters.save(shown, state, temporary)
                 # (Saving a tokenizer only reads it: the main thread may encode meanwhile.)
                 self.tokenizer.save_pretrained(temporary)
                 model_code.save(temporary, self.model, self.tokenizer)
                 whole_files.write_text(temporary / "config.yaml", self.settings)
-                whole_files.move_into(temporary, folder, stale="model*.safetensors*")
+                whole_files.move_into(temporary, folder, stale=whole_files.WEIGHTS)
 
         return write
 

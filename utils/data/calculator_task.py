@@ -4,7 +4,8 @@ a policy that may ask a calculator (`--environment`).
     python -m utils.data.calculator_task --output_dir FOLDER [--seed N]
 
 writes demonstrations (`sft.jsonl`), prompts (`prompts.jsonl`) and held-out prompts
-(`held_out.jsonl`) with the columns of utils.data.toy_tasks, whose verifier judges the last answer.
+(`held_out.jsonl`) with the columns of utils.data.toy_tasks, whose verifier judges the last answer,
+and the right one as `answer`, as step3_ppo.rewards.maths reads it.
 Most demonstrations guess, and are wrong; a third call the calculator, of which some ask it
 something else or do not believe it. No prompt stands in two files.
 """
@@ -56,8 +57,9 @@ def write(
         a, b = r.randint(100, 999), r.randint(11, 99) if sign == "*" else r.randint(100, 999)
         drawn[r.choice(QUESTIONS).format(a, sign, b)] = a, sign, b
     rows = [
-        toy_tasks.row_of(toy_tasks.Task("calculation", question, (str(SIGNS[sign](a, b)),)))
+        toy_tasks.row_of(toy_tasks.Task("calculation", question, (answer,))) | {"answer": answer}
         for question, (a, sign, b) in drawn.items()
+        for answer in [str(SIGNS[sign](a, b))]
     ]
     test, train = rows[:held_out], rows[held_out:]
     terms, demos = list(drawn.values())[held_out:], []

@@ -285,6 +285,18 @@ def gathered(parameters):
         yield
 
 
+@torch.no_grad()
+def fill(p: nn.Parameter, whole: torch.Tensor) -> None:
+    """Give a weight, maybe sharded, these numbers, the same on every rank. A collective then."""
+    if not hasattr(p, "ds_id"):
+        p.data.copy_(whole)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+        p.data.copy_(whole)
+
+
 def local(p: torch.Tensor) -> torch.Tensor:
     """What this rank owns of a weight: its ZeRO-3 shard, or all of it."""
     return getattr(p, "ds_tensor", p).detach()
@@ -313,13 +325,16 @@ def to_cpu(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
 
 
 @torch.no_grad()
-def whole_state_dict(module: nn.Module, copy: Copy = to_cpu) -> dict[str, torch.Tensor]:
+def whole_state_dict(
+    module: nn.Module, copy: Copy = to_cpu, parameters=None
+) -> dict[str, torch.Tensor]:
     """Whole weights on the CPU of rank 0 (an empty dict elsewhere); every rank must call it.
 
-    One weight at a time is whole, so the peak is the largest weight and not the model.
+    One weight at a time is whole, so the peak is the largest weight and not the model. parameters:
+    names and weights, where not all of the module's are wanted.
     """
     state = {}
-    for name, p in module.named_parameters():
+    for name, p in parameters or module.named_parameters():
         with gathered([p]):
             if process_group.is_main():
                 state[name] = copy(p)

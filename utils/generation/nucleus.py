@@ -44,7 +44,7 @@ class Nucleus(EMA):
         """What is kept → the module that says what may be drawn. A collective under ZeRO-3."""
         targets = dict(self.twin.named_parameters())
         for name, p in self.module.named_parameters():
-            whole = self.shadow[name]
+            whole = self.shadow.get(name, zero.local(p))  # what adapters stand beside is frozen
             if hasattr(p, "ds_id"):
                 (whole,) = zero.all_gathered([whole.to(targets[name].device)], [p])
             if targets[name].numel() == 0:

@@ -14,12 +14,14 @@ token. That is slow, and all ranks must decode in step, until the last of them h
 import contextlib
 import copy
 import socket
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from utils.distributed import host_memory, process_group, zero
 from utils.generation.kv_cache import numbers_a_token
+from utils.models import adapters
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -60,15 +62,15 @@ def in_eval_mode(actor):
     """The trained module, in eval mode, caching and not checkpointing; as before afterwards."""
     module, engine = actor.module, actor.engine
     was_training = module.training
-    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+    checkpointing = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     try:
-        if checkpointing:
-            module.gradient_checkpointing_disable()
+        for m in checkpointing:  # --checkpoint_layers may have chosen some
+            m.gradient_checkpointing = False
         engine.eval()
         yield module
     finally:
-        if checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+        for m in checkpointing:
+            m.gradient_checkpointing = True
         engine.train(was_training)
 
 
@@ -90,6 +92,7 @@ def plain_twin(module: nn.Module) -> nn.Module:
     # Built for real and not on the meta device: rotary tables are computed here.
     with torch.device(reference.device), undisturbed(reference.device):
         plain = type(module)._from_config(copy.deepcopy(module.config), dtype=reference.dtype)
+        adapters.same_layers(plain, module)
     plain.to(reference.device)
     for target, source in zip(plain.buffers(), module.buffers(), strict=True):
         target.copy_(source)
@@ -98,23 +101,34 @@ def plain_twin(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _copy_weights(module: nn.Module, plain: nn.Module) -> None:
-    """Whole weights of a ZeRO-3 `module` into `plain`: one all-gather a bucket, on every rank."""
+    """Whole weights of a ZeRO-3 `module` into `plain`."""
     targets = dict(plain.named_parameters())
+    for bucket in whole_buckets(module):
+        for name, whole in bucket.items():
+            target = targets[name]
+            target.data = whole.to(target.dtype)
+
+
+def whole_buckets(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Every parameter of `module` by name, whole, some BUCKET_BYTES at a time: under ZeRO-3 one
+    all-gather a bucket, on every rank. A bucket is of one dtype."""
     named = {id(p): name for name, p in module.named_parameters()}
     for bucket in _buckets(list(module.parameters())):
+        if not hasattr(bucket[0], "ds_tensor"):
+            yield {named[id(p)]: p.detach() for p in bucket}
+            continue
         # Not by `deepspeed.zero.GatheredParameters`: it starts a collective for each parameter, and
         # holds the gathered weights beside our copy of them.
         shards = [zero.local(p).to(p.device) for p in bucket]
-        for p, whole in zip(bucket, zero.all_gathered(shards, bucket), strict=True):
-            target = targets[named[id(p)]]
-            target.data = whole.to(target.dtype)
+        wholes = zero.all_gathered(shards, bucket)
+        yield {named[id(p)]: whole for p, whole in zip(bucket, wholes, strict=True)}
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters in their order, cut where BUCKET_BYTES are full or the dtype changes."""
     buckets, size = [], 0
     for p in parameters:
-        more = p.ds_numel * p.ds_tensor.element_size()
+        more = getattr(p, "ds_numel", p.numel()) * zero.local(p).element_size()
         if not buckets or size + more > BUCKET_BYTES or p.dtype != buckets[-1][0].dtype:
             buckets.append([])
             size = 0

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from utils.distributed import process_group, zero
+from utils.models import adapters
 
 
 class EMA:
@@ -17,11 +18,11 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.module = module
-        self.shadow = {name: zero.local(p).float().clone() for name, p in module.named_parameters()}
+        self.shadow = {n: zero.local(p).float().clone() for n, p in adapters.own_of(module)}
 
     @torch.no_grad()
     def update(self) -> None:
-        for name, p in self.module.named_parameters():
+        for name, p in adapters.own_of(self.module):
             self.shadow[name].lerp_(zero.local(p).float(), 1.0 - self.decay)
 
     @torch.no_grad()
@@ -33,7 +34,7 @@ class EMA:
         from deepspeed.accelerator import get_accelerator
 
         state = {}
-        for name, p in self.module.named_parameters():
+        for name, p in adapters.own_of(self.module):
             whole = self.shadow[name]
             if hasattr(p, "ds_id"):
                 # With weights offloaded the shard lies on the CPU, where NCCL cannot gather.

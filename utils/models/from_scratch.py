@@ -132,7 +132,7 @@ def build(
     with whole_files.folder_beside(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        whole_files.move_into(beside, Path(folder), stale="model*.safetensors*")
+        whole_files.move_into(beside, Path(folder), stale=whole_files.WEIGHTS)
     count = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {count:,} random weights, {len(tokenizer)} tokens")
 

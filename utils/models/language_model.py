@@ -16,28 +16,12 @@ from utils.models.loading import Loading
 from utils.pretrained import config_of, positions_of
 
 
-def load(how: Loading, path: str, *, dtype: str, zero_stage: int = 0, tokenizer=None) -> nn.Module:
-    """A causal LM from a folder or hub name, ready for `tokenizer`; see loading.load."""
+def load(how: Loading, path: str, *, dtype: str, zero_stage: int = 0, **settings) -> nn.Module:
+    """A causal LM from a folder or hub name; tokenizer, lora, shared: see loading.load."""
     from transformers import AutoModelForCausalLM
 
-    settings = dict(dtype=dtype, zero_stage=zero_stage, tokenizer=tokenizer)
+    settings |= dict(dtype=dtype, zero_stage=zero_stage)
     return loading.load(AutoModelForCausalLM, path, how, **settings)
-
-
-def bottom_of(model: nn.Module, layers: int) -> dict[str, nn.Parameter]:
-    """The weights below layer number `layers`, by name: the embeddings, with a head that is tied to
-    them, and the first `layers` layers. None for 0."""
-    depth = model.config.get_text_config().num_hidden_layers
-    if layers > depth:
-        raise SystemExit(
-            f"freeze_bottom_layers={layers}: the model has {depth} layers; set "
-            f"--freeze_bottom_layers to {depth} at most"
-        )
-    stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    held = [*embeddings, *next(stacks)[:layers]] if layers else []
-    ids = {id(p) for module in held for p in module.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in ids}
 
 
 def check_positions(path: str, length: int, flags: str, trust_remote_code: bool) -> None:

@@ -8,7 +8,10 @@ from torch import nn
 
 from utils.distributed import zero
 from utils.kernels import cpu_products, packing
-from utils.pretrained import refused
+from utils.models import adapters
+from utils.models.adapters import Lora
+from utils.models.freezing import layers_of
+from utils.pretrained import base_of, refused
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Loading:
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    checkpoint_layers: int = 0
     packing: str = "auto"
     offload: str = "none"  # where ZeRO-3 puts the shards
 
@@ -31,22 +35,27 @@ def load(
     zero_stage: int,
     tokenizer=None,
     grow: bool = True,
+    lora: Lora | None = None,
     **settings,
 ) -> nn.Module:
     """The model that `auto_class` makes of a folder or hub name, ready to train.
 
     With a tokenizer the embeddings grow to hold all its tokens and the model's stop and pad ids
-    follow the tokenizer's; see fit_to_tokenizer. settings: more for from_pretrained. Raises
-    SystemExit with the path and the cause where the folder holds no such model.
+    follow the tokenizer's; see fit_to_tokenizer. lora: of a model to be trained, see
+    adapters.put_on. settings: more for from_pretrained. Raises SystemExit with the path and the
+    cause where the folder holds no such model.
     """
     attention = None if how.attn_implementation == "auto" else how.attn_implementation
     settings |= {"attn_implementation": attention, "trust_remote_code": how.trust_remote_code}
     with zero.sharded_loading(dtype, zero_stage, how.offload):
-        model = load_whole(auto_class, path, dtype=zero.DTYPES[dtype], **settings)
+        base = base_of(path) or path
+        model = load_whole(auto_class, base, dtype=zero.DTYPES[dtype], **settings)
         # Inside, where transformers knows that the embeddings may be shards.
-        if tokenizer is not None:
-            fit_to_tokenizer(model, tokenizer, path, grow)
-    prepare_training(model, how.gradient_checkpointing)
+        grown = tokenizer is not None and fit_to_tokenizer(model, tokenizer, base, grow)
+        adapters.put_on(model, path, lora, grown)
+    prepare_training(model)
+    if how.gradient_checkpointing:
+        checkpoint(model, how.checkpoint_layers)
     packing.choose(model, how.packing, dtype)
     return model
 
@@ -120,8 +129,9 @@ def _left_out(model: nn.Module, unexpected: set[str]) -> set[str]:
     return {n for n in unexpected if of_any_layer(n) in own and not re.search(unused, n)}
 
 
-def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) -> None:
-    """Embeddings for every token, a multiple of 64; stop and pad ids as the tokenizer's.
+def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) -> bool:
+    """Embeddings for every token, a multiple of 64; stop and pad ids as the tokenizer's. → Are
+    there rows now for tokens, beside the pad, that the model did not know?
 
     Only special tokens (a template's, the pad) may be new, and to language models only: rows for
     other tokens would be random where the tokenizer is another model's. The pad may be new to any,
@@ -152,15 +162,16 @@ def fit_to_tokenizer(model: nn.Module, tokenizer, path: str, grow: bool = True) 
             holder.pad_token_id = tokenizer.pad_token_id
             if tokenizer.bos_token_id is not None:
                 holder.bos_token_id = tokenizer.bos_token_id
+    return grow and bool(unknown)
 
 
-def prepare_training(model: nn.Module, gradient_checkpointing: bool = False) -> None:
+def prepare_training(model: nn.Module) -> None:
     """Dropout to 0 wherever a family keeps its rates: PPO's ratio compares two passes, and noise
     between them is a silent bug. On a CPU the faster matrix products. Every rank must call it."""
     from deepspeed.accelerator import get_accelerator
 
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+    for where, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and ".lora_dropout." not in where:
             module.p = 0.0
         # Many layers keep a rate in an attribute (attention_dropout, Bloom's hidden_dropout, OPT's
         # layerdrop) and some read it from the config as they run (Falcon, GPT-J).
@@ -170,5 +181,22 @@ def prepare_training(model: nn.Module, gradient_checkpointing: bool = False) -> 
                     setattr(holder, name, 0.0)
     if get_accelerator().device_name() == "cpu":
         cpu_products.train_with(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def checkpoint(model: nn.Module, layers: int = 0) -> None:
+    """In training the first `layers` layers keep their inputs only, and run again in the backward
+    pass; 0: all of them. Raises SystemExit where the family's code has no such layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # It has the embeddings' output want a gradient, which only reentrant checkpointing needs:
+    # frozen layers would keep activations and have a backward pass.
+    model.disable_input_require_grads()
+    blocks = layers_of(model)
+    if layers and not all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
+        raise SystemExit(
+            f"checkpoint_layers={layers}: {type(model).__name__} recomputes all layers or none; "
+            "leave out --checkpoint_layers"
+        )
+    for block in blocks[layers:] if layers else ():
+        block.gradient_checkpointing = False

@@ -60,13 +60,14 @@ class ScalarModel(nn.Module):
 
 
 def load(
-    how: Loading, path: str, *, dtype: str, zero_stage: int = 0, tokenizer=None, head: str = "saved"
+    how: Loading, path: str, *, dtype: str, zero_stage: int = 0, head: str = "saved", **settings
 ) -> ScalarModel:
     """A ScalarModel from a reward model's folder, or from a language model's with a new head.
 
     head: what to do where the folder has no head: "saved" refuses; "normal" draws
     N(0, 1/√(d+1)) as InstructGPT's reward models; "zero" starts a critic at value 0. A "saved" one
     is only asked, so it needs no embedding for the tokenizer's pad (see scorer.sequence_scores).
+    tokenizer, lora, shared: see loading.load.
     """
     model_config = config_of(path, how.trust_remote_code, num_labels=1)
     classifier = loading.load(
@@ -75,9 +76,9 @@ def load(
         how,
         dtype=dtype,
         zero_stage=zero_stage,
-        tokenizer=tokenizer,
         grow=head != "saved",
         config=model_config,
+        **settings,
     )
     if classifier.head_was_missing:
         if head == "saved":

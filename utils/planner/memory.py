@@ -12,6 +12,8 @@ from utils.planner.shapes import Activations, Shape
 
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 PLAIN_BUCKET = int(5e8)  # of the gradient reduction without a ZeRO optimizer (fixed in DeepSpeed)
+# Of each logit of an earlier policy: it, the likeliest first, their places (int64), sums, twice.
+NUCLEUS = 4 + 4 + 8 + 4 + 4
 SUB_GROUP = int(1e9)  # numbers that ZeRO-3 steps on at once
 
 
@@ -34,11 +36,11 @@ class ModelBytes:
 def trained(
     shape: Shape, dtype: str, stage: int, ranks: int, offload: str, on_gpu: bool
 ) -> ModelBytes:
-    """Of a zero.TrainEngine around a model of this shape."""
-    size, n = SIZE[dtype], shape.parameters
-    first = 0 if shape.scalar else size * shape.vocabulary * shape.hidden
+    """Of a zero.TrainEngine around a model of this shape, frozen weights among them or not."""
+    size, n = SIZE[dtype], shape.trained
+    first = size * shape.vocabulary * shape.hidden * shape.trains_head
     if stage == 0 and dtype == "fp32":
-        kept = {"weights": size * n, "optimizer": 8 * n}
+        kept = {"weights": size * shape.parameters, "optimizer": 8 * n}
         step = size * min(n, PLAIN_BUCKET)
         return ModelBytes(kept, gradients=size * n, first_gradient=first, step=step)
     # zero.deepspeed_config runs stage 0 as 1 where the weights are not fp32.
@@ -63,12 +65,12 @@ def trained(
 
 
 def _bucket(shape: Shape, size: int) -> int:
-    return size * max(min(shape.parameters, REDUCE_BUCKET), shape.largest)
+    return size * max(min(shape.trained, REDUCE_BUCKET), shape.largest)
 
 
 def _zero_1(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
-    size, n = SIZE[dtype], shape.parameters
-    model = ModelBytes({"weights": size * n})
+    size, n = SIZE[dtype], shape.trained
+    model = ModelBytes({"weights": size * shape.parameters})
     if dtype == "bf16" and offload == "none":
         # DeepSpeed's BF16_Optimizer: whole gradients in fp32, kept, beside the bf16 ones.
         model.device["gradients"] = 4 * n
@@ -82,7 +84,7 @@ def _zero_1(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> M
 
 
 def _zero_2(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
-    size, share = SIZE[dtype], -(-shape.parameters // ranks)
+    size, share = SIZE[dtype], -(-shape.trained // ranks)
     return ModelBytes(
         {"weights": size * shape.parameters},
         gradients=(2 if dtype == "fp16" else 4) * share,
@@ -93,9 +95,10 @@ def _zero_2(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> M
 
 
 def _zero_3(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
-    size, share = SIZE[dtype], -(-shape.parameters // ranks)
+    size, share = SIZE[dtype], -(-shape.trained // ranks)
     whole = size * shape.small if ranks > 1 else 0
-    model = ModelBytes({"weights": size * share, "buffers": taken + whole})
+    weights = size * -(-shape.parameters // ranks)
+    model = ModelBytes({"weights": weights, "buffers": taken + whole})
     model.gathered = size * min(shape.parameters, MAX_LIVE_PARAMETERS)
     model.reducing = 3 * _bucket(shape, size) - taken
     if offload == "none":
@@ -117,17 +120,20 @@ def frozen(shape: Shape, dtype: str, stage: int, ranks: int, offload: str) -> Mo
     return ModelBytes(**kept, gathered=gathered)
 
 
-def logits(shape: Shape, tokens: int, dtype: str, device: str, training: bool) -> int:
-    """Bytes that the head takes for `tokens` log-probabilities, the weight's gradient included."""
+def logits(
+    shape: Shape, tokens: int, dtype: str, device: str, training: bool, nucleus: bool = False
+) -> int:
+    """Bytes that the head takes for `tokens` log-probabilities, the weight's gradient included.
+    nucleus: over the tokens that an earlier policy allows."""
     if shape.scalar:
         return 0
     size, count = SIZE[dtype], tokens * shape.vocabulary
     # Logits, their fp32 copy, probabilities, slopes.
-    at_once = min(count, vocabulary_head.CHUNK[device]) * (size + 4 + 4)
+    at_once = min(count, vocabulary_head.CHUNK[device]) * (size + 4 + 4 + NUCLEUS * nucleus)
     if not training:
         return at_once
     kept = size * count if count <= vocabulary_head.KEPT else 0
-    head = shape.vocabulary * shape.hidden
+    head = shape.vocabulary * shape.hidden * shape.trains_head
     return at_once + kept + 4 * head + (size * head if size < 4 else 0)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from utils.distributed import host_memory, process_group, zero
+from utils.models.freezing import Freezing
 from utils.planner import memory, shapes, time
 from utils.planner.shapes import Shape
 from utils.planner.workload import Workload
@@ -54,8 +55,11 @@ def plan(work: Workload, dtype: str, ranks: int, device: str) -> Plan:
     """dtype: fp32, bf16 or fp16. device: cpu or cuda."""
     result, models = Plan(device), {}
     on_gpu = device == "cuda"
+    own = Freezing(tuple(work.freeze), work.freeze_bottom_layers, tuple(work.trainable_modules))
     for role in work.roles:
-        shape, stage = shapes.read(role.path, role.scalar, work.trust_remote_code), work.stage(role)
+        frozen = own if role is work.roles[0] else shapes.NOTHING
+        shape = shapes.read(role.path, role.scalar, work.trust_remote_code, frozen)
+        stage = work.stage(role)
         if role.trained:
             model = memory.trained(shape, dtype, stage, ranks, work.offload, on_gpu)
         else:
@@ -78,29 +82,41 @@ def plan(work: Workload, dtype: str, ranks: int, device: str) -> Plan:
     for role in work.roles:
         if role.trained:
             shape = result.shapes[role.name]
-            run = _activations(shape, rows, work.length, dtype, work.gradient_checkpointing)
-            head = memory.logits(shape, rows * work.predicted, dtype, device, training=True)
+            run = _activations(shape, rows, work.length, dtype, work)
+            head = _logits(shape, rows, work, dtype, device, training=True)
             peaks = memory.training_peak(models[role.name], run, head, accumulation)
             result.phases |= {f"{phase} {role.name}": result.kept + n for phase, n in peaks.items()}
     return result
 
 
-def _activations(shape: Shape, rows: int, length: int, dtype: str, checkpointing: bool):
-    return shapes.activations(shape, rows, length, zero.DTYPES[dtype], checkpointing)
+def _activations(shape: Shape, rows: int, length: int, dtype: str, work: Workload):
+    which = work.gradient_checkpointing, work.checkpoint_layers
+    return shapes.activations(shape, rows, length, zero.DTYPES[dtype], *which)
+
+
+def _logits(shape: Shape, rows: int, work: Workload, dtype: str, device: str, training: bool):
+    return memory.logits(shape, rows * work.predicted, dtype, device, training, work.earlier_policy)
 
 
 def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: int) -> None:
     """The phases generate and score; the KV cache stays."""
     policy = work.roles[0].name
     shape, rows, size = result.shapes[policy], work.rows_decoded(ranks), memory.SIZE[dtype]
-    decoding = memory.generating(shape, rows, work.length, dtype)
+    length = work.decoded_length()
+    decoding = memory.generating(shape, rows, length, dtype)
+    if work.earlier_policy:
+        # A module with whole weights, its own cache, and each rank's part in fp32 for checkpoints.
+        share = -(-shape.parameters // ranks) if work.zero_stage == 3 else shape.parameters
+        kept = {"weights": size * shape.parameters, "copy": 4 * share}
+        result.parts["earlier policy"] = kept | {"KV cache": decoding["KV cache"]}
+        decoding["sampling"] += rows * shape.vocabulary * (size + memory.NUCLEUS)
     if not work.release_decode_memory:
         result.parts["rollout"] = {"KV cache": decoding.pop("KV cache")}
     gathered = 0
     if work.zero_stage == 3:
         by_layer = work.rollout_gather == "layer"
         gathered = models[policy].gathered if by_layer else size * shape.parameters
-    prefill = rows * _activations(shape, 1, work.length - work.predicted, dtype, False).inference
+    prefill = rows * _activations(shape, 1, length - work.predicted, dtype, work).inference
     # The weights of matrix products, packed for the CPU's kernels.
     packed = size * shape.multiplied if result.device == "cpu" else 0
     cache = decoding.get("KV cache", 0)
@@ -108,8 +124,8 @@ def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: 
     result.phases["generate"] = result.kept + gathered + packed + cache + most
     most, rows = 0, work.micro_batch_rows()
     for name, shape in result.shapes.items():
-        run = _activations(shape, rows, work.length, dtype, work.gradient_checkpointing)
-        head = memory.logits(shape, rows * work.predicted, dtype, result.device, training=False)
+        run = _activations(shape, rows, work.length, dtype, work)
+        head = _logits(shape, rows, work, dtype, result.device, training=False)
         weights = gathered if name == policy else models[name].gathered
         most = max(most, weights + max(run.inference, head))
     result.phases["score"] = result.kept + most

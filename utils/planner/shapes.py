@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from utils.distributed.zero import PERSISTENT_BELOW
 from utils.generation.kv_cache import numbers_a_token
-from utils.models import model_code
+from utils.models import freezing, loading, model_code
+from utils.models.freezing import Freezing
+
+NOTHING = Freezing()
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,11 @@ class Shape:
     model_config: object
     scalar: bool
     parameters: int  # tied weights once
-    largest: int  # of them in one tensor
+    trained: int  # of them that are not frozen
+    frozen_layers: int  # below the lowest one that has such
+    trained_in_layer: frozenset[str] | None  # their names in that one; None: all are trained
+    trains_head: bool
+    largest: int  # in one tensor that is trained, or of all where none is
     multiplied: int  # of them in matrix products: no norms, no embeddings only looked up
     small: int  # of them in tensors that ZeRO-3 leaves whole
     cache: int  # numbers that one token leaves in the KV cache
@@ -56,15 +63,17 @@ class Activations:
 
 
 @functools.lru_cache(maxsize=16)
-def read(path: str, scalar: bool, trust_remote_code: bool = False) -> Shape:
+def read(
+    path: str, scalar: bool, trust_remote_code: bool = False, frozen: Freezing = NOTHING
+) -> Shape:
     """The Shape of a folder or hub name that holds a config.json."""
     from transformers import AutoConfig
 
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return count(model_config, scalar)
+    return count(model_config, scalar, frozen)
 
 
-def count(model_config, scalar: bool) -> Shape:
+def count(model_config, scalar: bool, frozen: Freezing = NOTHING) -> Shape:
     from transformers import AutoModelForCausalLM
 
     model_config = copy.deepcopy(model_config)
@@ -74,7 +83,11 @@ def count(model_config, scalar: bool) -> Shape:
     with torch.device("meta"):
         # A config whose code has been run already says that the model's may.
         model = auto.from_config(model_config, trust_remote_code=model_code.is_remote(model_config))
+    freezing.apply(model, frozen)
     weights = list(model.parameters())
+    trained = [w for w in weights if w.requires_grad]
+    in_layers = [_trained_in(m) for m in freezing.layers_of(model)] if frozen != NOTHING else [None]
+    lowest = next((i for i, names in enumerate(in_layers) if names != set()), len(in_layers))
     looked_up = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
     }
@@ -86,11 +99,19 @@ def count(model_config, scalar: bool) -> Shape:
         model_config=model_config,
         scalar=scalar,
         parameters=sum(w.numel() for w in weights),
-        largest=max(w.numel() for w in weights),
+        trained=sum(w.numel() for w in trained),
+        frozen_layers=lowest,
+        trained_in_layer=[*in_layers, frozenset()][lowest],
+        trains_head=head is not None and head.weight.requires_grad,
+        largest=max(w.numel() for w in trained),
         multiplied=matrices - sum(looked_up.values()),
         small=sum(w.numel() for w in weights if w.numel() < PERSISTENT_BELOW),
         cache=numbers_a_token(model_config),
     )
+
+
+def _trained_in(layer: torch.nn.Module) -> frozenset[str]:
+    return frozenset(name for name, w in layer.named_parameters() if w.requires_grad)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -122,36 +143,52 @@ class LiveBytes(TorchDispatchMode):
 _measured: dict[tuple, Activations] = {}
 
 
-def activations(shape: Shape, rows: int, length: int, dtype, checkpointing: bool) -> Activations:
+def activations(
+    shape: Shape, rows: int, length: int, dtype, checkpointing: bool, checkpointed: int = 0
+) -> Activations:
     """Of a micro-batch of rows × length tokens, all layers.
 
-    One and two layers are run; each further one keeps what the second one added.
+    checkpointed: where `checkpointing`, so many layers from below are; 0: all. One and two layers
+    are run; each further one keeps what the second one added. Frozen layers below all that is
+    trained keep nothing; above them all count as if the same weights of them were trained.
     """
+    layers = shape.layers - shape.frozen_layers
+    again = min(checkpointed or shape.layers, shape.layers) - shape.frozen_layers
+    again = max(0, again) * checkpointing
+    kept = peak = 0
+    for recomputed, count in ((True, again), (False, layers - again)):
+        if count or not (again or recomputed):
+            batch = (rows, length, dtype, recomputed)
+            one = _run(shape, 1, *batch)
+            two = one if shape.layers == 1 else _run(shape, 2, *batch)
+            each = two.held - one.held
+            kept += count * each
+            peak = max(peak, two.peak - 2 * each + kept)
+    return Activations(held=one.held - each + kept, peak=peak, inference=two.inference)
+
+
+_runs: dict[tuple, Activations] = {}
+
+
+def _run(shape: Shape, layers: int, *batch) -> Activations:
+    """Of a backbone with so many of the model's layers. batch: as `_forward_and_backward`."""
     text = shape.model_config.get_text_config()
-    batch = (rows, length, dtype, checkpointing)
-    key = (text.to_json_string(use_diff=False), *batch)
-    if key not in _measured:
-        one = _run(shape.model_config, 1, *batch)
-        two = one if shape.layers == 1 else _run(shape.model_config, 2, *batch)
-        more = two.held - one.held
-        _measured[key] = Activations(
-            held=one.held + (shape.layers - 1) * more,
-            peak=two.peak + (shape.layers - 2) * more,
-            inference=two.inference,
-        )
-    return _measured[key]
+    key = (text.to_json_string(use_diff=False), shape.trained_in_layer, layers, *batch)
+    if key not in _runs:
+        _runs[key] = _forward_and_backward(shape, layers, *batch)
+    return _runs[key]
 
 
-def _run(
-    model_config, layers: int, rows: int, length: int, dtype, checkpointing: bool
+def _forward_and_backward(
+    shape: Shape, layers: int, rows: int, length: int, dtype, checkpointing: bool
 ) -> Activations:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModel
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        trusted = model_code.is_remote(model_config)
+        trusted = model_code.is_remote(shape.model_config)
         model = AutoModel.from_config(
-            _of_layers(model_config, layers), dtype=dtype, trust_remote_code=trusted
+            _of_layers(shape.model_config, layers), dtype=dtype, trust_remote_code=trusted
         )
         ids = torch.zeros(rows, length, dtype=torch.int64)
         mask = torch.ones_like(ids)
@@ -164,16 +201,21 @@ def _run(
             if isinstance(module, torch.nn.Embedding):
                 # Their gradient is as large as they are, and comes when the rest is gone.
                 module.weight.requires_grad_(False)
+        if shape.trained_in_layer is not None:
+            for layer in freezing.layers_of(model):
+                for name, p in layer.named_parameters():
+                    p.requires_grad_(name in shape.trained_in_layer)
         known = [*model.parameters(), *model.buffers(), ids, mask]
         with LiveBytes(known) as inference, torch.no_grad():
             model.eval()(**inputs)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            loading.checkpoint(model)
         model.train()
         with LiveBytes(known) as training:
             hidden = model(**inputs).last_hidden_state
             held = training.now
-            hidden.backward(torch.empty_like(hidden))
+            if hidden.requires_grad:
+                hidden.backward(torch.empty_like(hidden))
         return Activations(held, training.peak, inference.peak)
 
 

@@ -4,6 +4,7 @@ Each step's config describes its run as a Workload (`config.workload()`), so tha
 no step. Nothing heavy is imported here: configs import it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -31,12 +32,18 @@ class Workload:
     micro_batch_size: int
     micro_batch_tokens: int
     gradient_checkpointing: bool
+    checkpoint_layers: int
+    freeze: Sequence[str]  # this and the next of the first of `roles` alone
+    freeze_bottom_layers: int
     zero_stage: int
     offload: str
     trust_remote_code: bool
+    trainable_modules: Sequence[str] = ()
     rows_a_sample: int = 1  # of a comparison its answers
     rollout_rows: int = 0  # of all ranks; 0: the run samples nothing
     generation_tokens: int = 0
+    several_turns: bool = False  # are answers replied to and gone on with?
+    earlier_policy: bool = False  # does a whole copy say what may be drawn (NLPO)?
     release_decode_memory: bool = False
     rollout_gather: str = "auto"
     offload_frozen: bool = False
@@ -62,9 +69,15 @@ class Workload:
         samples = self.rollout_rows or self.global_batch_size
         return -(-samples * self.rows_a_sample // ranks)
 
+    def decoded_length(self) -> int:
+        """Tokens of a row that is decoded, at most. A row that has used up its room is read on
+        beside one that has all of it."""
+        return self.length + self.several_turns * self.predicted
+
     def rows_decoded(self, ranks: int) -> int:
         """Sequences that one rank decodes at once."""
-        fitting = max(1, self.generation_tokens // self.length) if self.generation_tokens else None
+        longest, tokens = self.decoded_length(), self.generation_tokens
+        fitting = max(1, tokens // longest) if tokens else None
         return min(self.rows(ranks), fitting or self.rows(ranks))
 
     def micro_batch_sizes(self, ranks: int) -> list[int]:

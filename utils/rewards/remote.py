@@ -1,7 +1,8 @@
-"""Scores from a server: `--reward_url`. The protocol is in docs/rewards.md.
+"""What servers answer: scores of `--reward_url` (the protocol is in docs/rewards.md), and for
+utils/rewards/judge.py verdicts.
 
-Whoever answers is checked like a reward function. A server that cannot be reached, is busy (408,
-429, 5xx) or breaks off is asked again, after pauses that double, until the time is over.
+A server that cannot be reached, is busy (408, 429, 5xx) or breaks off is asked again, after pauses
+that double, until the time is over. Scores are checked like a reward function's.
 """
 
 import http.client
@@ -24,12 +25,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 AGAIN = (408, 429)  # and all from 500
 
 
-def token() -> str:
+def token(variable: str = TOKEN) -> str:
     """Without the line end that files and secret stores add; empty where none is set. FunctionError
     where it cannot be sent, whose own message would print it."""
-    found = os.environ.get(TOKEN, "").strip()
+    found = os.environ.get(variable, "").strip()
     if not (found.isascii() and found.isprintable()):
-        raise FunctionError(f"{TOKEN} holds what no header can: line ends, or letters beyond ASCII")
+        raise FunctionError(
+            f"{variable} holds what no header can: line ends, or letters beyond ASCII"
+        )
     return found
 
 
@@ -48,6 +51,47 @@ def is_this_machine(url: str) -> bool:
         return host == "localhost"
 
 
+def post(url: str, asked: object, timeout: float, secret: str, who: str, failed: str) -> object:
+    """The JSON that a server answers to the JSON `asked`.
+
+    timeout: seconds for all tries together; 0: none. secret: goes into a header and nowhere else.
+    who, failed: for messages, the server and what it did not do, with what to do then. Raises
+    FunctionError.
+    """
+    # http_proxy and no_proxy count as elsewhere, but no proxy knows this machine's own ports.
+    handlers = [NoRedirects, *[urllib.request.ProxyHandler({})] * is_this_machine(url)]
+    body, headers = json.dumps(asked, default=str).encode(), {"Content-Type": "application/json"}
+    if secret:
+        headers["Authorization"] = f"Bearer {secret}"
+    stop = time.monotonic() + (timeout or float("inf"))
+    pause, tries = FIRST_PAUSE, 0
+    while True:
+        tries, wait = tries + 1, pause
+        try:
+            request = urllib.request.Request(url, body, headers)
+            left = max(stop - time.monotonic(), 0.01) if timeout else None
+            with urllib.request.build_opener(*handlers).open(request, timeout=left) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            said = hidden(error.read(500).decode("utf-8", "replace"))
+            said = said.replace(secret, "…") if secret else said
+            problem = f"HTTP {error.code} {error.reason}: {said}"
+            if error.code < 500 and error.code not in AGAIN:
+                raise FunctionError(f"{who} refused: {problem}") from None
+            asked_for = error.headers.get("Retry-After", "")
+            wait = max(pause, float(asked_for)) if asked_for.isdecimal() else pause
+        # ValueError: what came is no JSON, as when a server breaks off.
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if time.monotonic() + wait > stop:
+            what, _, remedy = failed.partition("\n")
+            raise FunctionError(
+                f"{who} {what}, asked {tries} times in {timeout:g} s; last {problem}\n{remedy}"
+            )
+        time.sleep(wait)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
 @dataclass(frozen=True)
 class Server:
     """timeout: seconds for one batch, all tries together; 0: none."""
@@ -58,42 +102,12 @@ class Server:
     def __call__(self, answers: Answers) -> list[float]:
         asked = {"messages": answers.messages, "responses": answers.texts}
         asked |= {"finished": answers.finished, "rows": answers.rows}
-        body = json.dumps(asked, default=str).encode()
-        stop = time.monotonic() + (self.timeout or float("inf"))
-        pause, tries = FIRST_PAUSE, 0
-        while True:
-            tries += 1
-            try:
-                scores = self._post(body, max(stop - time.monotonic(), 0.01))
-                break
-            except urllib.error.HTTPError as error:
-                said = hidden(error.read(500).decode("utf-8", "replace"))
-                said = said.replace(token(), "…") if token() else said
-                problem = f"HTTP {error.code} {error.reason}: {said}"
-                if error.code < 500 and error.code not in AGAIN:
-                    raise FunctionError(f"reward server {self.url} refused: {problem}") from None
-            # ValueError: what came is no JSON, as when a server breaks off.
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = f"{type(error).__name__}: {error}"
-            if time.monotonic() + pause > stop:
-                raise FunctionError(
-                    f"reward server {self.url} gave no scores for {len(answers)} responses, asked "
-                    f"{tries} times in {self.timeout:g} s; last {problem}\nstart it again, raise "
-                    "--reward_function_timeout (0: no limit), and go on with --resume auto"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        failed = (
+            f"gave no scores for {len(answers)} responses\nstart it again, raise "
+            "--reward_function_timeout (0: no limit), and go on with --resume auto"
+        )
+        who = f"reward server {self.url}"
+        said = post(self.url, asked, self.timeout, token(), who, failed)
+        scores = said.get("scores") if isinstance(said, dict) else said
         batch = Batch((answers.texts,), {"response": answers.texts})
         return functions.checked(scores, self.url, batch)
-
-    def _post(self, body: bytes, seconds: float) -> object:
-        headers = {"Content-Type": "application/json"}
-        if token():
-            headers["Authorization"] = f"Bearer {token()}"
-        request = urllib.request.Request(self.url, body, headers)
-        seconds = None if seconds == float("inf") else seconds
-        # http_proxy and no_proxy count as elsewhere, but no proxy knows this machine's own ports.
-        handlers = [NoRedirects, *[urllib.request.ProxyHandler({})] * is_this_machine(self.url)]
-        with urllib.request.build_opener(*handlers).open(request, timeout=seconds) as reply:
-            said = json.loads(reply.read())
-        return said.get("scores") if isinstance(said, dict) else said

@@ -3,6 +3,7 @@
 import datetime
 import math
 import os
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ def columns_of(columns: list[str]) -> dict[str, str]:
             f"{columns} are not pairs, each of our columns once, as prompt=question,answer=solution"
         )
     return names
+
+
+def check_patterns(patterns: list[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no pattern: {error}") from None
 
 
 def check_keep_best(keep_best: str) -> None:
@@ -132,7 +141,45 @@ class RunConfig(Settings):
     weight_decay: float = setting(0.0, "AdamW weight decay (matrices only)")
     adam_beta2: float = setting(0.95, "AdamW second-moment decay", below=1)
     gradient_clipping: float = setting(1.0, "gradient norm limit; 0: none")
+    freeze: list[str] = setting(
+        [],
+        r"weights that match one of these stay as they are, e.g. embed layers\.[01]\. (of PPO's "
+        "models: the actor's)",
+        check=check_patterns,
+    )
+    freeze_bottom_layers: int = setting(
+        0,
+        "layers, from below, that stay as they are, and with them the embeddings and a head that "
+        "is tied to these (of PPO's models: the actor's)",
+    )
     gradient_checkpointing: bool = rounding(False, "recompute activations to save memory")
+    checkpoint_layers: int = rounding(
+        0,
+        "those of so many layers, from below (frozen ones keep none in any case); 0: of all",
+        only_with="gradient_checkpointing",
+    )
+
+    lora_rank: int = setting(
+        0, "rank of the adapters trained in place of all weights (docs/adapters.md); 0: none"
+    )
+    lora_alpha: float = setting(
+        16.0, "what adapters add is multiplied by this / rank", above=0, only_with="lora_rank"
+    )
+    lora_dropout: float = setting(
+        0.0, "of what adapters read, steps 1 and 2", below=1, only_with="lora_rank"
+    )
+    lora_target_modules: list[str] = setting(
+        [], "linear layers that get one; none: all but the head", only_with="lora_rank"
+    )
+    lora_variant: str = setting(
+        "lora",
+        "rslora: alpha / √rank; dora: direction and size of each row apart",
+        choices=("lora", "rslora", "dora"),
+        only_with="lora_rank",
+    )
+    merge_on_save: bool = free(
+        False, "write whole models at the end, adapters merged", only_with="lora_rank"
+    )
 
     dtype: str = setting(
         "auto",

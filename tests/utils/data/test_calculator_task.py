@@ -26,6 +26,7 @@ def test_prompts_have_the_answer_that_the_verifier_takes(files):
     assert [len(files[name]) for name in ("sft", "prompts", "held_out")] == [3000, 600, 50]
     for row in files["prompts"] + files["held_out"]:
         assert toy_tasks.is_task(row) and row["answers"] == [by_hand(row["prompt"])]
+        assert row["answer"] == by_hand(row["prompt"])
         assert toy_tasks.verify(row, by_hand(row["prompt"])) == 1.0
         assert toy_tasks.verify(row, str(int(by_hand(row["prompt"])) + 1)) < 1.0
 

@@ -110,27 +110,3 @@ def test_a_beginning_goes_through_the_packed_model_once():
     language_model.answer_logprobs(model, GROUPS, BEGINS, torch.device("cpu"))
     # Two of the first group share two tokens with the first row, one of the third group two.
     assert seen[-1] == sum(len(row) for group in GROUPS for row in group) - 2 * 2 - 2
-
-
-def test_bottom_of_names_embeddings_and_layers():
-    def names(layers, **settings):
-        model = language_model_of(**settings)
-        return set(language_model.bottom_of(model, layers))
-
-    def language_model_of(**settings):
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
-        return AutoModelForCausalLM.from_config(
-            LlamaConfig(num_hidden_layers=3, **sizes, **settings)
-        )
-
-    every = {n for n, _ in language_model_of().named_parameters()}
-    embedding = {"model.embed_tokens.weight"}
-    of_layers = [{n for n in every if n.startswith(f"model.layers.{i}.")} for i in range(3)]
-    assert names(0) == set()
-    assert names(1) == embedding | of_layers[0]
-    assert names(2, tie_word_embeddings=True) == embedding | of_layers[0] | of_layers[1]
-    assert names(3) == every - {"model.norm.weight", "lm_head.weight"}
-    with pytest.raises(SystemExit, match="the model has 3 layers; set --freeze_bottom_layers to 3"):
-        names(4)

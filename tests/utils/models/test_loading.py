@@ -8,14 +8,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from evaluation import checkpoints
-from tests.helpers.families import FAMILIES, READ_THEIR_CONFIG, with_dropout
+from tests.helpers.families import FAMILIES, LLAMA_LIKE, READ_THEIR_CONFIG, with_dropout
 from tests.helpers.jobs import ppo, sft
 from tests.helpers.running import run_ranks
 from utils.data import chat_template
 from utils.models import language_model, loading, scalar_model
+from utils.models.freezing import layers_of
 from utils.models.loading import Loading
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -313,6 +314,30 @@ def test_gradient_checkpointing_recomputes_in_every_step(tiny, chain, tmp_path):
             int((tmp_path / f"{name}_{step}").read_text()) for name in ("plain", "checkpointed")
         )
         assert more > plain, f"{step}: {plain} layer passes, {more} with checkpointing"
+
+
+@pytest.mark.parametrize("layers, passes", [(0, [2, 2, 2]), (1, [2, 1, 1]), (2, [2, 2, 1])])
+def test_layers_asked_for_are_recomputed_and_no_gradient_changes(layers, passes):
+    sizes = LLAMA_LIKE | {"num_hidden_layers": 3, "vocab_size": 96}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).train()
+    ids, gradients, seen = torch.arange(20, 34).view(2, 7), [], []
+    for i, layer in enumerate(layers_of(model)):
+        layer.mlp.register_forward_pre_hook(lambda _, __, i=i: seen.append(i))
+    for prepare in (lambda m: None, lambda m: loading.checkpoint(m, layers)):
+        prepare(model)
+        seen.clear()
+        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert [seen.count(i) for i in range(3)] == passes
+    assert all(map(torch.equal, *gradients)) and len(gradients[0]) > 20
+
+
+def test_layers_are_not_counted_where_the_family_has_none_to_recompute(monkeypatch):
+    monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", torch.nn.Linear)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE, vocab_size=96))
+    with pytest.raises(SystemExit, match="all layers or none; leave out --checkpoint_layers"):
+        loading.checkpoint(model, 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES | READ_THEIR_CONFIG)

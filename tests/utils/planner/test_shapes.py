@@ -8,6 +8,8 @@ import transformers
 
 from tests.helpers import families
 from tests.helpers.llama_shape import LLAMA
+from utils.models import freezing, loading
+from utils.models.freezing import Freezing
 from utils.planner import shapes
 
 
@@ -66,3 +68,44 @@ def test_checkpointing_keeps_one_hidden_state_a_layer():
     more = shapes.activations(deeper, 3, 64, torch.float32, True)
     assert more.held - found.held == 10 * 3 * 64 * 128 * 4
     assert found.held < found.peak < shapes.activations(shape, 3, 64, torch.float32, False).peak
+
+
+FROZEN = {
+    "nothing": Freezing(),
+    "two layers": Freezing(freeze_bottom_layers=2),
+    "all layers": Freezing(freeze_bottom_layers=5),
+    "products": Freezing(freeze=(r"layers\.\d\.mlp",)),
+    "all but one": Freezing(trainable_modules=(r"layers\.4\.", r"model\.norm")),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [None, 0, 1, 3])
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed):
+    """Beside the whole model, with all its layers, on real tensors."""
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).train()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(shapes._drop_gradient)
+    freezing.apply(model, FROZEN[frozen])
+    model.model.embed_tokens.requires_grad_(False)
+    if checkpointed is not None:
+        loading.checkpoint(model, checkpointed)
+    ids = torch.zeros(3, 64, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    positions = mask.cumsum(-1) - 1
+    known = [*model.parameters(), *model.buffers(), ids, mask, positions]
+    with shapes.LiveBytes(known) as live:
+        hidden = model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+        held = live.now
+        hidden.backward(torch.empty_like(hidden))
+    shape = shapes.count(LLAMA, False, FROZEN[frozen])
+    found = shapes.activations(
+        shape, 3, 64, torch.float32, checkpointed is not None, checkpointed or 0
+    )
+    hidden_state = 3 * 64 * LLAMA.hidden_size * 4
+    assert found.held == pytest.approx(held, abs=1.2 * hidden_state)
+    assert found.peak == pytest.approx(live.peak, abs=1.2 * hidden_state)
+    assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) + (
+        LLAMA.vocab_size * LLAMA.hidden_size * (frozen in ("nothing", "products"))
+    )

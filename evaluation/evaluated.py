@@ -1,0 +1,59 @@
+"""What the programs of evaluation/ have written beside a run, as tables for its page."""
+
+from pathlib import Path
+
+from evaluation.run_folder import read_json
+from utils.report import brief
+
+# File → what it is.
+FILES = {
+    "win_rate.json": "win rates",
+    "reward_report.json": "the reward model's report card",
+    "benchmarks.json": "benchmarks",
+    "methods.json": "policies side by side",
+}
+ROWS = 60  # of a list; the file has all
+
+
+def cell(value) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(cell, value)) if len(value) == 2 else ", ".join(map(cell, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(v)}" for name, v in value.items())
+    return "–" if value is None else brief(value) if isinstance(value, float) else str(value)
+
+
+def tables_of(content: dict, title: str = "") -> list[dict]:
+    """Any JSON object as tables {"title", "header", "rows"}: its plain values as one, each list of
+    objects and each object as one more."""
+    plain, more = [], []
+    for name, value in content.items():
+        inner = f"{title}: {name}" if title else name
+        entries = value.items() if isinstance(value, dict) else ()
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            header = list(dict.fromkeys(n for row in value for n in row))
+            rows = [[cell(row.get(n, "")) for n in header] for row in value[:ROWS]]
+            note = f" (the first {ROWS} of {len(value)})" if len(value) > ROWS else ""
+            more.append({"title": inner.replace("_", " ") + note, "header": header, "rows": rows})
+        elif entries and all(isinstance(v, dict) for _, v in entries):
+            header = list(dict.fromkeys(n for _, row in entries for n in row))
+            rows = [[key, *(cell(row.get(n, "")) for n in header)] for key, row in entries]
+            more.append({"title": inner.replace("_", " "), "header": ["", *header], "rows": rows})
+        elif isinstance(value, dict):
+            more += tables_of(value, inner)
+        else:
+            plain.append([name, cell(value)])
+    first = [{"title": title, "header": ["measure", "value"], "rows": plain}] if plain else []
+    return first + more
+
+
+def of_run(folder: Path) -> list[dict]:
+    """{"title", "note", "tables"} of each file that is there."""
+    found = []
+    for name, title in FILES.items():
+        path = folder / name
+        if path.exists():
+            content = read_json(path)
+            whole = {"": content} if name == "methods.json" else content
+            found.append({"title": title, "note": "", "tables": tables_of(whole)})
+    return found

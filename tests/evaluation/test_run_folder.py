@@ -1,0 +1,69 @@
+"""What a run has written is found in its order, also while it is being written."""
+
+import json
+
+import pytest
+
+from evaluation import run_folder
+from step1_sft.config import SFTConfig
+from step2_reward.config import RewardConfig
+from tests.helpers import run_folders
+from utils.errors import UserError
+from utils.settings import command_line
+
+
+def step(folder, config, metrics=()):
+    folder.mkdir(parents=True)
+    command_line.save(config, folder, 1)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+
+
+def test_rounds_stand_in_the_order_of_the_run(tmp_path):
+    step(tmp_path / "step1_sft", SFTConfig(), [{"step": 1, "seconds": 2.0}])
+    for place in (tmp_path / "round1", tmp_path / "round10", tmp_path / "round2", tmp_path):
+        step(place / "step2_reward", RewardConfig())
+        run_folders.ppo(place / "step3_ppo")
+    (tmp_path / "step3_other").mkdir()  # of no step
+    run = run_folder.read(tmp_path)
+    assert [s.title for s in run.steps] == [
+        "step 1: SFT",
+        *(
+            f"step {what}, round {n}"
+            for n in (1, 2, 3, 4)
+            for what in ("2: reward model", "3: PPO")
+        ),
+    ]
+    assert [s.folder for s in run.policies()] == [tmp_path / "step3_ppo"]
+    assert run.seconds()["step 1: SFT"] == 2.0 and run.seconds()["step 3: PPO, round 1"] == 30.0
+
+
+def test_a_step_by_itself_and_a_folder_of_none(tmp_path):
+    folder = run_folders.ppo(tmp_path / "mine")
+    assert [s.title for s in run_folder.read(folder).steps] == ["step 3: PPO"]
+    with pytest.raises(UserError, match="no step of a run has written there"):
+        run_folder.read(tmp_path / "nowhere")
+    assert not run_folder.is_run(tmp_path)
+
+
+def test_half_a_line_of_metrics_is_not_read(tmp_path):
+    folder = run_folders.ppo(tmp_path / "mine", finished=False)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "sco')
+    (one,) = run_folder.read(folder).steps
+    assert one.steps_done() == run_folders.ROLLOUTS and one.result == {}
+    assert [step for step, _ in one.values("eval/score")] == [0, 4, 8, 12]
+    assert one.values("score")[0] == (1, pytest.approx(4 / 12))
+
+
+def test_settings_of_an_older_version_are_read_without_what_is_gone(tmp_path):
+    folder = run_folders.ppo(tmp_path / "mine")
+    with open(folder / "config.yaml", "a") as file:
+        file.write("a_setting_of_old: 3\n")
+    (one,) = run_folder.read(folder).steps
+    names = {name for name, *_ in one.changed_settings()}
+    assert names == {"output_dir", "model_name_or_path", "max_steps"}
+
+
+def test_a_method_of_demonstrations_is_named_by_its_folder(tmp_path):
+    step(tmp_path / "step3_best_of_n", SFTConfig())
+    assert run_folder.read(tmp_path).steps[0].title == "step 3: BEST_OF_N"

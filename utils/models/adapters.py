@@ -1,0 +1,301 @@
+"""Adapters beside the frozen weights of a base model: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski
+2023) and DoRA (Liu et al. 2024). The one module that knows peft.
+
+peft puts its layers into the model in place, so the model keeps its class and every other module
+takes it as it is. Adapters stay beside the base while sampling too: a merge rounds, in bf16 by as
+much as a step of training moves them, and adding them changes nothing in any dtype.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.distributed import process_group, zero
+from utils.pretrained import ADAPTED_CONFIG, adapter_file, base_of, refused
+from utils.seeding import undisturbed
+
+NAME, PREFIX, WEIGHTS = "default", "base_model.model.", "adapter_model.safetensors"
+VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters that are trained, as the settings of these names say; rank 0: none are, and all
+    weights are."""
+
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | tuple[str, ...] = ()
+    lora_variant: str = "lora"
+    seed: int = 0
+
+
+def settings_of(module: nn.Module):
+    """peft's config of the adapters in `module`; None where there are none."""
+    found = (getattr(m, "peft_config", None) for m in module.modules())
+    return next((configs[NAME] for configs in found if configs), None)
+
+
+def is_scored(path: str) -> bool:
+    """Is the model of an adapter folder a reward model or critic?"""
+    return any(name.startswith(f"{PREFIX}score.") for name in _state_of(path))
+
+
+def own_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What training may change and folders hold: adapters and the layers trained whole beside them
+    (score head; embeddings that have grown), or all parameters of a module without adapters."""
+    config = settings_of(module)
+    whole = set(config.modules_to_save or ()) if config else set()
+    for name, p in module.named_parameters():
+        if config is None or ".lora_" in name or whole.intersection(name.split(".")):
+            yield name, p
+
+
+def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) -> None:
+    """The adapters of the folder `path`, where it is such a folder, and those that `lora` trains.
+
+    lora: None where nobody trains the model; of rank 0, an adapter folder is merged into the base,
+    all of which is trained. grown: have the embeddings rows that the base lacks? Then they are
+    trained whole too. Raises SystemExit where folder and settings do not fit together.
+    """
+    from peft import inject_adapter_in_model
+
+    saved, rank = base_of(path) is not None, lora.lora_rank if lora else 0
+    if not saved and not rank:
+        return
+    if saved:
+        state = _state_of(path)
+        config = _saved_settings(path, lora if rank else None)
+        rows = {name: len(t) for name, t in state.items() if name.endswith("embed_tokens.weight")}
+        have = model.get_input_embeddings().num_embeddings
+        if rows and set(rows.values()) != {have}:
+            model.resize_token_embeddings(max(rows.values()), mean_resizing=False)
+    else:
+        state, config = {}, _new_settings(model, path, lora)
+    whole = {*(config.modules_to_save or ()), *_trained_whole(model, grown)}
+    config.modules_to_save = None  # for peft these would be layers of its own
+    config.task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    device = next(model.parameters()).device
+    with undisturbed(device), refused(path, "adapters"):
+        torch.manual_seed(lora.seed if lora else 0)  # the same numbers on every rank
+        inject_adapter_in_model(config, model, NAME)
+    config.modules_to_save = sorted(whole) or None
+    _fill(model, path, state)
+    own = {id(p) for _, p in own_of(model)}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in own)
+    if saved and lora is not None and not rank:
+        merge(model)
+        return
+    for layer in layers_of(model).values():
+        if zero_sharded(layer) and layer.use_dora.get(NAME):
+            _gather_for_dora(layer)
+    if rank:
+        process_group.say(
+            f"{path}: adapters of rank {config.r} ({variant_of(config)}) on "
+            f"{', '.join(sorted(config.target_modules))}"
+        )
+
+
+def variant_of(config) -> str:
+    return "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+
+
+def _trained_whole(model: nn.Module, grown: bool) -> Iterator[str]:
+    """Names of the layers that are trained beside adapters."""
+    if hasattr(model, "score"):
+        yield "score"
+    held = (model.get_input_embeddings(), model.get_output_embeddings()) if grown else ()
+    for name, module in model.named_modules():
+        if any(module is one for one in held):
+            yield name.rpartition(".")[2]
+
+
+def _new_settings(model: nn.Module, path: str, lora: Lora):
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    heads = [getattr(model, "score", None), model.get_output_embeddings()]
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not any(module is head for head in heads)
+    }
+    asked = set(lora.lora_target_modules) or linear
+    if asked - linear:
+        raise SystemExit(
+            f"lora_target_modules={sorted(asked)}: {path!r} has no linear layer below its head "
+            f"called {', '.join(sorted(asked - linear))}; set --lora_target_modules to some of "
+            f"{', '.join(sorted(linear))}"
+        )
+    return LoraConfig(
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=sorted(asked),
+        base_model_name_or_path=path,
+        **VARIANTS[lora.lora_variant],
+    )
+
+
+def _saved_settings(path: str, lora: Lora | None):
+    """Of an adapter folder; where `lora` is to go on training it, they must agree with that."""
+    from peft import LoraConfig, PeftConfig
+
+    with refused(path, "an adapter's settings"):
+        config = PeftConfig.from_pretrained(str(Path(adapter_file(path)).parent))
+    if not isinstance(config, LoraConfig) or config.bias != "none":
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise SystemExit(
+            f"{path!r} holds adapters of kind {kind} with bias {getattr(config, 'bias', '')!r}; "
+            "LoRA, rsLoRA and DoRA without biases can be loaded"
+        )
+    config.base_model_name_or_path = base_of(path)
+    if lora is None:
+        return config
+    targets = sorted(config.target_modules)
+    there = (config.r, config.lora_alpha, variant_of(config), targets)
+    asked = (lora.lora_rank, lora.lora_alpha, lora.lora_variant)
+    asked += (sorted(lora.lora_target_modules) or targets,)
+    names = ("lora_rank", "lora_alpha", "lora_variant", "lora_target_modules")
+    apart = [
+        f"--{name} {was} (now {now})"
+        for name, was, now in zip(names, there, asked, strict=True)
+        if was != now
+    ]
+    if apart:
+        raise SystemExit(
+            f"{path!r} is an adapter that is trained on: set {', '.join(apart)}; or merge it into "
+            f"its base first (python -m utils.models.merge {path} FOLDER)"
+        )
+    config.lora_dropout = lora.lora_dropout
+    return config
+
+
+# Folders, as peft writes them. The names of parameters there:
+
+
+def _on_disk(name: str) -> str:
+    vector = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector")
+    return PREFIX + vector.replace(f".{NAME}.weight", ".weight")
+
+
+def _state_of(path: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    with refused(path, "an adapter's weights"):
+        return load_file(cached_file(path, WEIGHTS))
+
+
+def _fill(model: nn.Module, path: str, state: dict[str, torch.Tensor]) -> None:
+    """Copy the tensors of a folder, which may hold weights of layers trained whole, too."""
+    places = {_on_disk(name): p for name, p in model.named_parameters()}
+    ours = {_on_disk(name) for name, _ in own_of(model) if ".lora_" in name}
+    if any(name.startswith(f"{PREFIX}score.") for name in state.keys() - places.keys()):
+        raise SystemExit(
+            f"{path!r} is a reward model or critic and writes no text; give a language model's "
+            "folder, such as step 1's output"
+        )
+    wrong = sorted(state.keys() - places.keys()) + sorted(ours - state.keys() if state else ())
+    shape = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in places.items()}
+    wrong += [name for name in state.keys() & shape if tuple(state[name].shape) != shape[name]]
+    if wrong:
+        raise SystemExit(
+            f"{path!r} does not fit its base {base_of(path)!r}: {', '.join(wrong[:5])} "
+            f"({len(wrong)} in all) are missing, unknown or of another shape"
+        )
+    for name, tensor in state.items():
+        zero.fill(places[name], tensor)
+    if f"{PREFIX}score.weight" in state:
+        model.head_was_missing = False
+
+
+def save(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write adapters with the name of their base, as peft does, and the model's config. state: the
+    tensors of own_of(model)."""
+    from safetensors.torch import save_file
+
+    tensors = {_on_disk(name): t.contiguous() for name, t in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = settings_of(model)
+    saved = copy.copy(settings)
+    base = Path(settings.base_model_name_or_path)
+    saved.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
+    saved.target_modules, saved.inference_mode = sorted(settings.target_modules), True
+    saved.save_pretrained(folder)
+    model.config.to_json_file(folder / ADAPTED_CONFIG)
+
+
+# The layers, and merging them.
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def zero_sharded(layer: nn.Module) -> bool:
+    return hasattr(layer.get_base_layer().weight, "ds_id")
+
+
+def _gather_for_dora(layer: nn.Module) -> None:
+    """DoRA reads the weight of the layer beside it, which ZeRO-3 would have released by then."""
+    import deepspeed
+
+    weight = layer.get_base_layer().weight
+    deepspeed.zero.register_external_parameter(layer.lora_magnitude_vector[NAME], weight)
+
+
+def merged_weight(layer: nn.Module) -> torch.Tensor:
+    """The fp32 weight of one linear layer that computes what base and adapter do together."""
+    base, low, high = layer.get_base_layer(), layer.lora_A[NAME], layer.lora_B[NAME]
+    flipped = layer.fan_in_fan_out  # GPT-2's Conv1D: (in, out)
+    weight = base.weight.float().T if flipped else base.weight.float()
+    weight = weight + layer.scaling[NAME] * (high.weight.float() @ low.weight.float())
+    if layer.use_dora[NAME]:
+        scale = layer.lora_magnitude_vector[NAME].weight.float() / weight.norm(dim=1)
+        weight = weight * scale[:, None]
+    return weight.T if flipped else weight
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Put the adapters into the weights of the base, each rounded once to its dtype. The model has
+    no adapters afterwards, and all of it can be trained."""
+    for name, layer in layers_of(model).items():
+        base = layer.get_base_layer()
+        with zero.gathered([base.weight]):
+            weight = merged_weight(layer)
+        zero.fill(base.weight, weight)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, base)
+    del model.peft_config
+    model.requires_grad_(True)
+
+
+# Several models on one base.
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Another module of the same shape whose parameters and buffers are those of `model`."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in held})
+
+
+def same_layers(plain: nn.Module, module: nn.Module) -> None:
+    """Adapters in `plain` as in `module`, with other numbers."""
+    from peft import inject_adapter_in_model
+
+    config = settings_of(module)
+    if config is not None:
+        config = copy.deepcopy(config)
+        config.modules_to_save = None
+        inject_adapter_in_model(config, plain, NAME)
