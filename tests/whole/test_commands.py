@@ -14,6 +14,7 @@ import pytest
 
 import pipeline
 import run_all
+from evaluation.benchmarks import BenchmarksConfig
 from evaluation.chat import ChatConfig
 from evaluation.html_report import ReportConfig
 from evaluation.methods import MethodsConfig
@@ -40,6 +41,7 @@ CONFIGS = {
     "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/win_rate.py": WinRateConfig,
+    "evaluation/benchmarks.py": BenchmarksConfig,
     "evaluation/reward_report.py": RewardReportConfig,
     "evaluation/chat.py": ChatConfig,
     "evaluation/html_report.py": ReportConfig,
