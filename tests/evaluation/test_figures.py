@@ -5,9 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+import evaluation.metrics_table  # noqa: F401  registers the metrics of all steps
 from evaluation import figures, run_folder
-from step2_reward import main as step2  # noqa: F401  its metrics
-from step3_preference import main as step3_preference  # noqa: F401
 from tests.helpers import run_folders
 from utils import metrics
 
