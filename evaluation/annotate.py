@@ -7,6 +7,7 @@ disk before the page answers. `rankings.jsonl` is what step 2 reads, a line for 
 prompt.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -97,8 +98,10 @@ class Annotations:
         return self.file.with_suffix(".clicks.jsonl")
 
     def of(self, person: str, row: int) -> Judgement:
+        """A copy: only what is saved counts."""
         count = len(self.rows[row]["responses"])
-        return self.judged.get((person, row)) or Judgement([0] * count, [0] * count)
+        found = self.judged.get((person, row)) or Judgement([0] * count, [0] * count)
+        return copy.deepcopy(found)
 
     def order(self, person: str, row: int) -> list[int]:
         """The answers as this person sees them: their numbers in the file."""
@@ -106,13 +109,28 @@ class Annotations:
         random.Random(f"{self.seed} {person} {row}").shuffle(shown)
         return shown
 
-    def save(self, person: str, row: int, judgement: Judgement) -> None:
-        """It is on the disk, and in the rankings, when this returns."""
+    def click(self, person: str, row: int, column: str, answer: int, value: int) -> None:
+        """Set a rank or a rating: column "ranks" or "ratings". Clicks may come at the same time."""
         with self.lock:
-            self.judged[person, row] = judgement
-            line = json.dumps({"person": person, "row": row, **vars(judgement)}, ensure_ascii=False)
-            whole_files.append_lines(self.clicks, line + "\n")
-            whole_files.sync(self.clicks)
+            judgement = self.of(person, row)
+            getattr(judgement, column)[answer] = value
+            judgement.skipped = False
+            self._keep(person, row, judgement)
+
+    def skip(self, person: str, row: int) -> None:
+        with self.lock:
+            judgement = self.of(person, row)
+            judgement.skipped = True
+            self._keep(person, row, judgement)
+
+    def _keep(self, person: str, row: int, judgement: Judgement) -> None:
+        """It is on the disk, and in the rankings, when this returns."""
+        changes = judgement.is_done() or self.of(person, row).is_done()
+        self.judged[person, row] = judgement
+        line = json.dumps({"person": person, "row": row, **vars(judgement)}, ensure_ascii=False)
+        whole_files.append_lines(self.clicks, line + "\n")
+        whole_files.sync(self.clicks)
+        if changes:
             self.write()
 
     def write(self) -> None:

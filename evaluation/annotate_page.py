@@ -74,19 +74,14 @@ def build(kept: Annotations):
         """Saves a click on the rank or the rating at a place."""
 
         def save(person: str, row: int, place: int, value: int | None):
-            judgement = kept.of(person, row)
             answer = kept.order(person, row)[place]
-            getattr(judgement, column)[answer] = int(value or 0)
-            judgement.skipped = False
-            kept.save(person, row, judgement)
+            kept.click(person, row, column, answer, int(value or 0))
             return status(person, row)
 
         return save
 
     def skip(person: str, row: int):
-        judgement = kept.of(person, row)
-        judgement.skipped = True
-        kept.save(person, row, judgement)
+        kept.skip(person, row)
         return shown(person, kept.next_row(person, row))
 
     with gradio.Blocks(title="which answer is better?", analytics_enabled=False) as page:

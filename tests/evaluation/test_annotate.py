@@ -1,14 +1,17 @@
 """What people say of answers is kept through a kill and read by step 2."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from evaluation import annotate, estimates
-from evaluation.annotate import Annotations, Judgement
+from evaluation.annotate import Annotations
 from tests.helpers import run_folders
 from tests.helpers.evaluated_models import problems_of
+from utils import whole_files
 from utils.data import comparisons
 from utils.data.rows import BadRows, DataError
 from utils.errors import UserError
@@ -50,7 +53,10 @@ def again(kept, **changed) -> Annotations:
 
 
 def ranked(kept, person, row, *ranks, ratings=(0, 0, 0, 0)):
-    kept.save(person, row, Judgement(list(ranks), list(ratings)))
+    for column, values in (("ranks", ranks), ("ratings", ratings)):
+        for answer, value in enumerate(values):
+            if value:
+                kept.click(person, row, column, answer, value)
 
 
 def test_step_2_reads_the_rankings_with_ties(kept):
@@ -75,7 +81,7 @@ def test_scores_of_another_labeller_do_not_outweigh_people(kept):
 def test_everything_is_there_after_a_kill(kept):
     ranked(kept, "ana", 0, 1, 2, 3, 4)
     ranked(kept, "ana", 1, 0, 2, 0, 0)
-    kept.save("ben", 2, Judgement([0] * 4, [0] * 4, skipped=True))
+    kept.skip("ben", 2)
     with open(kept.clicks, "a") as file:
         file.write('{"person": "ana", "row": 3, "ra')  # killed while it wrote
     reopened = again(kept)
@@ -83,6 +89,22 @@ def test_everything_is_there_after_a_kill(kept):
     ranked(reopened, "ana", 3, 1, 1, 1, 2)
     assert again(kept).judged == reopened.judged
     assert len(kept.file.read_text().splitlines()) == 2
+
+
+def test_clicks_at_the_same_time_are_all_kept(kept, monkeypatch):
+    monkeypatch.setattr(whole_files, "sync", lambda path: time.sleep(0.05))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda answer: kept.click("ana", 0, "ranks", answer, answer + 1), range(4)))
+    assert kept.of("ana", 0).ranks == again(kept).of("ana", 0).ranks == [1, 2, 3, 4]
+
+
+def test_a_rank_taken_back_takes_the_ranking_back(kept):
+    ranked(kept, "ana", 0, 1, 2, 3, 4)
+    assert len(kept.file.read_text().splitlines()) == 1
+    kept.skip("ana", 0)
+    assert kept.file.read_text() == "" and kept.done("ana") == 0
+    kept.click("ana", 0, "ranks", 0, 4)
+    assert json.loads(kept.file.read_text())["ranks"] == [4, 2, 3, 4]
 
 
 def test_clicks_of_other_answers_or_orders_are_refused(kept):
@@ -105,7 +127,7 @@ def test_orders_are_blind_and_stay_as_they_are(kept):
 def test_the_next_prompt_is_one_that_is_not_done(kept):
     assert kept.next_row("ana") == 0
     ranked(kept, "ana", 0, 1, 2, 3, 4)
-    kept.save("ana", 1, Judgement([0] * 4, [0] * 4, skipped=True))
+    kept.skip("ana", 1)
     assert kept.next_row("ana") == 2 and kept.next_row("ben") == 0
     ranked(kept, "ana", 2, 0, 1, 0, 0)
     assert kept.next_row("ana", 2) == 3 and kept.next_row("ana", 3) == 2

@@ -345,8 +345,8 @@ def ranked_on_the_page(folder) -> None:
     ]
     kept = annotate.Annotations(many, folder / "rankings.jsonl")
     for n, row in enumerate(many):
-        count = len(row["responses"])
-        kept.save("ana", n, annotate.Judgement(list(range(1, count + 1)), [0] * count))
+        for answer in range(len(row["responses"])):
+            kept.click("ana", n, "ranks", answer, answer + 1)
 
 
 @pytest.mark.slow
