@@ -48,6 +48,13 @@ def of_rollouts(config) -> Iterator[str]:
             "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
             "--reference_zero_stage 0, or --offload all for shards in CPU memory"
         )
+    for name, used in (("reference", config.lora_rank), ("critic", config.share_backbone)):
+        stage = getattr(config, f"{name}_zero_stage")
+        if used and stage >= 0 and (stage == 3) != (config.zero_stage == 3):
+            yield (
+                f"{name}_zero_stage={stage}: with adapters the {name} stands on the actor's base, "
+                f"which is under ZeRO-{config.zero_stage}; leave out --{name}_zero_stage"
+            )
     if config.hybrid_engine == "deepspeed" and config.rollout_gather == "rollout":
         yield (
             "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
