@@ -119,11 +119,47 @@ class PPOConfig(RunConfig):
     global_batch_size: int = setting(
         64, "sequences an optimizer step (a minibatch), over all ranks", at_least=1
     )
-    hybrid_engine: str = rounding(
+    rollout_engine: str = rounding(
         "auto",
-        "who samples: our decode loop (native, auto), DeepSpeed's rollout class (deepspeed), or "
-        "our loop on the module as it stands (off, for debugging)",
+        "who samples: our decode loop (native, auto), vLLM in an environment of its own (vllm, "
+        "docs/vllm.md), DeepSpeed's rollout class (deepspeed), or our loop on the module as it "
+        "stands (off, for debugging)",
         choices=engines.CHOICES,
+        formerly="hybrid_engine",
+    )
+    vllm_python: str = free(
+        "", "Python of vLLM's environment; empty: $VLLM_PYTHON", only_with="rollout_engine=vllm"
+    )
+    rollout_url: str = free(
+        "",
+        "http://… of a vLLM server started by hand; empty: the run starts its own",
+        check=check_url,
+        only_with="rollout_engine=vllm",
+    )
+    rollout_devices: str = rounding(
+        "",
+        "GPUs that are vLLM's alone, e.g. 4,5: the model is split over them; empty: it takes turns "
+        "with the training",
+        only_with="rollout_engine=vllm",
+    )
+    rollout_memory: float = rounding(
+        0.4,
+        "share of the memory of a GPU that vLLM fills with weights, keys and values",
+        above=0,
+        below=1,
+        only_with="rollout_engine=vllm",
+    )
+    rollout_timeout: float = free(
+        45.0,
+        "seconds without a new token after which vLLM is started again",
+        above=0,
+        only_with="rollout_engine=vllm",
+    )
+    engine_gap_limit: float = free(
+        0.1,
+        "nats a token that vLLM's log-probabilities may be off from the trainer's, mean over a "
+        "rollout; beyond it the run saves and ends; 0: any",
+        only_with="rollout_engine=vllm",
     )
     offload_frozen: bool = rounding(
         False, "reference and reward models in CPU memory between their uses (CUDA)"
@@ -314,6 +350,10 @@ class PPOConfig(RunConfig):
 
     def optimizer_steps(self) -> int:
         return self.max_steps * self.ppo_epochs * self.minibatches()
+
+    def compares_engine(self) -> bool:
+        """Are the log-probabilities of the engine that samples kept beside the trainer's?"""
+        return self.importance_cap > 0 or self.rollout_engine == "vllm"
 
     def has_critic(self) -> bool:
         return ALGORITHMS[self.algorithm].critic

@@ -55,10 +55,10 @@ def of_rollouts(config) -> Iterator[str]:
                 f"{name}_zero_stage={stage}: with adapters the {name} stands on the actor's base, "
                 f"which is under ZeRO-{config.zero_stage}; leave out --{name}_zero_stage"
             )
-    if config.hybrid_engine == "deepspeed" and config.rollout_gather == "rollout":
+    if config.rollout_engine == "deepspeed" and config.rollout_gather == "rollout":
         yield (
-            "hybrid_engine=deepspeed generates with the sharded module under ZeRO-3; set "
-            "--rollout_gather auto, or --hybrid_engine native"
+            "rollout_engine=deepspeed generates with the sharded module under ZeRO-3; set "
+            "--rollout_gather auto, or --rollout_engine native"
         )
 
 
@@ -73,10 +73,10 @@ def of_algorithm(config) -> Iterator[str]:
         )
     for name in config.unread():
         yield f"algorithm={config.algorithm} does not read {name}; leave out --{name}"
-    if config.algorithm == "nlpo" and config.hybrid_engine == "deepspeed":
+    if config.algorithm == "nlpo" and config.rollout_engine in ("deepspeed", "vllm"):
         yield (
-            "algorithm=nlpo draws among some tokens only, which hybrid_engine=deepspeed does "
-            "not know; set --hybrid_engine native"
+            "algorithm=nlpo draws among some tokens only, which rollout_engine="
+            f"{config.rollout_engine} does not know; set --rollout_engine native"
         )
     if config.algorithm == "gspo" and config.action_level == "sequence":
         yield (

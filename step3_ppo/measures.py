@@ -44,7 +44,7 @@ def groups_alike(experience, config) -> float | None:
 
 def engine_moves(experience, config):
     """(actions,) log π − log π_engine, by the policy that is trained and by the engine."""
-    if not config.importance_cap:
+    if not config.compares_engine():
         return None
     rollout = experience.rollout
     return (rollout.logprobs - rollout.engine_logprobs)[rollout.action_mask]
@@ -164,13 +164,16 @@ EXPERIENCE = {
         "engine_gap",
         "nats a token",
         "mean distance of the log-probabilities of the engine that sampled from the trainer's, "
-        "with `--importance_cap`",
-        "above 0.1: the engine's weights are old, or its dtype or temperature another",
+        "with `--importance_cap` or `--rollout_engine vllm`",
+        "above 0.1 (`--engine_gap_limit`): the engine's weights are old, or its dtype or "
+        "temperature another",
     ): lambda e, config, state: of_engine(e, config, lambda moves: moves.abs()),
     Metric(
         "importance_capped", "share", "tokens that weigh `--importance_cap`, and not their ratio"
-    ): lambda e, config, state: of_engine(
-        e, config, lambda moves: moves.exp() > config.importance_cap
+    ): lambda e, config, state: (
+        of_engine(e, config, lambda moves: moves.exp() > config.importance_cap)
+        if config.importance_cap
+        else None
     ),
 }
 # Computed where they arise: in state.py, algorithm.py, update.py and main.py.

@@ -8,7 +8,7 @@ from utils.checkpoints.model_folder import ModelFolder
 from utils.data import chat_template
 from utils.distributed import process_group, zero
 from utils.distributed.host_memory import FrozenOffload
-from utils.generation import engines
+from utils.generation import engines, vllm_server
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
 from utils.models import adapters, freezing, language_model, scalar_model
@@ -152,23 +152,24 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
         actor=actor,
         tokenizer=tokenizer,
         others=() if critic is None else (critic,),
-        gather="layer" if config.hybrid_engine == "off" else config.rollout_gather,
+        gather="layer" if config.rollout_engine == "off" else config.rollout_gather,
         decode=config.decode,
         tokens_at_once=config.generation_tokens,
         rows_at_once=config.decoded_at_once(process_group.world_size()),
         longest=config.max_prompt_length + config.max_response_length,
         keep_memory=not config.release_decode_memory,
+        vllm=config.pick(vllm_server.Settings),
     )
-    engine = engines.build(config.hybrid_engine, setup)
-    if config.logprobs_from == "decode" and not engine.returns_logprobs:
+    engine = engines.build(config.rollout_engine, setup)
+    if config.logprobs_from == "decode" and not engine.returns_entropies:
         raise SystemExit(
-            f"logprobs_from=decode: the {engine.name} engine returns no log-probabilities; "
-            "set --logprobs_from auto or --hybrid_engine native"
+            f"logprobs_from=decode: the {engine.name} engine does not return log-probabilities and "
+            "entropies as the trainer's; set --logprobs_from auto or --rollout_engine native"
         )
     if config.importance_cap and not engine.returns_logprobs:
         raise SystemExit(
             f"importance_cap={config.importance_cap}: the {engine.name} engine returns no "
-            "log-probabilities to compare with; leave it out or set --hybrid_engine native"
+            "log-probabilities to compare with; leave it out or set --rollout_engine native"
         )
     return engine
 

@@ -22,8 +22,8 @@ ROWS, TOKENS, NOISE = 8, 32, 2**31 + 9  # of a rank; at most; a noise that no ro
 def choose(models, prompts, config, device, say) -> str:
     """→ "decode" or "forward", by a few answers to `prompts`; the same on all ranks, which all call
     it."""
-    if not models.rollout_engine.returns_logprobs:
-        say("old log-probabilities from the forward: the engine that samples returns none")
+    if not models.rollout_engine.returns_entropies:
+        say("old log-probabilities from the forward: the engine that samples is not the trainer")
         return "forward"
     short = min(config.max_response_length, TOKENS)
     config = dataclasses.replace(config, logprobs_from="decode", max_response_length=short)

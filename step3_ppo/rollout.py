@@ -35,7 +35,8 @@ class Rollout(Tokens):
     an environment's text too.)"""
 
     logprobs: torch.Tensor  # (B,R) fp32, of the policy that sampled
-    # (B,R) fp32, as the engine that sampled computed them, if --importance_cap asks; else the same.
+    # (B,R) fp32, as the engine that sampled computed them, where config.compares_engine(); else the
+    # same.
     engine_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor  # (B,R) fp32
     entropies: torch.Tensor  # (B,R) fp32, nats
@@ -88,6 +89,8 @@ def collect(
     episodes = generate(models, own, None if greedy else noise[mine], config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
+    if config.rollout_engine == "vllm" and config.engine_gap_limit and not greedy:
+        check_gap(rollout, config.engine_gap_limit)
     means = {}
     if models.reward_function is not None:
         means = add_function_scores(rollout, models, prompts, config)
@@ -103,7 +106,7 @@ def generate(models, prompts: list[Prompt], noise: torch.Tensor | None, config) 
         models.tokenizer.eos_token_id,
         models.tokenizer.pad_token_id,
         config.temperature,
-        logprobs=config.logprobs_from == "decode" or config.importance_cap > 0,
+        logprobs=config.logprobs_from == "decode" or config.compares_engine(),
         nucleus=models.nucleus,
     )
     with synced(models.rollout_engine, models.actor) as engine:
@@ -117,7 +120,8 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool,
         logprobs, entropies = (numbers_of(episodes, x) for x in ("logprobs", "entropies"))
     else:
         logprobs, entropies = actor_logprobs(models, tokens, config, device)
-    engine_logprobs = numbers_of(episodes, "logprobs") if config.importance_cap else logprobs
+    own = not config.compares_engine()
+    engine_logprobs = logprobs if own else numbers_of(episodes, "logprobs")
     of_each = functools.partial(in_micro_batches, tokens, config, device)
     ref_logprobs, _ = of_each(logprobs_of, models.reference, config.temperature)
     values, zeros = torch.zeros_like(logprobs), torch.zeros(len(episodes))
@@ -171,6 +175,19 @@ def stacked(parts: list[Rollout]) -> Rollout:
         is_tensor = isinstance(values[0], torch.Tensor)
         fields[f.name] = torch.cat(values) if is_tensor else list(itertools.chain(*values))
     return Rollout(**fields)
+
+
+def check_gap(rollout: Rollout, limit: float) -> None:
+    """StopRun where the engine that sampled is further from the trainer's policy than `limit` nats
+    a token, mean over the rollout."""
+    gap = (rollout.logprobs - rollout.engine_logprobs)[rollout.action_mask].abs().mean().item()
+    if not gap <= limit:
+        raise StopRun(
+            f"engine_gap {gap:.3g} nats a token is above --engine_gap_limit {limit:g}: what vLLM "
+            "samples from is not the policy that is trained. Its dtype, its kernels for this model "
+            "or what it made of the weights that it was sent differ; see docs/vllm.md. Nothing was "
+            "learned from this rollout"
+        )
 
 
 def texts_of(tokenizer, tokens: Tokens) -> list[str]:

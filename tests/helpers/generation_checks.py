@@ -222,7 +222,7 @@ def a_budget_of_tokens_counts_for_deepspeed(folder, actor, expected):
 def choice_of_engine(folder):
     """Who samples, by the flag: all of them give the same greedy answers."""
     for stage in (0, 3):
-        native = built(folder, zero_stage=stage, hybrid_engine="native")
+        native = built(folder, zero_stage=stage, rollout_engine="native")
         expected = answers(*native)
         assert native[1].name == "native"
         assert (expected != expected[0]).any(), "the prompt must matter"
@@ -230,11 +230,11 @@ def choice_of_engine(folder):
         automatic = built(folder, zero_stage=stage)
         assert type(automatic[1]) is type(native[1])
 
-        off = built(folder, zero_stage=stage, hybrid_engine="off")
+        off = built(folder, zero_stage=stage, rollout_engine="off")
         with synced(off[1], off[0]):
             assert off[1].generator is off[0].module and off[1].in_step is (stage == 3)
 
-        theirs = built(folder, zero_stage=stage, hybrid_engine="deepspeed")
+        theirs = built(folder, zero_stage=stage, rollout_engine="deepspeed")
         assert theirs[1].name == "deepspeed" and "decoded to the limit" in theirs[1].description
         for one in (automatic, off, theirs):
             assert torch.equal(answers(*one), expected), one[1].description
@@ -252,7 +252,7 @@ def choice_of_engine(folder):
     try:
         engines.build("deepspeed", setup)
     except SystemExit as refusal:
-        assert "repetition_penalty" in str(refusal) and "--hybrid_engine native" in str(refusal)
+        assert "repetition_penalty" in str(refusal) and "--rollout_engine native" in str(refusal)
         print("held: settings that change draws")
 
 

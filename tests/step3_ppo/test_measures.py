@@ -98,7 +98,10 @@ def test_measures_of_an_experience(rollout):
     }
     for critic in (True, False):
         config = SimpleNamespace(
-            has_critic=lambda critic=critic: critic, compares_groups=lambda: False, importance_cap=0
+            has_critic=lambda critic=critic: critic,
+            compares_groups=lambda: False,
+            compares_engine=lambda: False,
+            importance_cap=0,
         )
         state = SimpleNamespace(kl_coef=0.3)
         found = measures.measure_experience(experience, config, state)
@@ -112,6 +115,7 @@ def test_groups_that_teach_nothing_and_the_engine_s_distance(rollout):
     for scores, share in (([2.0, 5.0, 2.0], 1.0), ([2.0, 5.0, 2.1], 0.5)):
         experience.scores = torch.tensor(scores)
         config = SimpleNamespace(compares_groups=lambda: True, importance_cap=0.7)
+        config.compares_engine = lambda: True
         assert measures.groups_alike(experience, config) == share
     assert measures.of_engine(experience, config, abs) == pytest.approx(0.25)
     named = {row.name: f for row, f in measures.EXPERIENCE.items()}

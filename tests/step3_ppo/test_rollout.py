@@ -97,3 +97,16 @@ def test_groups_survive_the_way_over_ranks_and_micro_batches(world, monkeypatch)
     assert found.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert torch.equal(found.scores, whole.scores)
     assert found.select([6, 1, 3]).group.tolist() == [3, 0, 1]
+
+
+def test_an_engine_that_samples_from_another_policy_stops_the_run():
+    rows = drawn_rows(5, 9, seed=4)
+    for row in rows:
+        row["engine"] = [x + 0.25 for x in row["logprobs"]]
+    found = rollout_of(rows)
+    rollout.check_gap(found, 0.2501)
+    with pytest.raises(process_group.StopRun, match="engine_gap 0.25 .*--engine_gap_limit 0.2499"):
+        rollout.check_gap(found, 0.2499)
+    found.engine_logprobs[tuple(found.action_mask.nonzero()[0].tolist())] = torch.nan
+    with pytest.raises(process_group.StopRun, match="engine_gap nan"):
+        rollout.check_gap(found, 0.3)

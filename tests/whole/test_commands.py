@@ -143,9 +143,9 @@ TOP = [
 FILES = [path for top in TOP if top[0] != "." for path in (ROOT / top).rglob("*.*")]
 # Not what Python wrote there, nor an environment below benchmarks/.
 FILES = [p for p in FILES if "__pycache__" not in p.parts and ".venv_trl" not in p.parts]
-OF_OTHERS = set(  # flags of sbatch, torchrun, DeepSpeed's launcher, and README's mistaken one
+OF_OTHERS = set(  # of sbatch, torchrun, DeepSpeed's launcher, alpaca_eval; README's mistaken one
     "nodes ntasks gpus signal nnodes node_rank nproc_per_node master_addr master_port "
-    "num_accelerators num_gpus hostfile wat".split()
+    "num_accelerators num_gpus hostfile model_outputs wat".split()
 )
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -272,7 +272,7 @@ def test_ppo_with_every_option_that_moves_tensors(tiny, chain, other, tmp_path):
         job("packed", *make("packed", *packed), plant=["nan_losses_on_the_last_rank"]),
         *interrupted(shards, tmp_path / "shards"),
         job("layers", *make("layers", *layers)),
-        job("theirs", *make("theirs", "--hybrid_engine", "deepspeed")),
+        job("theirs", *make("theirs", "--rollout_engine", "deepspeed")),
     ]
     counted, said = walk(jobs)
     assert min(c["operations"] for c in counted.values()) > 10_000, counted

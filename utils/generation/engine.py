@@ -54,13 +54,14 @@ class Samples:
 
 
 class RolloutEngine(Protocol):
-    """description: for the run's first lines. returns_logprobs: can samples have them?
-    generator: the module that samples, between `sync` and `release`; None where it is not in this
-    process."""
+    """description: for the run's first lines. returns_logprobs, returns_entropies: can samples
+    have them? generator: the module that samples, between `sync` and `release`; None where it is
+    not in this process."""
 
     name: str
     description: str
     returns_logprobs: bool
+    returns_entropies: bool
     generator: nn.Module | None
 
     def sync(self, actor) -> None:
@@ -99,6 +100,7 @@ class Setup:
     rows_at_once: int = 1  # sequences that one rank decodes together, at most
     longest: int = 1  # tokens of a sequence at most, prompt included
     keep_memory: bool = True  # KV cache and graphs stay between rollouts
+    vllm: object = None  # vllm_server.Settings of the run
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ token. That is slow, and all ranks must decode in step, until the last of them h
 import contextlib
 import copy
 import socket
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -100,23 +101,34 @@ def plain_twin(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _copy_weights(module: nn.Module, plain: nn.Module) -> None:
-    """Whole weights of a ZeRO-3 `module` into `plain`: one all-gather a bucket, on every rank."""
+    """Whole weights of a ZeRO-3 `module` into `plain`."""
     targets = dict(plain.named_parameters())
+    for bucket in whole_buckets(module):
+        for name, whole in bucket.items():
+            target = targets[name]
+            target.data = whole.to(target.dtype)
+
+
+def whole_buckets(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Every parameter of `module` by name, whole, some BUCKET_BYTES at a time: under ZeRO-3 one
+    all-gather a bucket, on every rank. A bucket is of one dtype."""
     named = {id(p): name for name, p in module.named_parameters()}
     for bucket in _buckets(list(module.parameters())):
+        if not hasattr(bucket[0], "ds_tensor"):
+            yield {named[id(p)]: p.detach() for p in bucket}
+            continue
         # Not by `deepspeed.zero.GatheredParameters`: it starts a collective for each parameter, and
         # holds the gathered weights beside our copy of them.
         shards = [zero.local(p).to(p.device) for p in bucket]
-        for p, whole in zip(bucket, zero.all_gathered(shards, bucket), strict=True):
-            target = targets[named[id(p)]]
-            target.data = whole.to(target.dtype)
+        wholes = zero.all_gathered(shards, bucket)
+        yield {named[id(p)]: whole for p, whole in zip(bucket, wholes, strict=True)}
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters in their order, cut where BUCKET_BYTES are full or the dtype changes."""
     buckets, size = [], 0
     for p in parameters:
-        more = p.ds_numel * p.ds_tensor.element_size()
+        more = getattr(p, "ds_numel", p.numel()) * zero.local(p).element_size()
         if not buckets or size + more > BUCKET_BYTES or p.dtype != buckets[-1][0].dtype:
             buckets.append([])
             size = 0

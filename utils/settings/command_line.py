@@ -71,6 +71,7 @@ def build(config_class, argv: list[str], world_size: int):
     flags = split_flags(argv, problems)
     flags.pop("local_rank", None)  # the deepspeed launcher's
     fields = {f.name: f for f in dataclasses.fields(config_class)}
+    fields |= {f.metadata["formerly"]: f for f in fields.values() if f.metadata["formerly"]}
     values = {}
 
     def take(given: dict, place: str = "") -> None:
@@ -85,7 +86,7 @@ def build(config_class, argv: list[str], world_size: int):
             kind, many = type_of(fields[name])
             try:
                 value = value if place or many else only_word(name, value, kind)
-                values[name] = value_of(fields[name], value)
+                values[fields[name].name] = value_of(fields[name], value)
             except ValueError as error:
                 problems.append(str(error))
 

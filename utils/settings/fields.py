@@ -42,6 +42,7 @@ def setting(
     needed: bool = False,
     check: Callable | None = None,
     only_with: str = "",
+    formerly: str = "",
     on_resume: str = "learned",
 ):
     """A dataclass field with its help text.
@@ -49,7 +50,8 @@ def setting(
     choices: the only values it takes. above, at_least (0 by default), below, at_most: bounds of a
     number, or of each number of a list. needed: it must not be empty. check(value): raises
     ValueError, with the reason, where a value that is not empty cannot work. only_with: "other" or
-    "other=value", without which the setting would be ignored. on_resume: what a resumed run does
+    "other=value", without which the setting would be ignored. formerly: a name that older files and
+    command lines know it by. on_resume: what a resumed run does
     with another value than its checkpoint's: refuse it, since it changes what is "learned"; go on
     and say that the results differ by "rounding"; or take it ("free").
     """
@@ -97,7 +99,12 @@ class Settings:
 
     def on_resume(self) -> dict[str, str]:
         """{setting: what a resumed run does with another value}, see setting()."""
-        return {f.name: f.metadata["on_resume"] for f in dataclasses.fields(self)}
+        return {
+            name: f.metadata["on_resume"]
+            for f in dataclasses.fields(self)
+            for name in (f.name, f.metadata["formerly"])
+            if name
+        }
 
     @classmethod
     def defaults(cls) -> dict:

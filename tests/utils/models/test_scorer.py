@@ -289,7 +289,7 @@ def test_a_critic_may_start_from_a_public_model_that_shares_the_tokenizer(
 
     monkeypatch.setattr(step3_models.zero, "TrainEngine", train)
     config = config_of(
-        model_name_or_path=str(tiny / "base_model"), reward_model=folder, hybrid_engine="off"
+        model_name_or_path=str(tiny / "base_model"), reward_model=folder, rollout_engine="off"
     )
     built = step3_models.build(config, tokenizer, "fp32", torch.device("cpu"))
     assert built.reward.by_text and built.reward.reader.read_at == "end"

@@ -116,6 +116,14 @@ def test_yaml_numbers_are_floats(tmp_path, text):
     assert config.seed == 1000 and type(config.seed) is int
 
 
+def test_a_setting_is_known_by_its_former_name(tmp_path):
+    (tmp_path / "old.yaml").write_text("hybrid_engine: deepspeed")
+    for argv in (["--hybrid_engine", "deepspeed"], ["--config", str(tmp_path / "old.yaml")]):
+        config = build(PPOConfig, [*NEEDED[PPOConfig], *argv], 1)
+        assert config.rollout_engine == "deepspeed"
+    assert config.on_resume()["hybrid_engine"] == config.on_resume()["rollout_engine"]
+
+
 def test_json_files(tmp_path):
     text = '{"learning_rate": 1e-5, "tensorboard": false, "sft_data": ["a", "b"]}'
     config = build(SFTConfig, [*COMMON, "--config", write(tmp_path / "c.json", text)], 1)

@@ -1,5 +1,5 @@
 """Rollout engines, one a module with a function `build(setup) → RolloutEngine`. A module that is
-added here is a new value of --hybrid_engine."""
+added here is a new value of --rollout_engine."""
 
 import importlib
 import pkgutil
@@ -10,5 +10,5 @@ CHOICES = (*ALIASES, *sorted(module.name for module in pkgutil.iter_modules(__pa
 
 
 def build(name: str, setup):
-    """The engine that --hybrid_engine names, from an `engine.Setup`. A collective."""
+    """The engine that --rollout_engine names, from an `engine.Setup`. A collective."""
     return importlib.import_module(f"{__name__}.{ALIASES.get(name, name)}").build(setup)

@@ -35,14 +35,14 @@ def build(setup: Setup) -> "DeepSpeedEngine":
     }
     if bad:
         raise SystemExit(
-            f"hybrid_engine=deepspeed: the model's generation_config changes what is drawn: {bad}; "
-            "take it out, or set --hybrid_engine native"
+            "rollout_engine=deepspeed: the model's generation_config changes what is drawn: "
+            f"{bad}; take it out, or set --rollout_engine native"
         )
     return DeepSpeedEngine(setup.tokenizer, setup.tokens_at_once)
 
 
 class DeepSpeedEngine:
-    name, returns_logprobs = "deepspeed", False
+    name, returns_logprobs, returns_entropies = "deepspeed", False, False
     description = (
         "deepspeed engine: every row is decoded to the limit, under ZeRO-3 each layer is gathered "
         "for each token, and another number of ranks draws other samples"

@@ -32,7 +32,7 @@ class NativeEngine:
     for each token). tokens_at_once: prompts and room for answers decoded together; 0: all.
     keep_memory: whether KV cache and graphs wait for the next rollout."""
 
-    name, returns_logprobs = "native", True
+    name, returns_logprobs, returns_entropies = "native", True, True
 
     def __init__(
         self,

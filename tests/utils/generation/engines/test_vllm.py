@@ -1,0 +1,180 @@
+"""The vLLM engine against a stand-in that speaks its routes; the real one under -m vllm."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.helpers.vllm_stand_in import StandIn, untrained
+from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded
+from tests.utils.generation.test_sampling import tiny as model_of
+from utils.distributed.process_group import StopRun
+from utils.generation import sampling as generation
+from utils.generation import vllm_server
+from utils.generation.engine import Request, Sampling, Setup, Untrained, synced
+from utils.generation.engines import vllm
+from utils.generation.engines.native import NativeEngine
+from utils.generation.vllm_client import ServerError
+
+HOW = dict(vllm_python="python", rollout_url="", rollout_devices="", rollout_memory=0.4)
+HOW |= dict(rollout_timeout=0.4, trust_remote_code=False)
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """build(*faults of each server that is started) → engine, actor, the stand-ins so far."""
+    started, faults = [], []
+
+    class Server:
+        def __init__(self, launch, name, token, log):
+            self.launch, self.name, self.token = launch, name, token
+
+        def start(self):
+            self.stop()
+            planned = faults.pop(0) if faults else ()
+            started.append(StandIn(untrained(model_of("Llama")), self.name, self.token, planned))
+            self.url = started[-1].url
+
+        def stop(self):
+            if started:
+                started[-1].stop()
+
+    monkeypatch.setattr(vllm_server, "Server", Server)
+    monkeypatch.setattr(vllm_server, "python_of", lambda given: given)
+    monkeypatch.setattr("utils.generation.vllm_client.SECONDS_BETWEEN_LOOKS", 0.05)
+
+    def made(*planned, **how):
+        faults[:] = planned
+        actor = Untrained(untrained(model_of("Llama")))
+        settings = vllm_server.Settings(output_dir=str(tmp_path), **HOW | how)
+        return vllm.build(Setup(actor, None, longest=40, vllm=settings)), actor, started
+
+    yield made
+    for one in started:
+        one.stop()
+
+
+def request(noise=True) -> Request:
+    ids, mask = left_padded(LENGTHS, extra=2)
+    drawn = generation.uniform_noise(len(LENGTHS), NEW, seed=1, step=2) if noise else None
+    return Request(ids, mask, drawn)
+
+
+SAMPLING = Sampling(NEW, 5, PAD, temperature=1.3, logprobs=True)
+
+
+def answer(engine, actor, asked, sampling=SAMPLING):
+    with synced(engine, actor) as ready:
+        return ready.generate(asked, sampling)
+
+
+def by_the_model(model, asked, samples):
+    """(B,R) log-probabilities of the samples at the temperature, a row at a time, in float64."""
+    found = torch.zeros(samples.response_ids.shape, dtype=torch.float64)
+    for row, (ids, mask) in enumerate(zip(asked.prompt_ids, asked.prompt_mask, strict=True)):
+        answer = samples.response_ids[row][samples.response_mask[row]]
+        with torch.no_grad():
+            logits = model.double()(torch.cat([ids[mask], answer])[None]).logits[0]
+        model.float()
+        logs = (logits[mask.sum() - 1 : -1] / SAMPLING.temperature).log_softmax(-1)
+        found[row, : len(answer)] = logs.gather(1, answer[:, None]).squeeze(1)
+    return found
+
+
+def test_answers_follow_the_actors_weights(build):
+    engine, actor, (server,) = build()
+    greedy = NativeEngine()
+    for move in (0.0, 0.3):
+        with torch.no_grad():
+            for p in actor.module.parameters():
+                p.add_(move * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+        asked = request(noise=False)
+        expected = answer(greedy, actor, asked)
+        found = answer(engine, actor, asked)
+        assert torch.equal(found.response_ids, expected.response_ids)
+        assert found.finish_reasons == expected.finish_reasons and "stop" in found.finish_reasons
+        assert found.logprobs is None, "greedy answers have none at the temperature"
+        drawn = answer(engine, actor, request())
+        known = by_the_model(actor.module, request(), drawn)
+        torch.testing.assert_close(drawn.logprobs.double(), known, rtol=0, atol=2e-5)
+        assert torch.equal(drawn.logprobs != 0, drawn.response_mask)
+    assert len(server.asked) and not any("sleep" in path for path in server.asked)
+    order = [path for path in server.asked if "generate" not in path and path != "/metrics"]
+    once = ["/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert order == ["/init_weight_transfer_engine", *4 * [*once, "/collective_rpc", "/resume"]]
+
+
+def test_seeds_are_of_the_rows(build):
+    engine, actor, _ = build()
+    asked = request()
+    first, again = (answer(engine, actor, asked).response_ids for _ in range(2))
+    assert torch.equal(first, again)
+    turned = Request(asked.prompt_ids.flip(0), asked.prompt_mask.flip(0), asked.noise.flip(0))
+    assert torch.equal(answer(engine, actor, turned).response_ids.flip(0), first)
+    other = dataclasses.replace(asked, noise=asked.noise.flip(0))
+    assert not torch.equal(answer(engine, actor, other).response_ids, first)
+    seeds = {vllm.seed_of(row) for row in generation.uniform_noise(500, 3, 1, 1)}
+    assert len(seeds) == 500 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+CAUSES = {
+    "die": "is gone",
+    "hang": "stands still: no token",
+    "other": "for another model: 'else'",
+    "stale": "stale: it answered with weights",
+    "lost": "did not arrive at vLLM's worker 0",
+    "cut": "broke an answer off",
+}
+
+
+@pytest.mark.parametrize("fault", CAUSES)
+def test_a_server_that_fails_is_named_and_started_again(build, fault, capsys):
+    engine, actor, servers = build((fault,))
+    expected = answer(NativeEngine(), actor, request(noise=False)).response_ids
+    assert torch.equal(answer(engine, actor, request(noise=False)).response_ids, expected)
+    said = capsys.readouterr().out
+    assert len(servers) == 2 and CAUSES[fault] in said and "started again" in said, said
+
+
+@pytest.mark.parametrize("fault", CAUSES)
+def test_a_server_that_fails_again_ends_the_run(build, fault):
+    engine, actor, servers = build((fault, "always"), (fault, "always"))
+    with pytest.raises(StopRun) as stopped:
+        answer(engine, actor, request())
+    assert CAUSES[fault] in str(stopped.value) and "started again" in str(stopped.value)
+    assert len(servers) == 2
+
+
+def test_one_started_by_hand_is_not_started_again(build, monkeypatch):
+    server = StandIn(untrained(model_of("Llama")), faults=("stale",))
+    monkeypatch.setenv("ROLLOUT_TOKEN", "secret")
+    engine, actor, servers = build(rollout_url=server.url)
+    assert not servers and "started by hand" in engine.description
+    with pytest.raises(StopRun, match="(?s)stale.*by hand: start it again.*--resume auto"):
+        answer(engine, actor, request())
+    server.stop()
+    with pytest.raises(StopRun, match="is gone"):
+        build(rollout_url=server.url)
+    monkeypatch.setenv("ROLLOUT_TOKEN", "guessed")
+    other = StandIn(untrained(model_of("Llama")), name="something else")
+    with pytest.raises(StopRun, match="HTTP 401"):
+        build(rollout_url=other.url)
+    monkeypatch.setenv("ROLLOUT_TOKEN", "secret")
+    with pytest.raises(StopRun, match="another model: .'something else'."):
+        build(rollout_url=other.url)
+    other.stop()
+
+
+def test_what_is_no_number_stays_none():
+    said = {"token_ids": [7, 5], "logprobs": {"content": [{"logprob": -1.5}, {"logprob": -9999.0}]}}
+    samples = vllm.samples_from([{"choices": [said]}], request(), SAMPLING)
+    assert samples.logprobs[0, 0] == -1.5 and samples.logprobs[0, 1].isnan()
+    assert samples.response_ids.tolist() == [[7, 5]] and samples.finish_reasons == ["stop"]
+
+
+def test_an_answer_of_mixed_weights_is_refused():
+    spans = [{"version": "3.8", "start": 0, "end": 1}, {"version": "4.9", "start": 1, "end": 2}]
+    choice = {"token_ids": [7, 5], "weight_versions": spans, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": [{}, {}]}
+    with pytest.raises(ServerError, match="stale"):
+        vllm.check({"model": "m", "choices": [choice]}, "m", "4.9", SAMPLING)

@@ -1,0 +1,69 @@
+"""The real vLLM on a CPU, in runs of step 3: VLLM_PYTHON=… pytest -m vllm."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.helpers.jobs import job
+from tests.helpers.running import metrics_of, run_ranks
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no environment"),
+]
+
+
+def ppo(tiny, policy, out, *flags):
+    settings = {
+        "model_name_or_path": policy,
+        "prompt_data": tiny / "data/prompts.jsonl",
+        "reward_function": "step3_ppo.rewards.shipped:toy_verifier",
+        "output_dir": out,
+        "max_steps": 10,
+        "algorithm": "grpo",
+        "samples_per_prompt": 4,
+        "prompts_per_rollout": 8,
+        "global_batch_size": 32,
+        "learning_rate": 1e-3,
+        "max_prompt_length": 48,
+        "max_response_length": 12,
+        "max_eval_rows": 8,
+        "dtype": "fp32",
+        "tensorboard": "false",
+        "rollout_engine": "vllm",
+    }
+    return job("step3_ppo/main.py", settings, *flags)
+
+
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
+def test_ten_rollouts_and_updates(chain, tiny, tmp_path, ranks, stage):
+    output = run_ranks([ppo(tiny, chain / "sft", tmp_path / "run", "--zero_stage", stage)], ranks)
+    greedy = re.findall(r"greedy tokens equal up to (\S+) nats", output)
+    assert len(greedy) == 2 and all(float(gap) < 1e-4 for gap in greedy), output
+    gaps = metrics_of(tmp_path / "run", "engine_gap")
+    assert len(gaps) == 10 and 0 < max(gaps) < 1e-5, gaps
+
+
+def test_a_killed_server_is_started_again(chain, tiny, tmp_path):
+    run, killed = tmp_path / "run", []
+
+    def kill_after_two_rollouts():
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+            time.sleep(0.1)
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "utils.generation.vllm_worker" in words and str(run / "vllm") in words:
+                killed.append(process.pid)
+                process.send_signal(signal.SIGKILL)
+
+    threading.Thread(target=kill_after_two_rollouts, daemon=True).start()
+    output = run_ranks([ppo(tiny, chain / "sft", run)], 1)
+    assert killed and "started again with the present weights" in output, output
+    assert len(metrics_of(run, "engine_gap")) == 10
+    assert max(metrics_of(run, "engine_gap")) < 1e-5

@@ -1,0 +1,109 @@
+"""Starting, waiting for and ending the processes of a vLLM server, with small ones in its place."""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from utils.distributed.process_group import free_port
+from utils.errors import UserError
+from utils.generation import vllm_server
+from utils.generation.vllm_client import ServerError
+from utils.generation.vllm_server import Launch, Server, python_of
+
+LAUNCH = Launch("python", "folder", "float32", max_length=64, rows=8, transfer="file", port=1)
+SERVES = """
+import http.server, os, subprocess, sys
+print("starts with", os.environ["ROLLOUT_TOKEN"], os.environ.get("RANK"), flush=True)
+child = subprocess.Popen(["sleep", "60"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+FAILS = "import sys; print('no such model', flush=True); sys.exit(3)"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """server(program text) → one that runs it."""
+    made = []
+
+    def make(text):
+        launch = dataclasses.replace(LAUNCH, port=free_port())
+        words = [sys.executable, "-c", text, str(launch.port)]
+        monkeypatch.setattr(Launch, "command", lambda self, name: words)
+        made.append(Server(launch, "policy-1", "secret", tmp_path / "vllm/log.txt"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    one = server(SERVES)
+    one.start()
+    assert one.log.read_text().startswith("starts with secret None")
+    group = [one.process.pid, *(c.pid for c in psutil.Process(one.process.pid).children())]
+    assert len(group) == 2
+    os.kill(one.process.pid, signal.SIGKILL)  # its child lives on
+    one.start()
+    assert not psutil.pid_exists(group[1]) and one.process.pid != group[0]
+    pid = one.process.pid
+    one.stop()
+    assert not psutil.pid_exists(pid)
+    one.stop()
+
+
+def test_one_that_ends_early_shows_its_last_lines(server):
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="(?s)ended before it was ready.*log.txt.*no such model"):
+        server(FAILS).start()
+    assert time.monotonic() - began < 20
+
+
+def test_one_that_is_never_ready_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(vllm_server, "SECONDS_TO_START", 0)
+    with pytest.raises(ServerError, match="was not ready after 0 s"):
+        server("import time; time.sleep(60)").start()
+
+
+def test_the_python_of_vllm_is_looked_at_before_it_is_started(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    with pytest.raises(UserError, match="docs/vllm.md.*--vllm_python or VLLM_PYTHON"):
+        python_of("")
+    with pytest.raises(UserError, match="No such file"):
+        python_of(str(tmp_path / "python"))
+    monkeypatch.setenv("VLLM_PYTHON", sys.executable)
+    with pytest.raises(UserError, match="finds no vllm"):
+        python_of("")
+    (tmp_path / "vllm.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert python_of("") == sys.executable
+
+
+def test_flags_and_environment_of_each_transfer(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    on_cpu = dataclasses.replace(LAUNCH, cache_bytes=99, weights=False)
+    words, environment = on_cpu.command("policy-1"), on_cpu.environment("secret")
+    said = dict(zip(words, words[1:], strict=False))
+    assert said["--load-format"] == "dummy" and said["--kv-cache-memory-bytes"] == "99"
+    assert said["--generation-config"] == "vllm" and said["--tensor-parallel-size"] == "1"
+    assert said["--logprobs-mode"] == "processed_logprobs" and "--enforce-eager" in words
+    assert said["--weight-transfer-config"] == '{"backend": "counted_file"}'
+    assert "secret" not in words and environment["ROLLOUT_TOKEN"] == "secret"
+    assert "MASTER_PORT" not in environment
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
+    apart = dataclasses.replace(LAUNCH, transfer="nccl", devices="4,5", memory=0.8)
+    said = dict(zip(apart.command("p"), apart.command("p")[1:], strict=False))
+    assert said["--tensor-parallel-size"] == "2" and said["--gpu-memory-utilization"] == "0.8"
+    assert apart.environment("s")["CUDA_VISIBLE_DEVICES"] == "4,5"
+    turns = dataclasses.replace(LAUNCH, transfer="ipc", sleeps=True)
+    assert "--enable-sleep-mode" in turns.command("p")
+    assert turns.environment("s")["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
