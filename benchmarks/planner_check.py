@@ -190,10 +190,14 @@ def train_ppo(config, dtype: str, device) -> None:
     from step3_ppo.state import State
     from step3_ppo.update import train_on
     from utils.data import chat_template
+    from utils.run import BadSteps
 
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     models = build(config, tokenizer, dtype, device)
-    state, watch = State(kl_coef=config.kl_coef), Watch(config, lambda text: None, lambda: None)
+    state, watch = (
+        State(kl_coef=config.kl_coef),
+        Watch(config, print, BadSteps(0, print, lambda: None)),
+    )
     generator = torch.Generator().manual_seed(0)
     # One prompt is a token shorter, so that there is something to mask.
     lengths = [config.max_prompt_length - (i == 0) for i in range(config.rollout_size())]

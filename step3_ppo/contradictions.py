@@ -48,6 +48,11 @@ def of_rollouts(config) -> Iterator[str]:
             "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
             "--reference_zero_stage 0, or --offload all for shards in CPU memory"
         )
+    if config.lora_rank and config.rollout_engine == "vllm":
+        yield (
+            "rollout_engine=vllm is sent whole weights by the names of the model, and adapters stand "
+            "beside them; set --rollout_engine native"
+        )
     for name, used in (("reference", config.lora_rank), ("critic", config.share_backbone)):
         stage = getattr(config, f"{name}_zero_stage")
         if used and stage >= 0 and (stage == 3) != (config.zero_stage == 3):
