@@ -50,8 +50,8 @@ def of_rollouts(config) -> Iterator[str]:
         )
     if config.lora_rank and config.rollout_engine == "vllm":
         yield (
-            "rollout_engine=vllm is sent whole weights by the names of the model, and adapters stand "
-            "beside them; set --rollout_engine native"
+            "rollout_engine=vllm is sent whole weights by the model's names for them, and adapters "
+            "stand beside these; set --rollout_engine native"
         )
     for name, used in (("reference", config.lora_rank), ("critic", config.share_backbone)):
         stage = getattr(config, f"{name}_zero_stage")
