@@ -145,6 +145,40 @@ def test_a_server_that_fails_again_ends_the_run(build, fault):
     assert len(servers) == 2
 
 
+def moved(actor, steps: int) -> None:
+    """The actor's weights change, as by `steps` optimizer steps more."""
+    with torch.no_grad():
+        for p in actor.module.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(steps)))
+    actor.module.global_steps = getattr(actor.module, "global_steps", 0) + steps
+
+
+@pytest.mark.parametrize("faults", [(), ("die",), ("hang",)])
+def test_a_rollout_ahead_is_by_the_weights_of_before(build, faults, capsys):
+    engine, actor, servers = build()
+    moved(actor, 3)
+    asked, other = request(), dataclasses.replace(request(), noise=request().noise.flip(0))
+    before = answer(engine, actor, asked)
+    servers[-1].faults |= set(faults)
+    engine.begin(asked, SAMPLING)
+    moved(actor, 2)
+    fresh = answer(engine, actor, other)  # an evaluation in between
+    assert engine.policy_step == 5
+    known = by_the_model(actor.module, other, fresh)
+    torch.testing.assert_close(fresh.logprobs.double(), known, rtol=0, atol=2e-5)
+    found = answer(engine, actor, asked)
+    again = answer(engine, actor, asked)
+    assert not torch.equal(again.logprobs, before.logprobs) and engine.policy_step == 5
+    expected = again if faults else before
+    assert torch.equal(found.response_ids, expected.response_ids)
+    assert torch.equal(found.logprobs, expected.logprobs)
+    assert len(servers) == 1 + len(faults), capsys.readouterr().out
+    engine.begin(asked, SAMPLING)
+    moved(actor, 1)
+    answer(engine, actor, asked)
+    assert engine.policy_step == 5, "the step of those who answered, and not of now"
+
+
 def test_one_started_by_hand_is_not_started_again(build, monkeypatch):
     server = StandIn(untrained(model_of("Llama")), faults=("stale",))
     monkeypatch.setenv("ROLLOUT_TOKEN", "secret")
