@@ -4,6 +4,8 @@ with the values and the flag that mends it."""
 from collections.abc import Iterator
 
 from step3_ppo.algorithm import ALGORITHMS
+from utils.errors import UserError
+from utils.generation import vllm_server
 
 
 def of_rewards(config) -> Iterator[str]:
@@ -47,6 +49,11 @@ def of_rollouts(config) -> Iterator[str]:
             f"rollout_ahead={config.rollout_ahead}: with --environment or --dynamic_sampling what "
             "is sampled follows from earlier answers of the same rollout; leave it out"
         )
+    if config.rollout_engine == "vllm" and not config.rollout_url:
+        try:
+            vllm_server.python_named(config.vllm_python)
+        except UserError as error:
+            yield str(error)
     if config.rollout_engine == "vllm" and config.lora_rank:
         yield (
             f"lora_rank={config.lora_rank}: vLLM is sent whole weights, and adapters stay beside "

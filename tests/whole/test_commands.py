@@ -58,6 +58,7 @@ def commands_of_the_guides() -> list[list[str]]:
     """The words of each command in README and docs/, each once, but of those for several nodes
     (tests/nodes.sh runs them) and the one that shows a refusal, which begins with "$"."""
     commands, placeholders = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
+    placeholders["VENV/bin/python"] = sys.executable
     for block in (b for page in GUIDES for b in page.read_text().split("```")[1::2]):
         lines = [] if "HOSTS" in block else block.replace("\\\n", " ").splitlines()
         for line in lines:

@@ -8,6 +8,7 @@ run, or on another machine (`--rollout_url`). docs/vllm.md says how the environm
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -176,23 +177,25 @@ def group_lives(process: subprocess.Popen) -> bool:
     return True
 
 
-def python_of(given: str) -> str:
-    """--vllm_python or $VLLM_PYTHON; UserError where there is none, or vLLM cannot be imported."""
+REMEDY = f"make it as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"
+
+
+def python_named(given: str) -> str:
+    """--vllm_python or $VLLM_PYTHON; UserError where that is no program."""
     python = given or os.environ.get(PYTHON, "")
-    remedy = f"make one as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"
     if not python:
-        raise UserError(f"rollout_engine=vllm needs the Python of vLLM's own environment: {remedy}")
-    try:
-        seen = subprocess.run(
-            [python, "-c", "import importlib.util as u; assert u.find_spec('vllm'), 'no vllm'"],
-            capture_output=True,
-            text=True,
-        )
-    except OSError as error:
-        raise UserError(f"vllm_python={python}: {error.strerror}; {remedy}") from None
-    if seen.returncode:
-        last = (seen.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"vllm_python={python} finds no vllm ({last}); {remedy}")
+        raise UserError(f"rollout_engine=vllm needs an environment of vLLM's own: {REMEDY}")
+    if shutil.which(python) is None:
+        raise UserError(f"vllm_python={python} is no program: {REMEDY}")
+    return python
+
+
+def python_of(given: str) -> str:
+    """The same; UserError where it finds no vLLM."""
+    python = python_named(given)
+    look = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    if subprocess.run([python, "-c", look]).returncode:
+        raise UserError(f"vllm_python={python} finds no vllm: {REMEDY}")
     return python
 
 

@@ -78,7 +78,7 @@ def test_the_python_of_vllm_is_looked_at_before_it_is_started(monkeypatch, tmp_p
     monkeypatch.delenv("VLLM_PYTHON", raising=False)
     with pytest.raises(UserError, match="docs/vllm.md.*--vllm_python or VLLM_PYTHON"):
         python_of("")
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="is no program"):
         python_of(str(tmp_path / "python"))
     monkeypatch.setenv("VLLM_PYTHON", sys.executable)
     with pytest.raises(UserError, match="finds no vllm"):

@@ -67,3 +67,11 @@ def test_a_killed_server_is_started_again(chain, tiny, tmp_path):
     assert killed and "started again with the present weights" in output, output
     assert len(metrics_of(run, "engine_gap")) == 10
     assert max(metrics_of(run, "engine_gap")) < 1e-5
+
+
+def test_a_rollout_ahead_follows_one_rollout_behind(chain, tiny, tmp_path):
+    flags = ("--rollout_ahead", 1, "--importance_cap", 2, "--global_batch_size", 16)
+    run_ranks([ppo(tiny, chain / "sft", tmp_path / "run", *flags)], 1)
+    assert metrics_of(tmp_path / "run", "staleness") == [0.0, *9 * [2.0]]
+    gaps = metrics_of(tmp_path / "run", "engine_gap")
+    assert gaps[0] < 1e-5 and all(1e-4 < gap < 0.1 for gap in gaps[1:]), gaps
