@@ -45,9 +45,9 @@ class Settings:
 @dataclass(frozen=True)
 class Launch:
     """How a server is started. model: a folder or hub name; weights: are its own to be loaded?
-    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them; empty: those that there are, each of
-    which it fills up to the share `memory`. cache_bytes: keys and values, on a CPU. transfer: see
-    vllm_weights."""
+    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them; empty: the first `cards` that there
+    are. It fills each up to the share `memory`, with its part of every layer. cache_bytes: keys and
+    values, on a CPU. transfer: see vllm_weights."""
 
     python: str
     model: str
@@ -57,6 +57,7 @@ class Launch:
     transfer: str
     weights: bool = True
     devices: str = ""
+    cards: int = 1
     memory: float = 0.9
     cache_bytes: int = 0
     trust_remote_code: bool = False
@@ -65,7 +66,7 @@ class Launch:
     port: int = 0
 
     def command(self, name: str) -> list[str]:
-        cards = len(self.devices.split(",")) if self.devices else 1
+        cards = len(self.devices.split(",")) if self.devices else self.cards
         words = [self.python, "-m", "utils.generation.vllm_worker"]
         flags = {
             "model": self.model,
@@ -106,9 +107,6 @@ class Launch:
             found["TORCH_COMPILE_DISABLE"] = "1"
         if self.devices:
             found["CUDA_VISIBLE_DEVICES"] = self.devices
-        if self.transfer == "ipc":
-            # Handles of GPU memory come pickled; nobody without the token can send any.
-            found["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return found
 
 

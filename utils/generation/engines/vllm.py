@@ -40,6 +40,11 @@ class VllmEngine:
         on_cpu = next(setup.actor.module.parameters()).device.type == "cpu"
         beside = self.how.rollout_devices or self.how.rollout_url
         kind = "file" if on_cpu else "nccl" if beside else "ipc"
+        if kind == "ipc" and len(peers.leaders()) > 1:
+            raise SystemExit(
+                "rollout_engine=vllm takes turns with the training on the GPUs of one machine "
+                "only; set --rollout_devices to some of the first machine's, or --rollout_url"
+            )
         self.transfer, self.sleeps = vllm_weights.TRANSFERS[kind](), kind == "ipc"
         self.asleep, self.policy_step = False, 0
         self.ahead: Ahead | None = None
@@ -105,6 +110,7 @@ class VllmEngine:
             rows=rows,
             transfer=kind,
             devices=self.how.rollout_devices,
+            cards=process_group.world_size() if kind == "ipc" else 1,
             memory=self.how.rollout_memory,
             cache_bytes=cache,
             trust_remote_code=self.how.trust_remote_code,
