@@ -127,7 +127,8 @@ class VllmEngine:
             raise StopRun(
                 f"{problem}. It was started by hand: start it again, and go on with --resume auto"
             )
-        process_group.say(f"{problem}: it is started again with the present weights")
+        again = f"it is started again with the present weights; its log: {self._log}"
+        process_group.say(f"{problem}: {again}")
         if self.ahead is not None and self.ahead.problem is not None:
             self.ahead = None
         self._start()
@@ -184,7 +185,7 @@ class VllmEngine:
                 self.policy_step = int(asked.version.partition(".")[2])
                 return samples_from(asked.answers, request, sampling)
             if last_try:
-                raise StopRun(f"{problem}, and so after it had been started again")
+                raise StopRun(f"{problem}, and so after it had been started again: see {self._log}")
             self._start_again(problem)
             asked = Ahead(self.client, asked.bodies, self.version, sampling)
 
