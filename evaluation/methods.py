@@ -8,6 +8,7 @@ deepspeed evaluation/methods.py --policies sft=FOLDER dpo=FOLDER --judge_model R
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +195,10 @@ def as_table(
         rows.append((name, *cells))
     legend = (
         f"{first['prompts']} held-out prompts, an answer each. score: by {scored_by}. change, KL "
-        "(nats a response): to\nthe first policy. ±: one standard error over the prompts. seconds: "
+        "(nats a response): to the first policy. ±: one standard error over the prompts. seconds: "
         "of the stages that are this method's alone."
     )
-    return f"{table(rows, ('method', *header))}\n{legend}"
+    return f"{table(rows, ('method', *header))}\n{textwrap.fill(legend, 100)}"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from evaluation.chat import ChatConfig
 from evaluation.html_report import ReportConfig
 from evaluation.methods import MethodsConfig
 from evaluation.prompt_eval import PromptEvalConfig
+from evaluation.reward_report import RewardReportConfig
 from evaluation.win_rate import WinRateConfig
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
@@ -39,6 +40,7 @@ CONFIGS = {
     "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/win_rate.py": WinRateConfig,
+    "evaluation/reward_report.py": RewardReportConfig,
     "evaluation/chat.py": ChatConfig,
     "evaluation/html_report.py": ReportConfig,
     "utils/models/serve_reward.py": ServeConfig,

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from utils.distributed import preemption
+
 SECONDS_BETWEEN_LOOKS = 1.0
 # Killed on one machine, seen there, told to rank 0, told to a third machine, seen by its others.
 SECONDS_OF_NEWS = 5.0
@@ -109,7 +111,9 @@ def _look(me: int, here: dict[int, int], links: dict[int, socket.socket], names:
                 "checkpoint",
                 flush=True,
             )
-        os._exit(1)
+        # Before the first step a rank that is asked to stop is gone at once. This one was perhaps
+        # asked too, and is still inside a library.
+        os._exit(preemption.EXIT_CODE if preemption.asked() else 1)
 
 
 def _read(connection: socket.socket) -> tuple[str, str]:

@@ -52,7 +52,7 @@ def test_a_policy_learns_to_ask_the_calculator(tmp_path):
     out = tmp_path / "output/calculator"
     methods = json.loads((out / "summary.json").read_text())["methods"]
     before, after = methods["sft"]["score"], methods["grpo"]["score"]
-    assert 0.05 < before < 0.35 and after >= max(2 * before, 0.5), f"{before} → {after}"
+    assert 0.05 < before < 0.2 and after >= max(2 * before, 0.3), f"{before} → {after}"
     assert f"{before:.3f} ± " in done.stdout and f"{after:.3f} ± " in done.stdout
     turns = metrics_of(out / "step3_grpo", "turns")
     assert turns[0] < 1.5 and turns[-1] > 1.75

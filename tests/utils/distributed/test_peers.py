@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -88,6 +89,42 @@ def test_a_killed_rank_ends_those_of_all_machines(tmp_path, victim):
     first_hand = {0: [1, 2, 3], 1: [0], 3: [0]}[victim]
     assert [r for r, text in enumerate(told) if re.search(line, text)] == first_hand, told
     assert not re.search("Traceback|does not answer", "".join(told)), told
+
+
+# What a rank does while Python cannot handle a signal: the key derivation is one call of C.
+BUSY = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from utils.distributed import peers, preemption
+
+preemption.watch()
+gone = int(sys.argv[2])
+names = ["rank 0 (process 1 on here)", "rank 1"]
+peers._thread = peers.threading.Thread(
+    target=peers._look, args=(1, {0: gone}, {}, names), daemon=True
+)
+peers._thread.start()
+print("busy", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"a", b"b", 200_000_000)
+"""
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_rank_that_was_asked_to_stop_says_so_though_another_one_has_left_first(asked):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    words = [sys.executable, "-c", BUSY, ROOT, str(other.pid)]
+    busy = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert busy.stdout.readline() == "busy\n"
+        time.sleep(0.5)  # now it is inside
+        if asked:
+            busy.send_signal(signal.SIGUSR1)
+        other.kill()
+        other.wait()
+        assert busy.wait(LIMIT) == (75 if asked else 1)
+    finally:
+        busy.kill()
+        other.kill()
 
 
 def test_ranks_that_have_said_farewell_leave_one_after_the_other(tmp_path):
