@@ -155,6 +155,11 @@ class PPOConfig(RunConfig):
         above=0,
         only_with="rollout_engine=vllm",
     )
+    rollout_ahead: int = setting(
+        0,
+        "1: the next rollout is sampled while this one is trained on, by the policy of before",
+        choices=(0, 1),
+    )
     engine_gap_limit: float = free(
         0.1,
         "nats a token that vLLM's log-probabilities may be off from the trainer's, mean over a "

@@ -4,6 +4,8 @@ with the values and the flag that mends it."""
 from collections.abc import Iterator
 
 from step3_ppo.algorithm import ALGORITHMS
+from utils.errors import UserError
+from utils.generation import vllm_server
 
 
 def of_rewards(config) -> Iterator[str]:
@@ -36,6 +38,26 @@ def of_rollouts(config) -> Iterator[str]:
             f"prompts_per_rollout × samples_per_prompt = {config.prompts_per_rollout} × "
             f"{config.samples_per_prompt} = {rollout} is not divisible by global_batch_size="
             f"{size}; set --prompts_per_rollout to a multiple, or lower --global_batch_size"
+        )
+    if config.rollout_ahead and config.rollout_engine != "vllm":
+        yield (
+            f"rollout_ahead={config.rollout_ahead} needs an engine in processes of its own; set "
+            "--rollout_engine vllm, or leave it out"
+        )
+    if config.rollout_ahead and (config.environment or config.dynamic_sampling):
+        yield (
+            f"rollout_ahead={config.rollout_ahead}: with --environment or --dynamic_sampling what "
+            "is sampled follows from earlier answers of the same rollout; leave it out"
+        )
+    if config.rollout_engine == "vllm" and not config.rollout_url:
+        try:
+            vllm_server.python_named(config.vllm_python)
+        except UserError as error:
+            yield str(error)
+    if config.rollout_engine == "vllm" and config.lora_rank:
+        yield (
+            f"lora_rank={config.lora_rank}: vLLM is sent whole weights, and adapters stay beside "
+            "theirs; set --rollout_engine native"
         )
     by_layer = config.zero_stage == 3 and config.rollout_gather == "layer"
     if by_layer and config.decode in ("static", "graph"):

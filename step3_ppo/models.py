@@ -161,6 +161,11 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
         vllm=config.pick(vllm_server.Settings),
     )
     engine = engines.build(config.rollout_engine, setup)
+    if config.rollout_ahead and engine.sleeps:
+        raise SystemExit(
+            f"rollout_ahead={config.rollout_ahead}: vLLM and the training take turns on the same "
+            "GPUs; set --rollout_devices to some of vLLM's own, or leave it out"
+        )
     if config.logprobs_from == "decode" and not engine.returns_entropies:
         raise SystemExit(
             f"logprobs_from=decode: the {engine.name} engine does not return log-probabilities and "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,9 +26,10 @@ from tests.helpers import (
     not_finite_faults,  # noqa: E402
 )
 from tests.helpers.planting import around, once_built  # noqa: E402
+from tests.helpers.vllm_stand_in import StandIn  # noqa: E402
 from utils.data import chat_template  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
-from utils.generation import engine, weights
+from utils.generation import engine, vllm_server, vllm_weights, weights
 from utils.generation import sampling as generation  # noqa: E402
 from utils.generation.engines import native
 from utils.models import adapters, ema, language_model
@@ -76,6 +78,33 @@ def damaged_generator(patch, ranks=(0, 1)):
 
 def generator_damaged_on_one_rank(patch):
     damaged_generator(patch, ranks=(1,))
+
+
+def stale_server(patch):
+    """A stand-in for vLLM samples; it is always sent the weights of the first time."""
+    first, started = [], []
+
+    class Server:
+        def __init__(self, launch, name, token, log):
+            self.launch, self.name, self.token = launch, name, token
+
+        def start(self):
+            config = AutoConfig.from_pretrained(self.launch.model)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            started.append(StandIn(model, self.name, self.token))
+            self.url = started[-1].url
+
+        def stop(self):
+            started[-1].stop()
+
+    def buckets(real, module):
+        if not first:
+            first.extend({name: x.clone() for name, x in b.items()} for b in real(module))
+        yield from first
+
+    patch.setattr(vllm_server, "Server", Server)
+    patch.setattr(vllm_server, "python_of", lambda given: given)
+    around(patch, vllm_weights, "buckets_as_saved", buckets)
 
 
 # Positions and masks.

@@ -136,6 +136,13 @@ def test_faults_of_zero3_are_named(tiny, house, tmp_path):
     assert_each_is_named(tiny, house, tmp_path, FAULTS_OF_ZERO3, 1, "--zero_stage", 3)
 
 
+@pytest.mark.slow
+def test_a_stale_vllm_server_is_named(tiny, house, tmp_path):
+    faults = {"stale_server": (STEPPED, set())}
+    flags = ("--rollout_engine", "vllm", "--vllm_python", sys.executable)
+    assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
+
+
 def test_faults_of_other_scorers_and_references_are_named(tiny, house, tmp_path):
     """The reference is the SFT model by another name, so that it need not equal the actor."""
     shutil.copytree(house / "sft", tmp_path / "reference")
