@@ -20,6 +20,7 @@ from evaluation.chat import ChatConfig
 from evaluation.html_report import ReportConfig
 from evaluation.methods import MethodsConfig
 from evaluation.prompt_eval import PromptEvalConfig
+from evaluation.reward_report import RewardReportConfig
 from evaluation.win_rate import WinRateConfig
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
@@ -42,6 +43,7 @@ CONFIGS = {
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/win_rate.py": WinRateConfig,
     "evaluation/annotate.py": AnnotateConfig,
+    "evaluation/reward_report.py": RewardReportConfig,
     "evaluation/chat.py": ChatConfig,
     "evaluation/html_report.py": ReportConfig,
     "utils/models/serve_reward.py": ServeConfig,
@@ -61,6 +63,7 @@ def commands_of_the_guides() -> list[list[str]]:
     """The words of each command in README and docs/, each once, but of those for several nodes
     (tests/nodes.sh runs them) and the one that shows a refusal, which begins with "$"."""
     commands, placeholders = [], {"DATA": SET, "MODEL": "Qwen/Qwen2.5-0.5B"}
+    placeholders["VENV/bin/python"] = sys.executable
     for block in (b for page in GUIDES for b in page.read_text().split("```")[1::2]):
         lines = [] if "HOSTS" in block else block.replace("\\\n", " ").splitlines()
         for line in lines:
