@@ -19,6 +19,13 @@ PROGRAMS = {
 }
 
 
+# Flags without a section that mean one step; what they set, no other has.
+OF_STEP_3 = (
+    "rollout_engine vllm_python rollout_url rollout_devices rollout_memory rollout_timeout "
+    "rollout_ahead engine_gap_limit"
+).split()
+
+
 @dataclass(frozen=True)
 class Method:
     """step: which program trains. flag: the one that names the method there. families: sections of

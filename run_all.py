@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from pipeline import FAMILIES, METHODS, Pipeline, Plan, Stage, paths_made
+from pipeline import FAMILIES, METHODS, OF_STEP_3, Pipeline, Plan, Stage, paths_made
 from utils import launch, whole_files
 from utils.settings import command_line, files
 from utils.settings.fields import ConfigError
@@ -67,7 +67,11 @@ class Job:
         if "seed" not in own:  # the steps read it in `all` too
             for _, values in (x for p in self.configs for x in files.layers(p, "all", "run")):
                 self.settings.seed = values.get("seed", self.settings.seed)
-        self.flags = {n: v for n, v in self.flags.items() if n not in own or n == "seed"}
+        self.flags = {
+            f"ppo.{n}" if n in OF_STEP_3 else n: v
+            for n, v in self.flags.items()
+            if n not in own or n == "seed"
+        }
         self.name, self.began = recipe.stem, time.monotonic()
         self.output = Path(self.settings.output_dir or f"output/{self.name}")
         # Chat templates may state the day: every stage, and every resume, states that of the start.

@@ -23,6 +23,7 @@
 #   --sft.FLAG, --collect.FLAG, --reward.FLAG, --ppo.FLAG, --preference.FLAG value   for one step
 #   --METHOD.FLAG value          for one method
 #   --config FILE [FILE …]       settings, in sections or for every step; they win over the recipe
+#   --rollout_engine vllm        vLLM samples in step 3 (docs/vllm.md)
 #   any other flag               goes to every step (--seed, --zero_stage, --dtype, --offload, …);
 #                                `python step3_ppo/main.py --help` lists those of a step
 #

@@ -167,6 +167,7 @@ def our_rollout(ours: models.Models, theirs: dict, config):
         judge_scores=none,
         finished=(responses == ours.tokenizer.eos_token_id).any(1),
         group=torch.arange(len(ids)),
+        policy_step=torch.zeros(len(ids), dtype=torch.int64),
     )
     return rollout, values * steps, steps
 

@@ -4,12 +4,14 @@
     python benchmarks/rollout_throughput.py --device cuda --dtypes bf16 --shape qwen2.5-0.5b
     python benchmarks/rollout_throughput.py --device cuda --dtypes bf16 --shape qwen2.5-7b \\
         --zero_stages 3 --flags --offload optimizer
+    VLLM_PYTHON=… python benchmarks/rollout_throughput.py --engines native vllm --zero_stages 0
 
 W and W-var of benchmarks/workload.py; ours is step3_ppo's rollout.collect with ZeRO-0 and ZeRO-3,
 of which the decode is timed, weights gathered for it included. One core, one thread, all sides in
 turn. On a GPU the floor is the memory's: each step reads all weights, and rows' keys and values.
 """
 
+import itertools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +25,8 @@ PHASE = "generate"
 
 
 def sides(work, models: Path, output: Path, arguments) -> list[System]:
-    """Plain generate (with a static cache too, if asked for) and ours, ZeRO-0 and ZeRO-3, in each
-    dtype."""
+    """Plain generate (with a static cache too, if asked for), and ours and vLLM's, ZeRO-0 and
+    ZeRO-3, in each dtype."""
     prompts, found = workload.prompt_rows(work), []
     where = (output / "logs", measure.cores_of(arguments), arguments.device)
     file = workload.write_prompts(work, output / "data")
@@ -35,14 +37,15 @@ def sides(work, models: Path, output: Path, arguments) -> list[System]:
             cache = {"cache": "static" if peer == "compiled" else None}
             name = f"{peer}-{dtype}"
             found.append(System(name, "benchmarks.sides:generate", given | cache, *where))
-        for stage in arguments.zero_stages:
-            name = f"ours-{dtype}, ZeRO-{stage}"
-            folder = output / "runs" / f"rollout-{dtype}-{stage}"
+        for engine, stage in itertools.product(arguments.engines, arguments.zero_stages):
+            name = f"{engine.replace('native', 'ours')}-{dtype}, ZeRO-{stage}"
+            folder = output / "runs" / f"rollout-{engine}-{dtype}-{stage}"
             argv = ppo_throughput.flags(work, models, file, folder, dtype)
             # Neither critic nor reward model: what follows the decode is not measured here.
             argv += ["--zero_stage", str(stage), "--algorithm", "reinforce", "--reward_model", ""]
             argv += ["--reward_function", "step3_ppo.rewards.shipped:length_target"]
-            argv += ["--global_batch_size", str(work.prompts), *arguments.flags]
+            argv += ["--global_batch_size", str(work.prompts), "--rollout_engine", engine]
+            argv += arguments.flags
             found.append(System(name, "benchmarks.sides:rollout", {"argv": argv}, *where))
     return found
 
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", choices=("W", "W-var"), default=["W", "W-var"])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--zero_stages", nargs="+", type=int, default=[0, 3])
+    parser.add_argument("--engines", nargs="+", choices=("native", "vllm"), default=["native"])
     parser.add_argument(
         "--peers",
         nargs="+",

@@ -77,14 +77,6 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Coefficients (R,K) of y ≈ x·β for x (N,K), y (N,), weights (R,N). Of columns that depend on
-    each other, the smallest coefficients."""
-    products = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
-    squares = (weights @ products).reshape(len(weights), x.shape[1], -1)
-    return np.einsum("rkl,rl->rk", np.linalg.pinv(squares, hermitian=True), (weights * y) @ x)
-
-
 def bradley_terry(first, second, points, prompts, models: int):
     """Ratings (estimate, low, high), (M,) each, in Elo units, of M models by their games.
 

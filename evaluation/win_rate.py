@@ -352,13 +352,15 @@ def plot(summary: dict, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
 
     labels = [f"{pair['second']}\nover {pair['first']}" for pair in pairs]
-    draw(left, [p["win_rate"] for p in pairs], labels, 0.5, shift=-0.08, mark="o")
+    draw(left, [p["win_rate"] for p in pairs], labels, 0.5, shift=-0.08, mark="C0o")
     controlled = [p.get("length_controlled") for p in pairs]
-    draw(left, controlled, labels, 0.5, shift=0.08, mark="s")
+    draw(left, controlled, labels, 0.5, shift=0.08, mark="C1s")
     left.set(title="win rate (square: at equal length)", xlim=(0, 1))
     elo = [x.get("elo") for x in summary["checkpoints"].values()]
-    draw(right, elo, names, estimates.FIRST_ELO, shift=0, mark="o")
+    draw(right, elo, names, estimates.FIRST_ELO, shift=0, mark="C0o")
     right.set(title="Elo")
+    for axis in (left, right):
+        axis.invert_yaxis()  # the first on top, as in the table
     with whole_files.placing(path) as beside:
         figure.savefig(beside, dpi=110, format="png")
     pyplot.close(figure)

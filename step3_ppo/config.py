@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from step3_ppo.algorithm import ALGORITHMS, KL_ESTIMATORS, NORMALISATIONS, NOT_F
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
+from utils.pretrained import base_of
 from utils.settings.fields import check_url, default_of, free, rounding, setting
 from utils.settings.run_config import RunConfig
 
@@ -21,6 +23,11 @@ def check_reward_functions(names: list[str]) -> None:
             raise ValueError(f"the module is called otherwise now: {name.replace(old, new)}")
         if names.count(name) > 1:
             raise ValueError(f"{name} stands there twice; give it a weight instead")
+
+
+def check_backbone(roles: str) -> None:
+    if set(roles.split(",")) - {"actor", "critic", "reward"} or "actor" not in roles.split(","):
+        raise ValueError("not actor with critic, reward or both, as actor,critic,reward")
 
 
 @dataclass
@@ -87,6 +94,13 @@ class PPOConfig(RunConfig):
     critic_model: str = setting(
         "", "where the critic starts (default: the reward model; without one the SFT model)"
     )
+    share_backbone: str = rounding(
+        "",
+        "models that stand as adapters and heads on one frozen base, beside the reference, which "
+        "always does: actor,critic,reward or two of them",
+        check=check_backbone,
+        only_with="lora_rank",
+    )
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names", needed=True)
     preference_data: list[str] = setting(
         [], "comparisons on whose held-out pairs the self-check tries the reward model"
@@ -135,6 +149,11 @@ class PPOConfig(RunConfig):
         "seconds without a new token after which vLLM is started again",
         above=0,
         only_with="rollout_engine=vllm",
+    )
+    rollout_ahead: int = setting(
+        0,
+        "1: the next rollout is sampled while this one is trained on, by the policy of before",
+        choices=(0, 1),
     )
     engine_gap_limit: float = free(
         0.1,
@@ -368,6 +387,21 @@ class PPOConfig(RunConfig):
 
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate
+
+    def on_actors_base(self, role: str, path: str, bases: dict | None) -> dict | None:
+        """`bases` where the model of `path` is to take the weights of the actor's base. Raises
+        SystemExit where it stands on another one."""
+        if role not in self.share_backbone.split(","):
+            return None
+        actors, own = base_of(self.model_name_or_path), base_of(path)
+        actors, own = actors or self.model_name_or_path, own or path
+        if os.path.realpath(actors) != os.path.realpath(own):
+            raise SystemExit(
+                f"share_backbone={self.share_backbone}: the {role} starts from {path!r}, which "
+                f"stands on {own!r}, and the actor on {actors!r}; train it with --lora_rank on "
+                f"that one (step 2), or leave {role} out of --share_backbone"
+            )
+        return bases
 
     def stage_of_critic(self) -> int:
         return self.zero_stage if self.critic_zero_stage < 0 else self.critic_zero_stage

@@ -4,6 +4,8 @@ with the values and the flag that mends it."""
 from collections.abc import Iterator
 
 from step3_ppo.algorithm import ALGORITHMS
+from utils.errors import UserError
+from utils.generation import vllm_server
 
 
 def of_rewards(config) -> Iterator[str]:
@@ -37,6 +39,26 @@ def of_rollouts(config) -> Iterator[str]:
             f"{config.samples_per_prompt} = {rollout} is not divisible by global_batch_size="
             f"{size}; set --prompts_per_rollout to a multiple, or lower --global_batch_size"
         )
+    if config.rollout_ahead and config.rollout_engine != "vllm":
+        yield (
+            f"rollout_ahead={config.rollout_ahead} needs an engine in processes of its own; set "
+            "--rollout_engine vllm, or leave it out"
+        )
+    if config.rollout_ahead and (config.environment or config.dynamic_sampling):
+        yield (
+            f"rollout_ahead={config.rollout_ahead}: with --environment or --dynamic_sampling what "
+            "is sampled follows from earlier answers of the same rollout; leave it out"
+        )
+    if config.rollout_engine == "vllm" and not config.rollout_url:
+        try:
+            vllm_server.python_named(config.vllm_python)
+        except UserError as error:
+            yield str(error)
+    if config.rollout_engine == "vllm" and config.lora_rank:
+        yield (
+            f"lora_rank={config.lora_rank}: vLLM is sent whole weights, and adapters stay beside "
+            "theirs; set --rollout_engine native"
+        )
     by_layer = config.zero_stage == 3 and config.rollout_gather == "layer"
     if by_layer and config.decode in ("static", "graph"):
         yield (
@@ -48,6 +70,18 @@ def of_rollouts(config) -> Iterator[str]:
             "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
             "--reference_zero_stage 0, or --offload all for shards in CPU memory"
         )
+    if config.lora_rank and config.rollout_engine == "vllm":
+        yield (
+            "rollout_engine=vllm is sent whole weights by the model's names for them, and adapters "
+            "stand beside these; set --rollout_engine native"
+        )
+    for name, used in (("reference", config.lora_rank), ("critic", config.share_backbone)):
+        stage = getattr(config, f"{name}_zero_stage")
+        if used and stage >= 0 and (stage == 3) != (config.zero_stage == 3):
+            yield (
+                f"{name}_zero_stage={stage}: with adapters the {name} stands on the actor's base, "
+                f"which is under ZeRO-{config.zero_stage}; leave out --{name}_zero_stage"
+            )
     if config.rollout_engine == "deepspeed" and config.rollout_gather == "rollout":
         yield (
             "rollout_engine=deepspeed generates with the sharded module under ZeRO-3; set "

@@ -20,8 +20,7 @@ AGAIN = 2**32
 def draw(models, prompts, config, device, step: int):
     """Rollout number `step` → (Rollout, the prompt of each row, the Rollout of greedy answers whose
     row g is that of group g, or None, and metrics)."""
-    chosen = batches.rows_of_step(step, config.prompts_per_rollout, len(prompts), config.seed)
-    asked = [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
+    asked = asked_in(prompts, config, step)
     copies = dict(copies=config.samples_per_prompt)
     found, metrics = rollouts.collect(models, asked, config, device, noise_step=step, **copies)
     if config.dynamic_sampling:
@@ -47,6 +46,18 @@ def draw(models, prompts, config, device, step: int):
     once = asked[:: config.samples_per_prompt]
     greedy, more = rollouts.collect(models, once, config, device, noise_step=step, greedy=True)
     return found, asked, greedy, added(metrics, more, 0.0)
+
+
+def asked_in(prompts, config, step: int) -> list[Prompt]:
+    """The prompt of each row of rollout number `step`."""
+    chosen = batches.rows_of_step(step, config.prompts_per_rollout, len(prompts), config.seed)
+    return [prompts[i] for i in chosen for _ in range(config.samples_per_prompt)]
+
+
+def begin(models, prompts, config, step: int) -> None:
+    """Let rollout number `step` be sampled by the policy of now, in the background."""
+    if step < config.max_steps:
+        rollouts.begin(models, asked_in(prompts, config, step), config, noise_step=step)
 
 
 def added(metrics: dict[str, float], more: dict[str, float], share: float) -> dict[str, float]:

@@ -180,6 +180,8 @@ def main() -> None:
                 metrics |= measured
                 samples.write_tokens(models.tokenizer, experience, sampled, config, step + 1)
                 state.adapt(metrics["kl"], len(sampled), config)
+                if config.rollout_ahead:
+                    drawing.begin(models, prompts, config, step + 1)
                 trained = time.time()
                 metrics |= train_on(models, experience, config, device, step, watch, check.follow)
                 metrics["seconds_train"] = time.time() - trained

@@ -185,6 +185,11 @@ ELSEWHERE = (
         "above 0.1: normalise the scores, or raise `--score_clip`",
     ),
     Metric("overlong", "share", "of `--overlong_penalty` that an answer pays, mean over them"),
+    Metric(
+        "staleness",
+        "steps",
+        "optimizer steps that the actor has made since it sampled, with `--rollout_ahead`",
+    ),
     Metric("groups_drawn", "prompts", "sampled for the rollout, with `--dynamic_sampling`"),
     Metric(
         "score_function/…",

@@ -20,7 +20,7 @@ from utils.data import batches
 from utils.data.prompts import Prompt
 from utils.distributed import host_memory, process_group
 from utils.distributed.process_group import StopRun
-from utils.generation.engine import Sampling, synced
+from utils.generation.engine import Request, Sampling, steps_of, synced
 from utils.generation.sampling import uniform_noise
 from utils.generation.weights import in_eval_mode
 from utils.models import language_model
@@ -46,6 +46,7 @@ class Rollout(Tokens):
     judge_scores: torch.Tensor  # (B,) fp32, the judge's, of held-out answers only
     finished: torch.Tensor  # (B,) bool: ended by itself, not cut at a limit
     group: torch.Tensor  # (B,) int64: number of the row's prompt in the rollout
+    policy_step: torch.Tensor  # (B,) int64: optimizer steps of the actor that the engine sampled by
 
     def not_finite(self) -> list[str]:
         """Names and counts of what is not a finite number."""
@@ -76,17 +77,10 @@ def collect(
     "seconds_score"} and the mean score of each of several reward functions).
     """
     started = time.time()
-    noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
-    # Sorted by length and dealt like cards, so that ranks and batches hold like lengths. The first
-    # rows come again where the rows do not divide by the ranks: with ZeRO-3 every rank has to make
-    # as many forward passes. `gather` leaves them out.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    rank, world = process_group.rank(), process_group.world_size()
-    per_rank = -(-len(order) // world)
-    mine = list(itertools.islice(itertools.cycle(order), per_rank * world))[rank::world]
+    order, mine, noise = dealt(prompts, config, noise_step)
     own, group = [prompts[i] for i in mine], torch.tensor(mine) // copies
 
-    episodes = generate(models, own, None if greedy else noise[mine], config)
+    episodes = generate(models, own, None if greedy else noise, config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
     if config.rollout_engine == "vllm" and config.engine_gap_limit and not greedy:
@@ -95,13 +89,43 @@ def collect(
     if models.reward_function is not None:
         means = add_function_scores(rollout, models, prompts, config)
     seconds = {"seconds_generate": generated - started, "seconds_score": time.time() - generated}
+    if config.rollout_ahead:
+        means["staleness"] = (steps_of(models.actor) - rollout.policy_step).float().mean().item()
     return rollout, seconds | means
+
+
+def dealt(prompts: list[Prompt], config, noise_step: int):
+    """(all rows in the order in which they are dealt, this rank's rows, the noise that these are
+    drawn by: (B, max_response_length))."""
+    noise = uniform_noise(len(prompts), config.max_response_length, config.seed, noise_step)
+    # Sorted by length and dealt like cards, so that ranks and batches hold like lengths. The first
+    # rows come again where the rows do not divide by the ranks: with ZeRO-3 every rank has to make
+    # as many forward passes. `gather` leaves them out.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
+    rank, world = process_group.rank(), process_group.world_size()
+    per_rank = -(-len(order) // world)
+    mine = list(itertools.islice(itertools.cycle(order), per_rank * world))[rank::world]
+    return order, mine, noise[mine]
+
+
+def begin(models, prompts: list[Prompt], config, noise_step: int) -> None:
+    """Let the engine sample what `collect` of the same prompts and noise will ask for, by the
+    weights that it has now, while this process does something else."""
+    _, mine, noise = dealt(prompts, config, noise_step)
+    ids = [prompts[i].ids for i in mine]
+    request = Request(*batches.prompt_batch(ids, models.tokenizer.pad_token_id), noise)
+    models.rollout_engine.begin(request, sampling_of(models, config))
 
 
 def generate(models, prompts: list[Prompt], noise: torch.Tensor | None, config) -> list[Episode]:
     """The policy's answers to this rank's prompts, drawn by noise (B, max_response_length), or
     greedy; where there is an environment, with its replies."""
-    sampling = Sampling(
+    with synced(models.rollout_engine, models.actor) as engine:
+        return play(engine, prompts, noise, sampling_of(models, config), models.environment)
+
+
+def sampling_of(models, config) -> Sampling:
+    return Sampling(
         config.max_response_length,
         models.tokenizer.eos_token_id,
         models.tokenizer.pad_token_id,
@@ -109,8 +133,6 @@ def generate(models, prompts: list[Prompt], noise: torch.Tensor | None, config) 
         logprobs=config.logprobs_from == "decode" or config.compares_engine(),
         nucleus=models.nucleus,
     )
-    with synced(models.rollout_engine, models.actor) as engine:
-        return play(engine, prompts, noise, sampling, models.environment)
 
 
 def score(models, prompts, episodes: list[Episode], config, device, judge: bool, group) -> Rollout:
@@ -143,6 +165,7 @@ def score(models, prompts, episodes: list[Episode], config, device, judge: bool,
         judge_scores=models.judge.scores(*asked) if judge and models.judge is not None else zeros,
         finished=finished,
         group=group,
+        policy_step=torch.full((len(episodes),), models.rollout_engine.policy_step),
     )
     if models.frozen_offload is not None:
         models.frozen_offload.park()

@@ -95,20 +95,6 @@ def test_who_wins_every_game_has_a_finite_strength(n):
     assert found[0, 0] == pytest.approx(math.log((n + 0.5) / 0.5), abs=1e-6)
 
 
-def test_least_squares_by_numpy_and_of_columns_that_are_alike():
-    generator = np.random.default_rng(0)
-    x, y = generator.normal(size=(40, 3)), generator.normal(size=40)
-    weights = generator.integers(0, 3, (2, 40)).astype(float)
-    for got, w in zip(estimates.least_squares(x, y, weights), weights, strict=True):
-        root = np.sqrt(w)
-        expected = np.linalg.lstsq(x * root[:, None], y * root, rcond=None)[0]
-        assert got == pytest.approx(expected)
-    alike = estimates.least_squares(x[:, [0, 0]], y, np.ones((1, 40)))[0]
-    assert alike[0] == pytest.approx(alike[1]) and alike.sum() == pytest.approx(
-        (x[:, 0] @ y) / (x[:, 0] @ x[:, 0])
-    )
-
-
 def test_two_models_ratings_in_closed_form():
     """θ = log(points won / points lost), a tie added."""
     points = np.repeat([1.0, 0.0, 0.5], [70, 20, 10])
@@ -286,14 +272,17 @@ def test_intervals_of_length_controlled_win_rates_cover_the_truth(prompts):
 
 
 @pytest.mark.slow
-def test_intervals_of_effects_cover_the_truth():
-    """Two answers a prompt whose errors are alike."""
-    generator, hits, prompts = np.random.default_rng(17), [], np.repeat(np.arange(60), 2)
+def test_intervals_of_what_pairs_are_chosen_by_cover_the_truth():
+    """Three pairs a prompt, of which each prompt's are alike: 80 prompts."""
+    generator, hits, prompts = np.random.default_rng(17), [], np.repeat(np.arange(80), 3)
+    effects = np.array([0.5, -0.2])
     for _ in range(2 * RUNS):
-        x = generator.normal(size=(120, 2))
-        y = x @ [0.5, -0.2] + generator.normal(size=60)[prompts] + generator.normal(size=120)
-        found = estimates.bootstrap(lambda w, x=x, y=y: estimates.least_squares(x, y, w), prompts)
-        hits.append(covered(found, np.array([0.5, -0.2])))
+        x = generator.normal(size=(80, 2))[prompts] + 0.5 * generator.normal(size=(240, 2))
+        points = (generator.random(240) < sigmoid(x @ effects)).astype(float)
+        found = estimates.bootstrap(
+            lambda w, x=x, points=points: estimates.logistic(x, points, w), prompts
+        )
+        hits.append(covered(found, effects))
     share = np.mean(hits, axis=0)
     assert (share >= 0.93).all() and (share <= 0.97).all(), share
 

@@ -172,6 +172,18 @@ def test_tokens_that_a_chat_template_adds_get_embeddings(policy, tmp_path, capsy
 # Scoring.
 
 
+def scored_by_transformers(reward_model, conversation, finished: bool) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    judge = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    text = tokenizer.apply_chat_template(list(conversation), tokenize=False).rstrip("\n")
+    if not finished:  # cut at the limit, as PPO scores it
+        text = text.removesuffix("<|im_end|>")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        raw = judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+    return raw - BIAS
+
+
 def test_scores_are_the_reward_models_own(policy, reward_model, tmp_path):
     path = tmp_path / "mt.jsonl"
     path.write_text("".join(json.dumps({"turns": [p, "And why?"]}) + "\n" for p in PROMPTS))
@@ -185,17 +197,9 @@ def test_scores_are_the_reward_models_own(policy, reward_model, tmp_path):
         answer.finished = not answer.finished  # this policy never ends by itself
     assert prompt_eval.score_all(config, answers) == []
 
-    tokenizer = AutoTokenizer.from_pretrained(reward_model)
-    judge = AutoModelForSequenceClassification.from_pretrained(reward_model)
     for answer in answers:
-        text = tokenizer.apply_chat_template(list(answer.conversation), tokenize=False)
-        text = text.rstrip("\n")
-        if not answer.finished:  # cut at the limit, as PPO scores it
-            text = text.removesuffix("<|im_end|>")
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        with torch.no_grad():
-            raw = judge(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
-        assert answer.score == pytest.approx(raw - BIAS, abs=1e-4)
+        expected = scored_by_transformers(reward_model, answer.conversation, answer.finished)
+        assert answer.score == pytest.approx(expected, abs=1e-4)
     found = [a.score for a in answers]
     assert max(found) - min(found) > 0.05  # else any constant would pass
     assert {a.finished for a in answers} == {True, False}

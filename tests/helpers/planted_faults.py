@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,11 +26,13 @@ from tests.helpers import (
     not_finite_faults,  # noqa: E402
 )
 from tests.helpers.planting import around, once_built  # noqa: E402
+from tests.helpers.vllm_stand_in import StandIn  # noqa: E402
 from utils.data import chat_template  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
-from utils.generation import engine, weights
+from utils.generation import engine, vllm_server, vllm_weights, weights
 from utils.generation import sampling as generation  # noqa: E402
-from utils.models import ema, language_model
+from utils.generation.engines import native
+from utils.models import adapters, ema, language_model
 from utils.models.loading import Loading  # noqa: E402
 from utils.report import Report  # noqa: E402
 
@@ -75,6 +78,33 @@ def damaged_generator(patch, ranks=(0, 1)):
 
 def generator_damaged_on_one_rank(patch):
     damaged_generator(patch, ranks=(1,))
+
+
+def stale_server(patch):
+    """A stand-in for vLLM samples; it is always sent the weights of the first time."""
+    first, started = [], []
+
+    class Server:
+        def __init__(self, launch, name, token, log):
+            self.launch, self.name, self.token = launch, name, token
+
+        def start(self):
+            config = AutoConfig.from_pretrained(self.launch.model)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            started.append(StandIn(model, self.name, self.token))
+            self.url = started[-1].url
+
+        def stop(self):
+            started[-1].stop()
+
+    def buckets(real, module):
+        if not first:
+            first.extend({name: x.clone() for name, x in b.items()} for b in real(module))
+        yield from first
+
+    patch.setattr(vllm_server, "Server", Server)
+    patch.setattr(vllm_server, "python_of", lambda given: given)
+    around(patch, vllm_weights, "buckets_as_saved", buckets)
 
 
 # Positions and masks.
@@ -309,6 +339,30 @@ def _share(mine, theirs):
 
 def reference_shares_the_actors_weights(patch):
     once_built(patch, lambda built: _share(built.reference, built.actor.module))
+
+
+def adapter_left_on_in_the_reference(patch):
+    """Its layers hold the actor's adapters, numbers and all, and want no gradient."""
+
+    def change(built):
+        built.reference = adapters.twin(built.actor.module)
+        for module in built.reference.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(p.data, requires_grad=False)
+
+    once_built(patch, change)
+
+
+def merge_not_undone(patch):
+    """The adapters are put into the base for each rollout, and stay there."""
+
+    def sync(real, self, actor):
+        for layer in adapters.layers_of(actor.module).values():
+            layer.get_base_layer().weight.data.add_(layer.get_delta_weight("default").detach())
+        real(self, actor)
+
+    around(patch, native.NativeEngine, "sync", sync)
 
 
 def reward_model_shares_the_critics_weights(patch):

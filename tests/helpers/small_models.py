@@ -101,6 +101,7 @@ def rollout_of(rows: list[dict]) -> Rollout:
         judge_scores=torch.zeros(len(rows)),
         finished=torch.tensor([r["finished"] for r in rows]),
         group=torch.tensor([r.get("group", i) for i, r in enumerate(rows)]),
+        policy_step=torch.zeros(len(rows), dtype=torch.int64),
     )
 
 

@@ -1,14 +1,16 @@
 """Which programs run_all.sh starts for methods and rounds, on what; nothing is started."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 import run_all
 from evaluation.methods import MethodsConfig
-from pipeline import ALL, FAMILIES, METHODS, Plan, paths_made
+from pipeline import ALL, FAMILIES, METHODS, OF_STEP_3, Plan, paths_made
 from step2_reward.collect import CollectConfig
 from step3_ppo.algorithm import ALGORITHMS
+from step3_ppo.config import PPOConfig
 from step3_preference.config import PreferenceConfig
 from step3_preference.losses import LOSSES
 from utils.settings import command_line, files
@@ -57,6 +59,15 @@ def test_a_section_of_no_method_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_all.Job(["tiny", "--config", str(file), "--output_dir", "out"])
     assert "methods.gpro is no method; there are " in capsys.readouterr().err
+
+
+def test_flags_of_sampling_go_to_step_3_alone():
+    words = ["--rollout_engine", "vllm", "--vllm_python", "bin/python", "--method", "grpo", "dpo"]
+    job = run_all.Job(["tiny", *words, "--output_dir", "out"])
+    given = {"--rollout_engine", "--vllm_python"}
+    step_3 = {s.script for s in job.all_stages() if given & set(job.words_for(s))}
+    assert step_3 == {"step3_ppo/main.py"}
+    assert set(OF_STEP_3) <= {f.name for f in dataclasses.fields(PPOConfig)}
 
 
 def test_methods_share_sft_and_reward_model_and_are_compared():

@@ -56,12 +56,13 @@ class Samples:
 class RolloutEngine(Protocol):
     """description: for the run's first lines. returns_logprobs, returns_entropies: can samples
     have them? generator: the module that samples, between `sync` and `release`; None where it is
-    not in this process."""
+    not in this process. policy_step: optimizer steps of the actor that answered last."""
 
     name: str
     description: str
     returns_logprobs: bool
     returns_entropies: bool
+    policy_step: int
     generator: nn.Module | None
 
     def sync(self, actor) -> None:
@@ -85,6 +86,11 @@ class Untrained:
     @property
     def engine(self) -> nn.Module:
         return self.module
+
+
+def steps_of(actor) -> int:
+    """Optimizer steps that the actor has made, those before a resume too."""
+    return getattr(actor.engine, "global_steps", 0)
 
 
 @dataclass(frozen=True)

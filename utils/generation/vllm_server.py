@@ -8,6 +8,7 @@ run, or on another machine (`--rollout_url`). docs/vllm.md says how the environm
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -44,9 +45,9 @@ class Settings:
 @dataclass(frozen=True)
 class Launch:
     """How a server is started. model: a folder or hub name; weights: are its own to be loaded?
-    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them; empty: those that there are, each of
-    which it fills up to the share `memory`. cache_bytes: keys and values, on a CPU. transfer: see
-    vllm_weights."""
+    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them; empty: the first `cards` that there
+    are. It fills each up to the share `memory`, with its part of every layer. cache_bytes: keys and
+    values, on a CPU. transfer: see vllm_weights."""
 
     python: str
     model: str
@@ -56,6 +57,7 @@ class Launch:
     transfer: str
     weights: bool = True
     devices: str = ""
+    cards: int = 1
     memory: float = 0.9
     cache_bytes: int = 0
     trust_remote_code: bool = False
@@ -64,7 +66,7 @@ class Launch:
     port: int = 0
 
     def command(self, name: str) -> list[str]:
-        cards = len(self.devices.split(",")) if self.devices else 1
+        cards = len(self.devices.split(",")) if self.devices else self.cards
         words = [self.python, "-m", "utils.generation.vllm_worker"]
         flags = {
             "model": self.model,
@@ -105,9 +107,6 @@ class Launch:
             found["TORCH_COMPILE_DISABLE"] = "1"
         if self.devices:
             found["CUDA_VISIBLE_DEVICES"] = self.devices
-        if self.transfer == "ipc":
-            # Handles of GPU memory come pickled; nobody without the token can send any.
-            found["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return found
 
 
@@ -176,23 +175,25 @@ def group_lives(process: subprocess.Popen) -> bool:
     return True
 
 
-def python_of(given: str) -> str:
-    """--vllm_python or $VLLM_PYTHON; UserError where there is none, or vLLM cannot be imported."""
+REMEDY = f"make it as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"
+
+
+def python_named(given: str) -> str:
+    """--vllm_python or $VLLM_PYTHON; UserError where that is no program."""
     python = given or os.environ.get(PYTHON, "")
-    remedy = f"make one as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"
     if not python:
-        raise UserError(f"rollout_engine=vllm needs the Python of vLLM's own environment: {remedy}")
-    try:
-        seen = subprocess.run(
-            [python, "-c", "import importlib.util as u; assert u.find_spec('vllm'), 'no vllm'"],
-            capture_output=True,
-            text=True,
-        )
-    except OSError as error:
-        raise UserError(f"vllm_python={python}: {error.strerror}; {remedy}") from None
-    if seen.returncode:
-        last = (seen.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"vllm_python={python} finds no vllm ({last}); {remedy}")
+        raise UserError(f"rollout_engine=vllm needs an environment of vLLM's own: {REMEDY}")
+    if shutil.which(python) is None:
+        raise UserError(f"vllm_python={python} is no program: {REMEDY}")
+    return python
+
+
+def python_of(given: str) -> str:
+    """The same; UserError where it finds no vLLM."""
+    python = python_named(given)
+    look = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    if subprocess.run([python, "-c", look]).returncode:
+        raise UserError(f"vllm_python={python} finds no vllm: {REMEDY}")
     return python
 
 

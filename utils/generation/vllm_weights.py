@@ -8,7 +8,6 @@ walk through the buckets together, as ZeRO-3 gathers them; rank 0 speaks to the 
 import base64
 import contextlib
 import os
-import pickle
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from utils.distributed import process_group
-from utils.generation import weights
+from utils.generation import gpu_handles, weights
 from utils.generation.checksum import checksum
 from utils.generation.vllm_client import Client, ServerError
 
@@ -104,16 +103,14 @@ class CudaIpc(Transfer):
         from torch.multiprocessing.reductions import reduce_tensor
 
         packed = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in bucket.values()])
-        _, handle = reduce_tensor(packed)
+        handle = gpu_handles.to_json(reduce_tensor(packed)[1])
         torch.cuda.synchronize(packed.device)
         uuid = str(torch.cuda.get_device_properties(packed.device).uuid)
         handles = dict(process_group.gather_objects((uuid, handle)))
         try:
             if client is not None:
-                pickled = base64.b64encode(pickle.dumps(handles)).decode()
                 sizes = [t.nbytes for t in bucket.values()]
-                told = {"ipc_handles_pickled": pickled, "tensor_sizes": sizes}
-                update(client, describe(bucket) | told)
+                update(client, describe(bucket) | {"handles": handles, "tensor_sizes": sizes})
         finally:
             process_group.barrier()  # no rank lets go of its copy before it was read
             del packed

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from utils.generation.checksum import checksum
+from utils.generation.gpu_handles import from_json
 
 TOKEN = "ROLLOUT_TOKEN"  # environment variable: whoever asks anything must know it
 PR_SET_PDEATHSIG = 1
@@ -96,9 +97,30 @@ class FileEngine(IPCWeightTransferEngine):
                 layer.quant_method.process_weights_after_loading(layer)
 
 
+@dataclass
+class HandleInfo(WeightTransferUpdateInfo):
+    """Weights one behind the other in GPU memory; its handle, for the GPU of each worker."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    tensor_sizes: list[int]  # bytes
+    handles: dict[str, list]  # by the GPU's UUID
+
+    @property
+    def ipc_handles(self) -> dict[str, tuple]:
+        return {uuid: from_json(said) for uuid, said in self.handles.items()}
+
+
+class HandleEngine(IPCWeightTransferEngine):
+    """vLLM's own, but for the form in which the handles come."""
+
+    update_info_cls = HandleInfo
+
+
 for name, engine in (
     ("counted_file", FileEngine),
-    ("counted_ipc", IPCWeightTransferEngine),
+    ("counted_ipc", HandleEngine),
     ("counted_nccl", NCCLWeightTransferEngine),
 ):
     if name not in WeightTransferEngineFactory._registry:

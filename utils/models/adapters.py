@@ -290,6 +290,28 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in held})
 
 
+def standing_on(bare: nn.Module, auto_class, *, dtype: torch.dtype, config=None, **settings):
+    """A model whose weights are those of the language model `bare`: the same one or, with the
+    config of a scalar model, one whose backbone they are, with a head of its own."""
+    model = twin(bare)
+    if config is None:
+        return model
+    make = getattr(auto_class, "from_config", None) or auto_class._from_config
+    with torch.device("meta"):
+        classifier = make(config, **settings)
+    setattr(classifier, classifier.base_model_prefix, model.base_model)
+    width, device = bare.get_input_embeddings().embedding_dim, next(bare.parameters()).device
+    classifier.score = nn.Linear(width, 1, bias=False, dtype=dtype, device=device)
+    classifier.head_was_missing = True
+    return classifier
+
+
+def shares(module: nn.Module, other: nn.Module) -> bool:
+    """Do the two have a weight in common?"""
+    held = {id(p) for p in module.parameters()}
+    return any(id(p) in held for p in other.parameters())
+
+
 def same_layers(plain: nn.Module, module: nn.Module) -> None:
     """Adapters in `plain` as in `module`, with other numbers."""
     from peft import inject_adapter_in_model

@@ -136,6 +136,13 @@ def test_faults_of_zero3_are_named(tiny, house, tmp_path):
     assert_each_is_named(tiny, house, tmp_path, FAULTS_OF_ZERO3, 1, "--zero_stage", 3)
 
 
+@pytest.mark.slow
+def test_a_stale_vllm_server_is_named(tiny, house, tmp_path):
+    faults = {"stale_server": (STEPPED, set())}
+    flags = ("--rollout_engine", "vllm", "--vllm_python", sys.executable)
+    assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
+
+
 def test_faults_of_other_scorers_and_references_are_named(tiny, house, tmp_path):
     """The reference is the SFT model by another name, so that it need not equal the actor."""
     shutil.copytree(house / "sft", tmp_path / "reference")
@@ -145,6 +152,15 @@ def test_faults_of_other_scorers_and_references_are_named(tiny, house, tmp_path)
     }
     function = ("--reward_function", "step3_ppo.rewards.shipped:length_target")
     flags = ("--reference_model", tmp_path / "reference", "--max_eval_rows", 4, *function)
+    assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
+
+
+def test_faults_of_adapters_are_named(tiny, house, tmp_path):
+    faults = {
+        "adapter_left_on_in_the_reference": (GRADIENTS, set()),
+        "merge_not_undone": (GRADIENTS, set()),
+    }
+    flags = ("--lora_rank", 4, "--max_eval_rows", 4)
     assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
 
 

@@ -65,6 +65,17 @@ def serve(monkeypatch):
 GOOD = (200, '{"scores": [1.5, -2]}')
 
 
+def test_a_proxy_is_asked_for_other_machines_alone(serve, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")  # nobody listens there
+    url, seen = serve((200, '{"scores": [1, 2]}'))
+    assert Server(url, 5)(ANSWERS) == Server(url.replace("127.0.0.1", "localhost"), 5)(ANSWERS)
+    assert len(seen) == 2
+    proxy, asked = serve((200, '{"scores": [3, 4]}'))
+    monkeypatch.setenv("http_proxy", proxy)
+    assert Server("http://scorer.invalid/score", 5)(ANSWERS) == [3, 4] and len(asked) == 1
+
+
 def test_what_is_sent_and_what_comes_back(serve, monkeypatch):
     monkeypatch.delenv(remote.TOKEN, raising=False)
     url, seen = serve(GOOD)

@@ -20,6 +20,7 @@ from utils.generation.engine import (
     Setup,
     decoded_together,
     samples_of,
+    steps_of,
 )
 
 # Settings of a generation_config that a request says itself, or that change no draw.
@@ -51,10 +52,11 @@ class DeepSpeedEngine:
     def __init__(self, tokenizer, tokens_at_once: int = 0):
         self.tokenizer, self.tokens_at_once = tokenizer, tokens_at_once
         self.generator: nn.Module | None = None
-        self._synced = contextlib.ExitStack()
+        self._synced, self.policy_step = contextlib.ExitStack(), 0
 
     def sync(self, actor) -> None:
         self._synced.close()
+        self.policy_step = steps_of(actor)
         self.generator = self._synced.enter_context(weights.in_eval_mode(actor))
         self.rollout = HybridEngineRollout(actor.engine, self.tokenizer)
 

@@ -15,6 +15,7 @@ from utils.generation.engine import (
     Setup,
     decoded_together,
     samples_of,
+    steps_of,
 )
 
 
@@ -45,12 +46,14 @@ class NativeEngine:
         self.description = f"native engine, gather {gather}"
         self.decoder = Decoder(decode)
         self.generator: nn.Module | None = None
+        self.policy_step = 0
         self.in_step = False  # do all ranks decode together?
         self._twin: nn.Module | None = None  # under ZeRO-3: built once, weightless between rollouts
         self._synced = contextlib.ExitStack()
 
     def sync(self, actor) -> None:
         self._synced.close()
+        self.policy_step = steps_of(actor)
         sharded = actor.zero_stage == 3
         self.in_step = sharded and self.gather == "layer"
         if sharded and not self.in_step:

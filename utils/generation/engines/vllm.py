@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 import secrets
+import threading
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from utils.distributed import host_memory, peers, process_group
 from utils.distributed.process_group import StopRun, free_port
 from utils.errors import UserError
 from utils.generation import vllm_server, vllm_weights
-from utils.generation.engine import Request, Samples, Sampling, Setup, samples_of
+from utils.generation.engine import Request, Samples, Sampling, Setup, samples_of, steps_of
 from utils.generation.kv_cache import numbers_a_token
 from utils.generation.vllm_client import TOKEN, Client, ServerError
 
@@ -39,8 +40,14 @@ class VllmEngine:
         on_cpu = next(setup.actor.module.parameters()).device.type == "cpu"
         beside = self.how.rollout_devices or self.how.rollout_url
         kind = "file" if on_cpu else "nccl" if beside else "ipc"
+        if kind == "ipc" and len(peers.leaders()) > 1:
+            raise SystemExit(
+                "rollout_engine=vllm takes turns with the training on the GPUs of one machine "
+                "only; set --rollout_devices to some of the first machine's, or --rollout_url"
+            )
         self.transfer, self.sleeps = vllm_weights.TRANSFERS[kind](), kind == "ipc"
-        self.asleep = False
+        self.asleep, self.policy_step = False, 0
+        self.ahead: Ahead | None = None
         self.server = self.client = None
         self._start(setup, kind)
         places = self.how.rollout_devices or ("CPU" if on_cpu else "the trainer's GPUs, in turns")
@@ -103,6 +110,7 @@ class VllmEngine:
             rows=rows,
             transfer=kind,
             devices=self.how.rollout_devices,
+            cards=process_group.world_size() if kind == "ipc" else 1,
             memory=self.how.rollout_memory,
             cache_bytes=cache,
             trust_remote_code=self.how.trust_remote_code,
@@ -119,7 +127,10 @@ class VllmEngine:
             raise StopRun(
                 f"{problem}. It was started by hand: start it again, and go on with --resume auto"
             )
-        process_group.say(f"{problem}: it is started again with the present weights")
+        again = f"it is started again with the present weights; its log: {self._log}"
+        process_group.say(f"{problem}: {again}")
+        if self.ahead is not None and self.ahead.problem is not None:
+            self.ahead = None
         self._start()
         if again := self._send():
             raise StopRun(f"{again}. It had just been started again, as {problem}")
@@ -136,6 +147,8 @@ class VllmEngine:
     # The protocol of utils/generation/engine.py.
 
     def sync(self, actor) -> None:
+        if self.ahead is not None:
+            self.ahead.join()  # its answers are by the weights of before
         self.actor = actor
         if problem := self._send():
             self._start_again(problem)
@@ -143,7 +156,7 @@ class VllmEngine:
     def _send(self) -> str:
         """The actor's weights of now; → what went wrong."""
         self.updates += 1
-        self.version = f"{self.updates}.{getattr(self.actor.engine, 'global_steps', 0)}"
+        self.version = f"{self.updates}.{steps_of(self.actor)}"
 
         def wake(what: str):
             return lambda client: client and self.asleep and client.post(f"/wake_up?tags={what}")
@@ -156,27 +169,58 @@ class VllmEngine:
         self.asleep = self.asleep and bool(problem)
         return problem
 
+    def begin(self, request: Request, sampling: Sampling) -> None:
+        """Start to answer, with the weights sent last; `generate` of the same request, on this and
+        every other rank, has these answers."""
+        self.ahead = Ahead(self.client, bodies_of(request, sampling), self.version, sampling)
+        self.ahead.start()
+
     def generate(self, request: Request, sampling: Sampling) -> Samples:
-        bodies = bodies_of(request, sampling)
+        asked = Ahead(self.client, bodies_of(request, sampling), self.version, sampling)
+        if self.ahead is not None and self.ahead.bodies == asked.bodies:
+            asked, self.ahead = self.ahead, None
         for last_try in (False, True):
-            answers: list[dict] = []
-
-            def ask(_, answers=answers) -> None:
-                answers += self.client.generate(bodies)
-                for answer in answers:
-                    check(answer, self.client.name, self.version, sampling)
-
-            problem = self._agreed(ask)
+            problem = self._agreed(asked.wait)
             if not problem:
-                return samples_from(answers, request, sampling)
+                self.policy_step = int(asked.version.partition(".")[2])
+                return samples_from(asked.answers, request, sampling)
             if last_try:
-                raise StopRun(f"{problem}, and so after it had been started again")
+                raise StopRun(f"{problem}, and so after it had been started again: see {self._log}")
             self._start_again(problem)
+            asked = Ahead(self.client, asked.bodies, self.version, sampling)
 
     def release(self) -> None:
         if self.sleeps and not self.asleep:
             # Level 2: the weights come anew before the next answers anyway.
             self.asleep = not self._agreed(lambda client: client and client.post("/sleep?level=2"))
+
+
+class Ahead(threading.Thread):
+    """Asks for answers by the weights of `version`, in the background if it is started."""
+
+    def __init__(self, client: Client, bodies: list[dict], version: str, sampling: Sampling):
+        super().__init__(daemon=True)
+        self.client, self.bodies, self.version, self.sampling = client, bodies, version, sampling
+        self.answers: list[dict] = []
+        self.problem: ServerError | None = None
+
+    def run(self) -> None:
+        try:
+            answers = self.client.generate(self.bodies)
+            for answer in answers:
+                check(answer, self.client.name, self.version, self.sampling)
+            self.answers = answers
+        except ServerError as error:
+            self.problem = error
+
+    def wait(self, _=None) -> None:
+        """Until all is answered; ServerError where it is not."""
+        if self.ident is None:
+            self.run()
+        else:
+            self.join()
+        if self.problem is not None:
+            raise self.problem
 
 
 def bodies_of(request: Request, sampling: Sampling) -> list[dict]:

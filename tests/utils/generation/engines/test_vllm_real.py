@@ -9,13 +9,26 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.jobs import job
+from tests.helpers.jobs import job, sft
 from tests.helpers.running import metrics_of, run_ranks
+from utils.models import from_scratch
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no environment"),
 ]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny, tmp_path_factory):
+    """An SFT model with heads of 32, the smallest that vLLM has on a CPU."""
+    folder = tmp_path_factory.mktemp("policy")
+    sizes = dict(vocab_size=512, hidden_size=64, layers=2, heads=2, intermediate_size=128)
+    texts = from_scratch.texts_of([str(tiny / "data/sft.jsonl")])
+    from_scratch.build(folder / "base", texts, max_positions=256, seed=0, **sizes)
+    flags = ("--model_name_or_path", folder / "base", "--max_steps", 60)
+    run_ranks([sft(tiny, folder / "sft", *flags)], 1)
+    return folder / "sft"
 
 
 def ppo(tiny, policy, out, *flags):
@@ -41,15 +54,15 @@ def ppo(tiny, policy, out, *flags):
 
 
 @pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
-def test_ten_rollouts_and_updates(chain, tiny, tmp_path, ranks, stage):
-    output = run_ranks([ppo(tiny, chain / "sft", tmp_path / "run", "--zero_stage", stage)], ranks)
+def test_ten_rollouts_and_updates(policy, tiny, tmp_path, ranks, stage):
+    output = run_ranks([ppo(tiny, policy, tmp_path / "run", "--zero_stage", stage)], ranks)
     greedy = re.findall(r"greedy tokens equal up to (\S+) nats", output)
     assert len(greedy) == 2 and all(float(gap) < 1e-4 for gap in greedy), output
     gaps = metrics_of(tmp_path / "run", "engine_gap")
     assert len(gaps) == 10 and 0 < max(gaps) < 1e-5, gaps
 
 
-def test_a_killed_server_is_started_again(chain, tiny, tmp_path):
+def test_a_killed_server_is_started_again(policy, tiny, tmp_path):
     run, killed = tmp_path / "run", []
 
     def kill_after_two_rollouts():
@@ -63,7 +76,15 @@ def test_a_killed_server_is_started_again(chain, tiny, tmp_path):
                 process.send_signal(signal.SIGKILL)
 
     threading.Thread(target=kill_after_two_rollouts, daemon=True).start()
-    output = run_ranks([ppo(tiny, chain / "sft", run)], 1)
+    output = run_ranks([ppo(tiny, policy, run)], 1)
     assert killed and "started again with the present weights" in output, output
     assert len(metrics_of(run, "engine_gap")) == 10
     assert max(metrics_of(run, "engine_gap")) < 1e-5
+
+
+def test_a_rollout_ahead_follows_one_rollout_behind(policy, tiny, tmp_path):
+    flags = ("--rollout_ahead", 1, "--importance_cap", 2, "--global_batch_size", 16)
+    run_ranks([ppo(tiny, policy, tmp_path / "run", *flags)], 1)
+    assert metrics_of(tmp_path / "run", "staleness") == [0.0, *9 * [2.0]]
+    gaps = metrics_of(tmp_path / "run", "engine_gap")
+    assert gaps[0] < 1e-5 and all(1e-4 < gap < 0.1 for gap in gaps[1:]), gaps
