@@ -48,12 +48,11 @@ def tables_of(content: dict, title: str = "") -> list[dict]:
 
 
 def of_run(folder: Path) -> list[dict]:
-    """{"title", "note", "tables"} of each file that is there."""
+    """{"title", "tables"} of each file that is there, or in a folder there."""
     found = []
     for name, title in FILES.items():
-        path = folder / name
-        if path.exists():
+        for path in sorted([*folder.glob(name), *folder.glob(f"*/{name}")]):
             content = read_json(path)
             whole = {"": content} if name == "methods.json" else content
-            found.append({"title": title, "note": "", "tables": tables_of(whole)})
+            found.append({"title": title, "tables": tables_of(whole)})
     return found
