@@ -111,11 +111,13 @@ def test_qlora_learns_and_resumes_to_the_last_bit_under_zero_0_to_2(tiny, tmp_pa
     run_ranks([job("one", *four)], 1)
     assert_same_path({n: tmp_path / n for n in (*ways, "one")}, ["loss", "grad_norm"])
     assert_same_end(tmp_path / "crashed", tmp_path / "zero2")
-    for name in ("zero0", "whole", "eight", "bf16"):
+    gained = {}
+    for name in ("whole", "zero0", "eight", "bf16"):
         result = json.loads((tmp_path / name / "result.json").read_text())
-        assert result["eval_loss_after"] < result["eval_loss_before"] - 0.5, name
+        gained[name] = result["eval_loss_before"] - result["eval_loss_after"]
         saved = load_file(tmp_path / name / "adapter_model.safetensors")
         assert all(".lora_" in key for key in saved)
+    assert min(gained.values()) > 0.1 and min(gained.values()) > 0.7 * gained["whole"], gained
     starts = [metrics_of(tmp_path / name, "loss")[0] for name in ("zero0", "eight", "whole")]
     assert len(set(starts)) == 3 and max(starts) - min(starts) < 0.1, starts
 
