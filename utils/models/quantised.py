@@ -12,6 +12,8 @@ from torch import nn
 
 from utils.distributed import zero
 
+BLOCK = 64  # numbers that share a scale in NF4
+
 
 def check(load_in_4bit: bool, load_in_8bit: bool) -> None:
     """SystemExit where bitsandbytes is not installed and is needed."""
@@ -44,6 +46,14 @@ def tidy(model: nn.Module) -> None:
     # Folders are saved with this config, and name the base that is whole.
     del model.config.quantization_config
     model.is_quantized = False  # as which transformers would refuse fp16
+    for name, layer in model.named_modules():
+        four = hasattr(layer, "support_avx512bf16_for_cpu") and layer.weight.device.type == "cpu"
+        if four and layer.in_features % BLOCK:
+            raise SystemExit(
+                f"load_in_4bit=true: {name} reads {layer.in_features} numbers, no multiple of "
+                f"{BLOCK}, and bitsandbytes on a CPU then multiplies with wrong scales; set "
+                "--load_in_8bit, or leave out --load_in_4bit"
+            )
     for p in model.parameters():
         if p.device.type == "cpu" and p.is_floating_point():
             p.data = p.data.clone()  # a view of the file would keep all of it mapped

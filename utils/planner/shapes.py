@@ -21,7 +21,7 @@ from utils.generation.kv_cache import numbers_a_token
 from utils.models import adapters, freezing, loading, model_code
 from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
-from utils.pretrained import config_of
+from utils.pretrained import base_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,11 @@ def read(
     few: FewBits = WHOLE,
 ) -> Shape:
     """The Shape of a model's or an adapter's folder or hub name; the rest as `count` takes it."""
-    return count(config_of(path, trust_remote_code), scalar, frozen, lora, few)
+    from transformers import AutoConfig
+
+    base = base_of(path) or path
+    model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    return count(model_config, scalar, frozen, lora, few)
 
 
 def count(

@@ -4,6 +4,7 @@ Where bitsandbytes is not installed (requirements-quantised.txt) only the refusa
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from safetensors.torch import load_file
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.jobs import ppo, reward, sft
-from tests.helpers.running import ROOT, assert_same_path, metrics_of, run_ranks
+from tests.helpers.running import ROOT, assert_same_path, built_once, metrics_of, run_ranks
 from tests.helpers.same_end import assert_same_end
 from tests.utils.settings.test_command_line import NEEDED, problems_of
-from utils.models import freezing, language_model, quantised
+from utils.models import freezing, from_scratch, language_model, quantised
 from utils.models.adapters import Lora
 from utils.models.loading import Loading
 
@@ -27,6 +28,19 @@ NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.
 NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
 NF4 += [0.7229568362236023, 1.0]
 LORA = ["--lora_rank", 4, "--learning_rate", 1e-2]
+
+
+@pytest.fixture(scope="module")
+def wide(chain, tiny, tmp_path_factory):
+    """The tiny task with a model whose rows fill blocks of 64."""
+
+    def build(folder):
+        shutil.copytree(tiny / "data", folder / "data")
+        texts = from_scratch.texts_of([str(folder / "data/sft.jsonl")])
+        sizes = dict(hidden_size=64, layers=2, heads=4, intermediate_size=128, max_positions=256)
+        from_scratch.build(folder / "base_model", texts, vocab_size=512, seed=0, **sizes)
+
+    return built_once(tmp_path_factory, "wide", build)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -63,13 +77,13 @@ def decoded(layer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @installed
-def test_layers_in_4_bits_multiply_by_the_nearest_values_of_nf4(tiny):
-    path, how = str(tiny / "base_model"), Loading(load_in_4bit=True)
+def test_layers_in_4_bits_multiply_by_the_nearest_values_of_nf4(wide):
+    path, how = str(wide / "base_model"), Loading(load_in_4bit=True)
     plain = language_model.load(Loading(), path, dtype="fp32")
     model = language_model.load(how, path, dtype="fp32", lora=Lora(lora_rank=4))
     weights, few = dict(plain.named_parameters()), 0
     for name, layer in model.named_modules():
-        if type(layer).__name__ != "Linear4bit" or not hasattr(layer.weight, "quant_state"):
+        if not name.endswith(".base_layer"):
             continue
         original = weights[name.removesuffix(".base_layer") + ".weight"].double()
         found, scales = decoded(layer)
@@ -92,10 +106,16 @@ def test_layers_in_4_bits_multiply_by_the_nearest_values_of_nf4(tiny):
 
 
 @installed
+def test_rows_that_fill_no_block_are_refused_on_a_cpu(tiny):
+    with pytest.raises(SystemExit, match="reads 32 numbers, no multiple of 64"):
+        language_model.load(Loading(load_in_4bit=True), str(tiny / "base_model"), dtype="fp32")
+
+
+@installed
 @pytest.mark.slow
-def test_qlora_learns_and_resumes_to_the_last_bit_under_zero_0_to_2(tiny, tmp_path):
+def test_qlora_learns_and_resumes_to_the_last_bit_under_zero_0_to_2(wide, tmp_path):
     def job(name, *flags):
-        return sft(tiny, tmp_path / name, "--max_steps", 12, *LORA, *flags)
+        return sft(wide, tmp_path / name, "--max_steps", 12, *LORA, *flags)
 
     four = ["--load_in_4bit", "--save_every", 6]
     ways = {"zero0": ["--zero_stage", 0], "zero2": ["--zero_stage", 2]}
@@ -125,12 +145,12 @@ def test_qlora_learns_and_resumes_to_the_last_bit_under_zero_0_to_2(tiny, tmp_pa
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
-def test_steps_2_and_3_start_from_what_qlora_saved(tiny, chain, tmp_path, bits):
+def test_steps_2_and_3_start_from_what_qlora_saved(wide, tmp_path, bits):
     few = [*LORA, f"--load_in_{bits}bit"]
     jobs = [
-        sft(tiny, tmp_path / "sft", "--max_steps", 4, *few),
-        reward(tiny, tmp_path / "sft", tmp_path / "reward", "--max_steps", 2, *few),
-        ppo(tiny, tmp_path / "sft", tmp_path / "reward", tmp_path / "ppo", "--max_steps", 2, *few),
+        sft(wide, tmp_path / "sft", "--max_steps", 4, *few),
+        reward(wide, tmp_path / "sft", tmp_path / "reward", "--max_steps", 2, *few),
+        ppo(wide, tmp_path / "sft", tmp_path / "reward", tmp_path / "ppo", "--max_steps", 2, *few),
     ]
     said = run_ranks(jobs, 1)
     assert "base unchanged" in said and (tmp_path / "ppo/actor/adapter_model.safetensors").exists()
