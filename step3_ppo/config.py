@@ -12,7 +12,7 @@ from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
 from utils.pretrained import base_of
-from utils.settings.fields import default_of, free, rounding, setting
+from utils.settings.fields import check_url, default_of, free, rounding, setting
 from utils.settings.run_config import RunConfig
 
 
@@ -23,11 +23,6 @@ def check_reward_functions(names: list[str]) -> None:
             raise ValueError(f"the module is called otherwise now: {name.replace(old, new)}")
         if names.count(name) > 1:
             raise ValueError(f"{name} stands there twice; give it a weight instead")
-
-
-def check_url(url: str) -> None:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("no address that begins with http:// or https://")
 
 
 def check_backbone(roles: str) -> None:

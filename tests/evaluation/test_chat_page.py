@@ -1,6 +1,7 @@
 """The chat in a browser."""
 
 import json
+import time
 
 import pytest
 
@@ -23,18 +24,15 @@ def test_a_turn_streams_into_both_columns_and_markup_stays_text(chromium, policy
         line = "<b>Hi</b> dog! <img src=x onerror=alert(1)> \u202eabc & &amp;"
         page.fill("#line textarea", line)
         page.press("#line textarea", "Enter")
-        lengths = set()
-        while len(page.locator("[data-testid=bot]").all()) < 2:
-            lengths |= {len(x) for x in page.locator("[data-testid=bot]").all_inner_texts()}
-        page.wait_for_timeout(1500)
+        answers, until = [], time.monotonic() + 90
+        # The same model, greedily: both columns end alike.
+        while len(answers) < 2 or answers[0] != answers[1] or len(answers[0]) <= 10:
+            answers = page.locator("[data-testid=bot]").all_inner_texts()
+            assert time.monotonic() < until, answers
         asked = page.locator("[data-testid=user]").all_inner_texts()
         assert [text.strip() for text in asked] == [visible(line)] * 2
-        answers = page.locator("[data-testid=bot]").all_inner_texts()
-        assert len(lengths) > 1, "it came at once"
-        assert answers[0] == answers[1] and len(answers[0]) > 10, "the same model, greedily"
 
-        with page.expect_response(lambda r: "conversations.jsonl" in r.url or r.ok):
-            page.click("#save")
+        page.click("#save")
         page.wait_for_selector("#file a")
         with page.expect_download() as download:
             page.click("#file a")
@@ -50,19 +48,34 @@ def test_a_turn_streams_into_both_columns_and_markup_stays_text(chromium, policy
         assert wrong == [] and process.poll() is None
 
 
+class Slow:
+    """A speaker whose answer is hostile, and comes in two parts."""
+
+    name, parts = "slow", (run_folders.HOSTILE[:30], run_folders.HOSTILE[30:])
+
+    def stream(self, messages, config, temperature):
+        yield self.parts[0]
+        time.sleep(2.0)
+        yield self.parts[1]
+
+
 @pytest.mark.browser
 def test_hostile_answers_are_text(chromium):
-    gradio = pytest.importorskip("gradio")
-    from evaluation import chat_page, web
+    pytest.importorskip("gradio")
+    from evaluation import chat, chat_page, web
 
-    with gradio.Blocks() as page:
-        turns = [chat_page.bubble("assistant", run_folders.HOSTILE)]
-        gradio.Chatbot(turns, render_markdown=False, allow_tags=False)
-    _, address, _ = page.launch(
+    page = chat_page.build(chat.ChatConfig(checkpoint=["slow"]), [Slow()])
+    _, address, _ = page.queue().launch(
         server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, theme=web.theme()
     )
     with browser.opened(chromium, address) as (shown, wrong):
-        shown.wait_for_selector("[data-testid=bot]")
-        assert shown.locator("[data-testid=bot]").inner_text() == visible(run_folders.HOSTILE)
+        shown.wait_for_selector("#line textarea")
+        shown.fill("#line textarea", "hi")
+        shown.press("#line textarea", "Enter")
+        seen, until = [], time.monotonic() + 60
+        while visible(run_folders.HOSTILE) not in seen:
+            seen += shown.locator("[data-testid=bot]").all_inner_texts()
+            assert time.monotonic() < until, seen[-1:]
+        assert visible(Slow.parts[0]) in seen, "it came at once"
         assert wrong == []
     page.close()
