@@ -114,7 +114,7 @@ class Pipeline(Settings):
     labeller: str = setting(
         "auto",
         "what ranks new answers; auto: the verifier of the embedded task, else the reward model",
-        choices=("auto", "verifier", "reward_model", "reward_function"),
+        choices=("auto", "verifier", "reward_model", "reward_function", "judge"),
     )
     replay_share: float = setting(
         1.0, "how much of older rounds' answers is learned from again beside the new", at_most=1
@@ -187,7 +187,8 @@ class Pipeline(Settings):
             yield (
                 f"rounds={self.rounds} of {', '.join(scored)} train a new reward model on new "
                 "answers, which the old one cannot label: set --labeller reward_function with "
-                "--collect.reward_function, or let people rank them (docs/online.md)"
+                "--collect.reward_function, or judge with --collect.judge_url, or let people rank "
+                "them (docs/online.md)"
             )
         if self.rounds == 1:
             for name, default in (("replay_share", 1.0), ("round_prompts", "same")):

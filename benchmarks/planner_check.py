@@ -30,6 +30,7 @@ SIZES = {  # hidden, intermediate, layers
     "20M": (512, 1376, 4),
     "60M": (768, 2048, 7),
     "90M": (896, 2432, 8),
+    "100M": (960, 2560, 8),
     "150M": (1024, 2816, 10),
 }
 QWEN = {"q0.5B": "qwen2.5-0.5b", "q1.5B": "qwen2.5-1.5b"}  # workload.SHAPES
@@ -42,6 +43,16 @@ SETTINGS = {
         "max_prompt_length": 64,
         "max_response_length": 32,
     },
+}
+MORE = {  # by a word of a case's name
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing3": {"gradient_checkpointing": True, "checkpoint_layers": 3},
+    "frozen4": {"freeze": ["embed", r"layers\.[0-3]\."]},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "lora": {"lora_rank": 8},
+    "4bit": {"lora_rank": 8, "load_in_4bit": True},
+    "8bit": {"lora_rank": 8, "load_in_8bit": True},
+    "nlpo": {"algorithm": "nlpo"},
 }
 # Of the Qwen shapes: long enough that what is not a weight counts.
 LONGER = {
@@ -56,7 +67,17 @@ CASES_ON_GPU = [
 CASES = [
     *(f"sft-{size}-{dtype}-zero0" for size in ("20M", "60M", "150M") for dtype in ("fp32", "bf16")),
     *(f"ppo-{size}-{dtype}-zero0" for size in ("20M", "60M", "90M") for dtype in ("fp32", "bf16")),
+    "ppo-100M-fp32-zero0",
+    "ppo-100M-fp32-zero0-shared",
     "sft-60M-fp32-zero0-checkpointing",
+    "sft-60M-fp32-zero0-checkpointing3",
+    "sft-60M-fp32-zero0-frozen4",
+    "sft-60M-fp32-zero0-lora",
+    "ppo-60M-fp32-zero0-nlpo",
+    # These need requirements-quantised.txt.
+    "sft-60M-fp32-zero0-adamw8bit",
+    "sft-60M-fp32-zero0-4bit",
+    "ppo-100M-fp32-zero0-shared-4bit",
     "sft-60M-fp32-zero2-2ranks",
     "sft-60M-bf16-zero2-2ranks",
     "sft-60M-fp32-zero3-2ranks",
@@ -79,16 +100,20 @@ def config_of(case: str, folder: Path):
         "model_name_or_path": model,
         "zero_stage": int(stage.removeprefix("zero")),
         "dtype": dtype,
-        "gradient_checkpointing": "checkpointing" in more,
     }
+    for word in more:
+        given |= MORE.get(word, {})
     if step == "ppo":
         given["reward_model"] = str(folder / f"{size}-reward")
+    if "shared" in more:  # four models as adapters on one base
+        given |= {"lora_rank": 8, "share_backbone": "actor,critic,reward"}
+        given["reward_model"] = str(folder / f"{size}-adapter")
     return step, size, dtype, ranks, (SFTConfig if step == "sft" else PPOConfig)(**given)
 
 
-def write_models(folder: Path, size: str, scorer: bool) -> None:
+def write_models(folder: Path, size: str, scorer: bool, adapter: bool = False) -> None:
     """A random Llama of that size and, for PPO, a reward model, with one tokenizer; Qwen2.5's
-    shapes by name, in bf16."""
+    shapes by name, in bf16. adapter: a reward model that stands on the Llama, too."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
@@ -120,6 +145,16 @@ def write_models(folder: Path, size: str, scorer: bool) -> None:
     for name, auto_class in classes.items():
         auto_class.from_config(config, dtype=dtype).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    if adapter:
+        from utils.checkpoints import model_folder
+        from utils.models import scalar_model
+        from utils.models.adapters import Lora
+        from utils.models.loading import Loading
+
+        given = dict(dtype="fp32", tokenizer=tokenizer, head="normal", lora=Lora(lora_rank=8))
+        model = scalar_model.load(Loading(), str(folder / size), **given).classifier
+        written = model_folder.ModelFolder(model, tokenizer, "")
+        model_folder.save(folder / f"{size}-adapter", {".": written})
 
 
 # In the process that is measured.
@@ -139,11 +174,18 @@ def train_sft(config, dtype: str, device) -> None:
 
     from step1_sft.main import response_loss
     from utils.distributed import process_group, zero
-    from utils.models import language_model
+    from utils.models import freezing, language_model
+    from utils.models.adapters import Lora
+    from utils.models.freezing import Freezing
 
     model = language_model.load(
-        config, config.model_name_or_path, dtype=dtype, zero_stage=config.zero_stage
+        config,
+        config.model_name_or_path,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        lora=config.pick(Lora),
     )
+    freezing.apply(model, config.pick(Freezing))
     engine = zero.TrainEngine(
         model,
         config.pick(zero.Training, learning_rate=1e-5),
@@ -174,10 +216,14 @@ def train_ppo(config, dtype: str, device) -> None:
     from step3_ppo.state import State
     from step3_ppo.update import train_on
     from utils.data import chat_template
+    from utils.run import BadSteps
 
     tokenizer = chat_template.load_tokenizer(config.model_name_or_path)
     models = build(config, tokenizer, dtype, device)
-    state, watch = State(kl_coef=config.kl_coef), Watch(config, lambda text: None, lambda: None)
+    state, watch = (
+        State(kl_coef=config.kl_coef),
+        Watch(config, print, BadSteps(0, print, lambda: None)),
+    )
     generator = torch.Generator().manual_seed(0)
     # One prompt is a token shorter, so that there is something to mask.
     lengths = [config.max_prompt_length - (i == 0) for i in range(config.rollout_size())]
@@ -299,6 +345,7 @@ def main() -> None:
                 folder,
                 size,
                 any(c.startswith(f"ppo-{size}-") for c in cases) or size == "warmup",
+                any(c.endswith("-shared") and size in (c.split("-")[1], "warmup") for c in cases),
             )
         print("| case | predicted, MB | measured, MB | ratio | predicted peak in | seconds |")
         print("| --- | --- | --- | --- | --- | --- |")

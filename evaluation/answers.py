@@ -42,6 +42,22 @@ def write(path: Path, asked: list[Question], results: Results, scored: bool) -> 
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def write_to_rank(path: Path, results: Results) -> None:
+    """What evaluation/annotate.py shows to people: rows of prompt and responses, the different
+    answers to one conversation. Who gave them is not said."""
+    talks: dict[str, list[str]] = {}
+    for groups in results.values():
+        for answer in (a for group in groups for a in group):
+            said = talks.setdefault(json.dumps(answer.conversation[:-1]), [])
+            if answer.answer not in said:
+                said.append(answer.answer)
+    with whole_files.writing(path) as file:
+        for talk, said in talks.items():
+            if len(said) > 1:
+                row = {"prompt": json.loads(talk), "responses": said}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def read(path: str, asked: list[Question], checkpoints: list[str]) -> Results:
     """What `write` has written, the answers of these checkpoints to these questions. Raises
     DataError with those that are not there."""

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-RESAMPLES = 1000
+RESAMPLES, AT_ONCE = 1000, 2**23  # of the bootstrap; weights in memory at a time
 ELO = 400 / math.log(10)  # units a nat: 400 more are ten to one
 FIRST_ELO = 1000.0
 NEWTON_STEPS = 50
@@ -30,8 +30,9 @@ def bootstrap(statistic: Callable, prompts: Sequence, seed: int = 0):
     if n < 2:
         raise ValueError("an interval needs two prompts at least")
     drawn = np.random.default_rng(seed).multinomial(n, [1 / n] * n, RESAMPLES)
-    weights = np.concatenate([np.ones((1, n)), drawn])[:, owner].astype(float)
-    values = statistic(weights)
+    counts = np.concatenate([np.ones((1, n)), drawn])
+    parts = np.array_split(counts, -(-len(counts) * len(owner) // AT_ONCE))
+    values = np.concatenate([statistic(part[:, owner]) for part in parts])
     tail = 100 * NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(n - 1))
     low, high = np.percentile(values[1:], [tail, 100 - tail], axis=0)
     return values[0], low, high

@@ -16,8 +16,14 @@ ROWS = 60  # of a list; the file has all
 
 
 def cell(value) -> str:
+    """A value as text. Three numbers, the first between the others, are an estimate with the ends
+    of its interval, as evaluation/estimates.py gives them; two are an interval."""
     if isinstance(value, list):
-        return " to ".join(map(cell, value)) if len(value) == 2 else ", ".join(map(cell, value))
+        shown = [cell(one) for one in value]
+        numbers = all(isinstance(one, (int, float)) for one in value)
+        if numbers and len(value) == 3 and value[1] <= value[0] <= value[2]:
+            return f"{shown[0]} ({shown[1]} to {shown[2]})"
+        return (" to " if numbers and len(value) == 2 else ", ").join(shown)
     if isinstance(value, dict):
         return ", ".join(f"{name} {cell(v)}" for name, v in value.items())
     return "–" if value is None else brief(value) if isinstance(value, float) else str(value)
@@ -48,12 +54,11 @@ def tables_of(content: dict, title: str = "") -> list[dict]:
 
 
 def of_run(folder: Path) -> list[dict]:
-    """{"title", "note", "tables"} of each file that is there."""
+    """{"title", "tables"} of each file that is there, or in a folder there."""
     found = []
     for name, title in FILES.items():
-        path = folder / name
-        if path.exists():
+        for path in sorted([*folder.glob(name), *folder.glob(f"*/{name}")]):
             content = read_json(path)
             whole = {"": content} if name == "methods.json" else content
-            found.append({"title": title, "note": "", "tables": tables_of(whole)})
+            found.append({"title": title, "tables": tables_of(whole)})
     return found

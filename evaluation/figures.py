@@ -14,8 +14,8 @@ COLOURS = {f"#0000{n:02x}": f"var(--series-{n})" for n in range(1, 7)} | {INK: "
 
 @dataclass(frozen=True)
 class Figure:
-    """names: metrics, of which those are drawn that were recorded. A name that begins with /sqrt:
-    is drawn over √KL, held-out against held-out."""
+    """names: metrics, of which those are drawn that were recorded. over_kl: over √KL, the first on
+    the left axis and the others, whose best checkpoint is marked, on the right."""
 
     title: str
     unit: str
@@ -23,7 +23,6 @@ class Figure:
     over_kl: bool = False
 
 
-SCORES = ("score", "eval/score", "eval/verifier", "eval/judge")
 FIGURES = {
     "sft": (
         Figure("loss", "nats a token", ("loss", "eval/loss")),
@@ -111,6 +110,10 @@ def draw(figure: Figure, steps: list[tuple[str, Step]]) -> str:
             colour = colours[[w for w, _ in steps].index(whose) % 6 if several else k % 6]
             axis = left if first else right
             axis.plot(*zip(*thinned(points), strict=True), line, color=colour, label=label, **style)
+            if figure.over_kl and not first:
+                best = max(points, key=lambda point: point[1])
+                axis.plot(*best, "*", markersize=11, color=colour)
+                axis.annotate("keep", best, xytext=(0, 7), textcoords="offset points", fontsize=8)
         left.set(xlabel="√KL" if figure.over_kl else "step", ylabel=figure.unit)
         if figure.over_kl:
             left.set(ylabel=metrics[0])

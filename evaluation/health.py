@@ -11,7 +11,13 @@ from step3_preference import watch as preference_watch
 
 BAD, DOUBT, GOOD, NOTE = LEVELS = ("bad", "doubt", "good", "note")
 COLLAPSED, NEVER_STOPS = "collapsed", "never stops"
-OVER_OPTIMISED = "over-optimised"
+OVER_OPTIMISED, FAR = "over-optimised", "far from the reference"
+# Which warning says the same as a finding.
+TELLS = {
+    COLLAPSED: "entropy collapses",
+    OVER_OPTIMISED: "the score rises and the judge falls",
+    FAR: "kl above its limit",
+}
 
 
 # How programs, their launcher and the system say that a step ended by an error.
@@ -136,7 +142,7 @@ def of_kl(step: Step) -> Finding | None:
     text = f"{kl:.2f} nats an answer from the reference policy"
     if kl > limit:
         return Finding(
-            BAD, "far from the reference", f"{text}, beyond --kl_limit {limit:g}: the reward model "
+            BAD, FAR, f"{text}, beyond --kl_limit {limit:g}: the reward model "
             "was never asked about such answers."
         )  # fmt: skip
     level = DOUBT if kl > limit / 2 else GOOD
@@ -181,10 +187,12 @@ def of_length(step: Step) -> Finding | None:
     return Finding(NOTE if steady else BAD, "length" if steady else "length ran away", text)
 
 
-def of_warnings(step: Step, given: dict[str, int], now: dict[str, str]) -> list[Finding]:
+def of_warnings(step: Step, given: dict[str, int], now: dict[str, str], told=()) -> list[Finding]:
+    """told: names of warnings whose subject has a finding of its own."""
     unit = "rollout" if step.kind == "ppo" else "step"
     gone = [f"{name} ({unit} {at})" for name, at in given.items() if name not in now]
-    found = [Finding(DOUBT, f"warning: {name}", text) for name, text in now.items()]
+    rest = {name: text for name, text in now.items() if name not in told}
+    found = [Finding(DOUBT, f"warning: {name}", text) for name, text in rest.items()]
     if gone:
         found.append(Finding(NOTE, "earlier warnings", "Given, and over now: " + "; ".join(gone)))
     return found
@@ -247,9 +255,10 @@ def of_step(step: Step) -> tuple[Finding, list[Finding]]:
     found: list[Finding | None] = [state_of(step), of_skipped(step)]
     if step.kind == "ppo":
         given, now = replayed(step)
-        found += [of_gold(step, now), of_score(step), of_stops(step), of_variety(step)]
+        found += [of_variety(step), of_stops(step), of_gold(step, now), of_score(step)]
         found += [of_kl(step), of_length(step), of_self_check(step)]
-        found += of_warnings(step, given, now)
+        told = {TELLS[f.name] for f in found if f and f.name in TELLS}
+        found += of_warnings(step, given, now, told)
     elif step.kind == "preference":
         found += [of_reward_model(step), of_loss(step), of_self_check(step)]
         found += of_warnings(step, *replayed(step))

@@ -234,6 +234,8 @@ def write(config, asked, results, summary: str) -> None:
     if config.output_dir:
         folder = Path(config.output_dir)
         answer_files.write(folder / "answers.jsonl", asked, results, bool(config.reward_model))
+        if len(results) > 1:
+            answer_files.write_to_rank(folder / "to_rank.jsonl", results)
         for name, page in (("md", pages.as_markdown), ("html", pages.as_html)):
             text = page(asked, results, config.shown(), summary)
             whole_files.write_text(folder / f"answers.{name}", text)

@@ -190,10 +190,9 @@ def by_quantile(values: np.ndarray, margins, prompts, parts: int = 4) -> dict[st
 
 
 def spread(scores: list[float]) -> dict:
-    """Mean and quantiles, and all of them for a figure."""
-    found = {"mean": float(np.mean(scores)), "answers": len(scores)}
-    found |= {f"p{q}": float(np.percentile(scores, q)) for q in QUANTILES}
-    return found | {"scores": [round(float(s), 4) for s in scores]}
+    """Mean, quantiles and number."""
+    found = {f"p{q}": float(np.percentile(scores, q)) for q in QUANTILES}
+    return {"mean": float(np.mean(scores)), "answers": len(scores)} | found
 
 
 def agreement(margins, others, prompts) -> dict:
@@ -453,11 +452,13 @@ def plot(report: dict, path: Path) -> None:
     middle.set(title="pays for", xlabel="nats of the odds to win")
     if effects:
         middle.legend(fontsize="small")
-    names = list(report["scores"])
-    right.boxplot([report["scores"][name]["scores"] for name in names], showfliers=False)
-    shown = [visible(name).replace("$", r"\$") for name in names]
-    right.set_xticks(range(1, len(names) + 1), shown)
-    right.set(title="scores")
+    ends = dict(zip(("whislo", "q1", "med", "q3", "whishi"), QUANTILES, strict=True))
+    boxes = [
+        {"label": visible(name).replace("$", r"\$")} | {end: x[f"p{q}"] for end, q in ends.items()}
+        for name, x in report["scores"].items()
+    ]
+    right.bxp(boxes, showfliers=False)
+    right.set(title="scores: 5, 25, 50, 75, 95 %")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     with whole_files.placing(path) as beside:

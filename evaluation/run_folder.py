@@ -86,7 +86,7 @@ class Step:
         return read_json(self.folder / "tokens.json")
 
     def environment(self) -> dict:
-        return read_json(self.folder / "environment.json")
+        return read_json(self.folder / "machine.json")
 
     def bad_rows(self) -> int:
         path = self.folder / "bad_rows.jsonl"

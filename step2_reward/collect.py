@@ -30,10 +30,11 @@ from utils.generation.sampling import uniform_noise
 from utils.models import language_model, scalar_model
 from utils.models.loading import Loading
 from utils.models.scorer import Reader, Scorer
-from utils.rewards import sums
+from utils.rewards import judge, sums
+from utils.rewards.judge import Judge
 from utils.run import join, output_of
 from utils.settings import command_line
-from utils.settings.fields import free, setting
+from utils.settings.fields import check_url, free, setting
 from utils.settings.run_config import RunConfig, check_folder, columns_of
 
 
@@ -75,8 +76,8 @@ class CollectConfig(RunConfig):
     temperature: float = setting(1.0, "sampling temperature", above=0)
     labeller: str = setting(
         "verifier",
-        "what ranks: the embedded task's program, a reward model, functions, a file of human "
-        "rankings, or none (write the answers for people to rank)",
+        "what ranks: the embedded task's program, a reward model, functions, a language model as "
+        "judge, a file of human rankings, or none (write the answers for people to rank)",
         choices=(*LABELLERS, "file"),
     )
     agreement: float = setting(
@@ -109,6 +110,18 @@ class CollectConfig(RunConfig):
     reward_function_timeout: float = free(
         60.0, "seconds each of them may take for --micro_batch_size prompts; 0: any"
     )
+    judge_url: str = setting(
+        "",
+        "http(s)://…/v1 of an endpoint that speaks OpenAI's protocol; its token is read from the "
+        f"environment variable {judge.TOKEN}",
+        check=check_url,
+        only_with="labeller=judge",
+    )
+    judge_name: str = setting(
+        "", "the model that it shall use, by its name there", only_with="labeller=judge"
+    )
+    judge_timeout: float = free(120.0, "seconds a verdict, with all tries; 0: any")
+    judge_parallel: int = free(8, "verdicts asked for at once", at_least=1)
     rankings: str = setting(
         "", "rows of prompt, responses, and ranks or scores", only_with="labeller=file"
     )
@@ -130,6 +143,7 @@ class CollectConfig(RunConfig):
         sampled = ["policy", "prompt_data"]
         needed = {"file": ["rankings"], "reward_model": [*sampled, "reward_model"]}
         needed["reward_function"] = [*sampled, "reward_function"]
+        needed["judge"] = [*sampled, "judge_url", "judge_name"]
         for name in needed.get(self.labeller, sampled):
             if not getattr(self, name):
                 yield f"labeller={self.labeller} needs --{name}, which is empty"
@@ -261,6 +275,11 @@ def collect(config, device) -> None:
     if config.reward_function:
         of_functions = config.reward_weights, config.reward_function_timeout
         reward = sums.load(config.reward_function, *of_functions)
+    if config.judge_url:
+        # Each verdict is kept: what was paid for once is not asked again.
+        kept = Path(config.output_file).with_suffix(".judgements.jsonl")
+        how_asked = config.judge_timeout, config.judge_parallel
+        reward = Judge(config.judge_url, config.judge_name, *how_asked, kept=kept)
     prompts = load_prompts(config, tokenizer, reader)
     encoded = [prompt.ids for prompt in prompts]
     if reader is not None:

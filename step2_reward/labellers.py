@@ -1,10 +1,11 @@
 """What ranks sampled answers, by the names of --labeller.
 
 A labeller is a function (config, prompts, answers, reward) → how good each answer is, on every
-rank; None where people shall say. answers: each prompt's K. reward: what --reward_model or
---reward_function names, as `Scorer` or `WeightedSum`; else None.
+rank; None where people shall say. answers: each prompt's K. reward: what --reward_model,
+--reward_function or --judge_url names, as `Scorer`, `WeightedSum` or `Judge`; else None.
 """
 
+import itertools
 import random
 
 import numpy as np
@@ -45,25 +46,64 @@ def by_reward_model(config, prompts, answers: list[list[Sampled]], reward) -> li
 
 
 def by_reward_function(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
-    """The weighted sum of --reward_function's scores, asked for --micro_batch_size prompts at a
-    time on rank 0. Ends the run with the row that is to blame."""
+    """The weighted sum of --reward_function's scores."""
+
+    def scores(prompts, answers) -> list[list[float]]:
+        asked = zip(prompts, answers, strict=True)
+        rows = [(p.messages, a.text, p.row, a.finished) for p, group in asked for a in group]
+        found = reward.scores(Answers(*map(list, zip(*rows, strict=True))))
+        in_turn = iter(reward.total(found).tolist())
+        return [[next(in_turn) for _ in group] for group in answers]
+
+    return _asked_on_rank_0(config, prompts, answers, scores)
+
+
+def by_judge(config, prompts, answers: list[list[Sampled]], reward) -> list[list[float]]:
+    """The share of a prompt's other answers that each is preferred to by a language model, which is
+    asked about every pair in both orders; where these differ, or nothing can be read, it is half a
+    win for both."""
+    unread = [0, 0]
+
+    def shares(prompts, answers) -> list[list[float]]:
+        pairs, wins = [], [[0.0] * len(group) for group in answers]
+        for n, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+            said = [(*prompt.messages, {"role": "assistant", "content": a.text}) for a in group]
+            pairs += [(n, i, j, said) for i, j in itertools.combinations(range(len(said)), 2)]
+        verdicts = reward.verdicts(
+            [(said[i], said[j]) for _, i, j, said in pairs], lambda text: None
+        )
+        for (n, i, j, _), verdict in zip(pairs, verdicts, strict=True):
+            points = 0.5 if verdict.points is None else verdict.points
+            wins[n][i] += points
+            wins[n][j] += 1 - points
+        unread[0] += sum(verdict.points is None for verdict in verdicts)
+        unread[1] += len(verdicts)
+        return [[w / (len(group) - 1) for w in group] for group in wins]
+
+    labels = _asked_on_rank_0(config, prompts, answers, shares)
+    process_group.say(
+        f"judge: {unread[1]} pairs in both orders, {unread[0]} without a verdict; "
+        f"{reward.prompt_tokens} tokens read, {reward.completion_tokens} written"
+    )
+    return labels
+
+
+def _asked_on_rank_0(config, prompts, answers: list[list[Sampled]], scores) -> list[list[float]]:
+    """scores(prompts, answers), asked for --micro_batch_size prompts at a time on rank 0. Ends the
+    run with the row or server that is to blame."""
     labels: list[list[float]] = []
-    asked, size = list(zip(prompts, answers, strict=True)), config.micro_batch_size
-    for some in (asked[i : i + size] for i in range(0, len(asked), size)):
-        found: list[float] | str = []
+    for start in range(0, len(prompts), config.micro_batch_size):
+        some, found = slice(start, start + config.micro_batch_size), None
         if process_group.is_main():
-            rows = [(p.messages, a.text, p.row, a.finished) for p, group in some for a in group]
             try:
-                scores = reward.scores(Answers(*map(list, zip(*rows, strict=True))))
-                found = reward.total(scores).tolist()
+                found = scores(prompts[some], answers[some])
             except FunctionError as error:
                 found = str(error)
         # After each call: all of them may take longer than --timeout_minutes lets a rank wait.
         found = process_group.gather_objects(found)[0]
         if isinstance(found, str):
             raise SystemExit(found)
-        scores_in_turn = iter(found)
-        labels += [[next(scores_in_turn) for _ in group] for _, group in some]
+        labels += found
     return labels
 
 
@@ -98,5 +138,6 @@ LABELLERS = {
     "verifier": by_verifier,
     "reward_model": by_reward_model,
     "reward_function": by_reward_function,
+    "judge": by_judge,
     "none": lambda *_: None,
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from step3_ppo.algorithm import ALGORITHMS, KL_ESTIMATORS, NORMALISATIONS, NOT_F
 from utils.data.chat_template import READ_AT, READ_AT_HELP
 from utils.generation import engines
 from utils.planner.workload import Role, Workload
-from utils.settings.fields import default_of, free, rounding, setting
+from utils.pretrained import base_of
+from utils.settings.fields import check_url, default_of, free, rounding, setting
 from utils.settings.run_config import RunConfig
 
 
@@ -23,9 +25,9 @@ def check_reward_functions(names: list[str]) -> None:
             raise ValueError(f"{name} stands there twice; give it a weight instead")
 
 
-def check_url(url: str) -> None:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("no address that begins with http:// or https://")
+def check_backbone(roles: str) -> None:
+    if set(roles.split(",")) - {"actor", "critic", "reward"} or "actor" not in roles.split(","):
+        raise ValueError("not actor with critic, reward or both, as actor,critic,reward")
 
 
 @dataclass
@@ -91,6 +93,13 @@ class PPOConfig(RunConfig):
     reference_model: str = setting("", "what the KL is measured to (default: the SFT model)")
     critic_model: str = setting(
         "", "where the critic starts (default: the reward model; without one the SFT model)"
+    )
+    share_backbone: str = rounding(
+        "",
+        "models that stand as adapters and heads on one frozen base, beside the reference, which "
+        "always does: actor,critic,reward or two of them",
+        check=check_backbone,
+        only_with="lora_rank",
     )
     prompt_data: list[str] = setting([], "prompts: files, folders or hub names", needed=True)
     preference_data: list[str] = setting(
@@ -379,6 +388,21 @@ class PPOConfig(RunConfig):
     def rate_of_critic(self) -> float:
         return self.critic_learning_rate or 5 * self.learning_rate
 
+    def on_actors_base(self, role: str, path: str, bases: dict | None) -> dict | None:
+        """`bases` where the model of `path` is to take the weights of the actor's base. Raises
+        SystemExit where it stands on another one."""
+        if role not in self.share_backbone.split(","):
+            return None
+        actors, own = base_of(self.model_name_or_path), base_of(path)
+        actors, own = actors or self.model_name_or_path, own or path
+        if os.path.realpath(actors) != os.path.realpath(own):
+            raise SystemExit(
+                f"share_backbone={self.share_backbone}: the {role} starts from {path!r}, which "
+                f"stands on {own!r}, and the actor on {actors!r}; train it with --lora_rank on "
+                f"that one (step 2), or leave {role} out of --share_backbone"
+            )
+        return bases
+
     def stage_of_critic(self) -> int:
         return self.zero_stage if self.critic_zero_stage < 0 else self.critic_zero_stage
 
@@ -389,15 +413,18 @@ class PPOConfig(RunConfig):
 
     def workload(self) -> Workload:
         """What the planner computes memory and time from."""
-        policy = self.model_name_or_path
+        policy, shared = self.model_name_or_path, self.share_backbone.split(",")
         roles = [Role("actor", policy, trained=True)]
         if self.has_critic():
             start = self.critic_model or self.reward_model or policy
-            critic = Role("critic", start, True, trained=True, stage_setting="critic_zero_stage")
-            roles.append(critic)
-        frozen = [Role("reference", self.reference_model or policy)]
+            own = dict(stage_setting="critic_zero_stage", on_first="critic" in shared)
+            roles.append(Role("critic", start, True, trained=True, **own))
+        reference = self.reference_model or policy
+        # With adapters the reference stands on the actor's base, see models.build.
+        frozen = [Role("reference", reference, on_first=self.lora_rank > 0 and reference == policy)]
         if self.reward_model:
-            frozen.append(Role("reward model", self.reward_model, scalar=True))
+            on_first = "reward" in shared
+            frozen.append(Role("reward model", self.reward_model, scalar=True, on_first=on_first))
         if self.judge_model:
             frozen.append(Role("judge", self.judge_model, scalar=True, held_out_only=True))
         roles += [dataclasses.replace(r, stage_setting="reference_zero_stage") for r in frozen]

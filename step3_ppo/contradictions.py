@@ -70,6 +70,18 @@ def of_rollouts(config) -> Iterator[str]:
             "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
             "--reference_zero_stage 0, or --offload all for shards in CPU memory"
         )
+    if config.lora_rank and config.rollout_engine == "vllm":
+        yield (
+            "rollout_engine=vllm is sent whole weights by the model's names for them, and adapters "
+            "stand beside these; set --rollout_engine native"
+        )
+    for name, used in (("reference", config.lora_rank), ("critic", config.share_backbone)):
+        stage = getattr(config, f"{name}_zero_stage")
+        if used and stage >= 0 and (stage == 3) != (config.zero_stage == 3):
+            yield (
+                f"{name}_zero_stage={stage}: with adapters the {name} stands on the actor's base, "
+                f"which is under ZeRO-{config.zero_stage}; leave out --{name}_zero_stage"
+            )
     if config.rollout_engine == "deepspeed" and config.rollout_gather == "rollout":
         yield (
             "rollout_engine=deepspeed generates with the sharded module under ZeRO-3; set "
@@ -92,6 +104,19 @@ def of_algorithm(config) -> Iterator[str]:
         yield (
             "algorithm=nlpo draws among some tokens only, which rollout_engine="
             f"{config.rollout_engine} does not know; set --rollout_engine native"
+        )
+    if config.load_in_4bit or config.load_in_8bit:
+        wants = {"algorithm": ("nlpo",), "rollout_engine": ("vllm", "deepspeed")}
+        for name in (n for n, values in wants.items() if getattr(config, n) in values):
+            yield (
+                f"{name}={getattr(config, name)} copies the policy's weights, and those of "
+                "--load_in_4bit and --load_in_8bit are packed; leave these out, or set "
+                f"--{name} {'ppo' if name == 'algorithm' else 'native'}"
+            )
+    if config.algorithm == "trpo" and config.optimizer != "adamw":
+        yield (
+            f"algorithm=trpo takes steps back and keeps moments in fp32 for that, which optimizer="
+            f"{config.optimizer} has not; leave out --optimizer"
         )
     if config.algorithm == "gspo" and config.action_level == "sequence":
         yield (

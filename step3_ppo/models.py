@@ -11,7 +11,7 @@ from utils.distributed.host_memory import FrozenOffload
 from utils.generation import engines, vllm_server
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
-from utils.models import freezing, language_model, scalar_model
+from utils.models import adapters, freezing, language_model, scalar_model
 from utils.models.adapters import Lora
 from utils.models.ema import EMA
 from utils.models.freezing import Freezing
@@ -77,6 +77,9 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     name, stage = config.model_name_or_path, config.zero_stage
     training = dict(dtype=dtype, total_steps=config.optimizer_steps())
     lora = config.pick(Lora)
+    # With adapters the actor's base is frozen, and others stand on the same weights.
+    bases = {} if lora.lora_rank else None
+    loading |= {"shared": bases}
     model = language_model.load(settings, name, zero_stage=stage, lora=lora, **loading)
     freezing.apply(model, config.pick(Freezing))
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
@@ -87,8 +90,9 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         same = reader is not None and not differences(tokenizer, reader.tokenizer)
         like_reward = config.reward_model if same else ""
         start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
-        given = dict(zero_stage=stage, head="zero", lora=lora)
-        model = scalar_model.load(settings, start, **given, **loading)
+        given = loading | dict(zero_stage=stage, head="zero", lora=lora)
+        given["shared"] = config.on_actors_base("critic", start, bases)
+        model = scalar_model.load(settings, start, **given)
         how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
         critic = zero.TrainEngine(model, how, zero_stage=stage, **training)
     stage = config.stage_of_reference()
@@ -104,7 +108,12 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
             return None
         reader = of_scorers[flag]
         model = scalar_model.load(
-            settings, path, dtype=dtype, zero_stage=stage, tokenizer=reader.tokenizer
+            settings,
+            path,
+            dtype=dtype,
+            zero_stage=stage,
+            tokenizer=reader.tokenizer,
+            shared=config.on_actors_base(flag.removesuffix("_model"), path, bases),
         )
         model = zero.frozen(model, **frozen)
         return Scorer(model, reader, reads_text(reader, tokenizer), device)
@@ -112,8 +121,9 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     reward, judge = reward_model("reward_model"), reward_model("judge_model")
     frozen_offload = None
     if config.offload_frozen and device.type == "cuda":
-        scorers = [m.model for m in (reward, judge) if m is not None]
-        frozen_offload = FrozenOffload([reference, *scorers], device)
+        frozen_models = [reference, *(m.model for m in (reward, judge) if m is not None)]
+        apart = [m for m in frozen_models if not adapters.shares(m, actor.module)]
+        frozen_offload = FrozenOffload(apart, device)
     ema = EMA(actor.module, config.ema_decay) if config.ema_decay > 0 else None
     nucleus = None
     if config.algorithm == "nlpo":

@@ -60,4 +60,4 @@ def describe(ranks: int) -> dict:
 
 def save(output_dir: str, ranks: int) -> None:
     text = json.dumps(describe(ranks), indent=2, ensure_ascii=False)
-    whole_files.write_text(Path(output_dir) / "environment.json", text + "\n")
+    whole_files.write_text(Path(output_dir) / "machine.json", text + "\n")

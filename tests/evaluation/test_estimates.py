@@ -53,6 +53,14 @@ def test_the_bootstrap_of_a_mean_by_its_definition(monkeypatch):
     assert high - low > 1.04 * np.ptp(np.percentile(means, [2.5, 97.5]))
 
 
+def test_more_rows_than_are_weighed_at_once(monkeypatch):
+    played = games(np.random.default_rng(3), 40)
+    whole = estimates.bradley_terry(*played, 3)
+    monkeypatch.setattr(estimates, "AT_ONCE", 7 * len(played[0]))  # seven resamples
+    for found, expected in zip(estimates.bradley_terry(*played, 3), whole, strict=True):
+        assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("freedom, quantile", [(5, 2.570582), (9, 2.262157), (100, 1.983972)])
 def test_quantiles_of_t(freedom, quantile):
     assert estimates._t_quantile(freedom) == pytest.approx(quantile, rel=1.2e-3)

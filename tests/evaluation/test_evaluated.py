@@ -10,12 +10,20 @@ def test_any_result_becomes_tables():
         "prompts": 512,
         "share": 0.123456,
         "interval": [0.1, 0.25],
+        "win_rate": [0.5, 0.4, 0.625],
+        "names": ["a", "b"],
         "models": [{"name": "a", "elo": 3.0}, {"name": "b", "wins": {"a": 1}}],
         "by": {"short": {"n": 1}, "long": {"n": 2, "m": None}},
         "deep": {"of": {"x": 1.5}, "y": 2},
     }
     plain, *more = evaluated.tables_of(content)
-    assert plain["rows"] == [["prompts", "512"], ["share", "0.1235"], ["interval", "0.1 to 0.25"]]
+    assert plain["rows"] == [
+        ["prompts", "512"],
+        ["share", "0.1235"],
+        ["interval", "0.1 to 0.25"],
+        ["win_rate", "0.5 (0.4 to 0.625)"],
+        ["names", "a, b"],
+    ]
     shown = {table["title"]: (table["header"], table["rows"]) for table in more}
     assert shown["models"] == (["name", "elo", "wins"], [["a", "3", ""], ["b", "", "a 1"]])
     assert shown["by"] == (["", "n", "m"], [["short", "1", ""], ["long", "2", "–"]])

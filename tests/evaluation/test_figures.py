@@ -5,9 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+import evaluation.metrics_table  # noqa: F401  registers the metrics of all steps
 from evaluation import figures, run_folder
-from step2_reward import main as step2  # noqa: F401  its metrics
-from step3_preference import main as step3_preference  # noqa: F401
 from tests.helpers import run_folders
 from utils import metrics
 
@@ -46,3 +45,5 @@ def test_proxy_and_gold_are_drawn_over_the_root_of_the_kl(tmp_path):
     assert points[0] == (math.sqrt(0.1), 0.4) and len(points) == 4
     proxy = figures.Figure("", "", ("eval/score", "eval/judge"), over_kl=True)
     assert figures.draw(proxy, [("a", step)]) == "", "a proxy without gold shows nothing"
+    (gold,) = [figure for figure in figures.FIGURES["ppo"] if figure.over_kl]
+    assert figures.draw(gold, [("a", step)]).count(">keep</text>") == 1

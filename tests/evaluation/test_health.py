@@ -25,6 +25,8 @@ def test_each_kind_of_end_is_named_in_the_first_line(tmp_path, kind):
     names = {"collapsed", "over-optimised", "never stops"}
     assert {name for name in names if name in head.name} == {kind} & names
     assert head.level == (health.GOOD if kind == "good" else health.BAD)
+    said = {health.TELLS[f.name] for f in findings if f.name in health.TELLS}
+    assert not said & {f.name.removeprefix("warning: ") for f in findings}, "once is enough"
     levels = [health.LEVELS.index(f.level) for f in findings]
     assert levels == sorted(levels), "the worst stands first"
 

@@ -180,7 +180,9 @@ def test_the_program_reads_reward_bench_and_scores_as_the_model_does(
         for n in range(1, 15)
     ]
     expected = [scored_by_transformers(reward_model, talk, True) for talk in turns]
-    assert report["scores"]["chosen"]["scores"] == pytest.approx(expected, abs=2e-4)
+    found = [report["scores"]["chosen"][f"p{q}"] for q in reward_report.QUANTILES]
+    assert found == pytest.approx(np.percentile(expected, reward_report.QUANTILES), abs=2e-4)
+    assert report["scores"]["chosen"]["mean"] == pytest.approx(np.mean(expected), abs=2e-4)
     assert np.ptp(expected) > 0.05 and report["scores"]["p"]["answers"] == 14
     said = capsys.readouterr().out
     assert "14 comparisons; 0 left out" in said and "hep-cpp" in said

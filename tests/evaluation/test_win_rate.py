@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation import win_rate
+from evaluation import answers, win_rate
 from evaluation.answers import Answer
 from evaluation.questions import Question
 from evaluation.win_rate import WinRateConfig
@@ -136,6 +136,24 @@ def test_people_decide_by_majority_and_what_they_did_not_rank_is_left_out(tmp_pa
     file.write_text('{"prompt": "p", "responses": ["a", "b"], "ranks": ["x", 1]}\n')
     with pytest.raises(DataError, match="cannot be used"):
         judged(config, questions, results)
+
+
+def test_what_people_are_given_to_rank_comes_back_as_a_verdict(tmp_path):
+    """Distinct answers only, without names; a person likes the longer one."""
+    questions, results = of_sums(0.0, 1.0, prompts=3)
+    results["c"] = answered("c", ["5", "no idea", "5"], questions)
+    path = tmp_path / "to_rank.jsonl"
+    answers.write_to_rank(path, results)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["responses"] for row in rows] == [["no idea", "5"]] * 3
+    assert rows[0]["prompt"] == [user(questions[0].turns[0])] and len(rows[0]) == 2
+    for row in rows:
+        row["ranks"] = [1 + (len(text) < 3) for text in row["responses"]]
+        row["annotator"] = "Ann"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary, games, points = judged(configured("people", rankings=[str(path)]), questions, results)
+    longer = [(1 + np.sign(len(g.second.answer) - len(g.first.answer))) / 2 for g in games]
+    assert points == longer and 0.5 in points and summary["not_judged"] == 0
 
 
 def test_an_endpoint_judges_the_second_against_the_first_and_its_cost_is_counted(serve, tmp_path):

@@ -31,7 +31,8 @@ from utils.data import chat_template  # noqa: E402
 from utils.distributed import process_group, zero  # noqa: E402
 from utils.generation import engine, vllm_server, vllm_weights, weights
 from utils.generation import sampling as generation  # noqa: E402
-from utils.models import ema, language_model
+from utils.generation.engines import native
+from utils.models import adapters, ema, language_model
 from utils.models.loading import Loading  # noqa: E402
 from utils.report import Report  # noqa: E402
 
@@ -338,6 +339,30 @@ def _share(mine, theirs):
 
 def reference_shares_the_actors_weights(patch):
     once_built(patch, lambda built: _share(built.reference, built.actor.module))
+
+
+def adapter_left_on_in_the_reference(patch):
+    """Its layers hold the actor's adapters, numbers and all, and want no gradient."""
+
+    def change(built):
+        built.reference = adapters.twin(built.actor.module)
+        for module in built.reference.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(p.data, requires_grad=False)
+
+    once_built(patch, change)
+
+
+def merge_not_undone(patch):
+    """The adapters are put into the base for each rollout, and stay there."""
+
+    def sync(real, self, actor):
+        for layer in adapters.layers_of(actor.module).values():
+            layer.get_base_layer().weight.data.add_(layer.get_delta_weight("default").detach())
+        real(self, actor)
+
+    around(patch, native.NativeEngine, "sync", sync)
 
 
 def reward_model_shares_the_critics_weights(patch):

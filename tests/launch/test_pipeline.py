@@ -18,6 +18,9 @@ from utils.settings import command_line, files
 REAL = ["scratch", "--sft_data", "s.jsonl", "--preference_data", "p.jsonl"]
 BY_FUNCTION = ["--labeller", "reward_function", "--collect.reward_function", "f.py:g"]
 
+BY_JUDGE = ["--labeller", "judge", "--collect.judge_url", "http://localhost:1/v1"]
+BY_JUDGE += ["--collect.judge_name", "m"]
+
 
 def stages(*words) -> list:
     return run_all.Job([*map(str, words), "--output_dir", "out"]).all_stages()
@@ -207,9 +210,10 @@ def configs_of(*words) -> list[tuple[str, object]]:
     ]
 
 
-def test_a_labellers_settings_suit_every_stage_that_reads_them():
-    found = configs_of(*REAL, *BY_FUNCTION, "--method", "best_of_n", "--rounds", "2")
-    assert [c.labeller for _, c in found] == ["reward_function"] * 3
+@pytest.mark.parametrize("by", [BY_FUNCTION, BY_JUDGE], ids=lambda by: by[1])
+def test_a_labellers_settings_suit_every_stage_that_reads_them(by):
+    found = configs_of(*REAL, *by, "--method", "best_of_n", "--rounds", "2")
+    assert [c.labeller for _, c in found] == [by[1]] * 3
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "scratch", "qwen2.5-0.5b", "7b-zero3"])

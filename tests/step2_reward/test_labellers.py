@@ -6,10 +6,11 @@ import pytest
 
 from step2_reward.collect import CollectConfig
 from step2_reward.kept_answers import Sampled
-from step2_reward.labellers import agreeing_scores, by_reward_function, share_agreeing
+from step2_reward.labellers import agreeing_scores, by_judge, by_reward_function, share_agreeing
 from utils.data.prompts import Prompt
 from utils.distributed import process_group
-from utils.rewards import sums
+from utils.rewards import remote, sums
+from utils.rewards.judge import Judge
 from utils.settings import command_line
 
 
@@ -70,7 +71,7 @@ def test_other_ranks_wait_for_one_call_at_a_time(tmp_path, monkeypatch):
         process_group, "gather_objects", lambda found: gathered.append(found) or gather(found)
     )
     asked(tmp_path, "length")
-    assert gathered == [[0, 1, 3, 4], [4, 3]], "three prompts, two a call"
+    assert gathered == [[[0, 1], [3, 4]], [[4, 3]]], "three prompts, two a call"
 
 
 def test_a_function_that_fails_ends_the_run_with_the_row(tmp_path):
@@ -91,3 +92,30 @@ def test_settings_of_labellers_that_cannot_work(argv, message):
     own = ["--policy", "p", "--prompt_data", "d", "--output_file", "o.jsonl"]
     with pytest.raises(command_line.ConfigError, match=message):
         command_line.build(CollectConfig, [*own, *argv.split()], 1)
+
+
+def judged(monkeypatch, said, groups=(("", "xx", "yyy"), ("z", "z", "zz"), ("p", "pp"))):
+    """Labels by a judge that says `said`(A's answer, B's); the longest texts between "[assistant]"
+    and the mark are the answers."""
+
+    def post(url, request, *more) -> dict:
+        shown = request["messages"][-1]["content"].split("[assistant]\n")[1:]
+        answers = [text.split("\n========")[0] for text in shown]
+        return {"choices": [{"message": {"content": said(*answers)}}]}
+
+    monkeypatch.setattr(remote, "post", post)
+    config = CollectConfig(labeller="judge", micro_batch_size=2)
+    prompts = [Prompt(({"role": "user", "content": "?"},), "f:1", {}) for _ in groups]
+    answers = [[Sampled(text, True) for text in group] for group in groups]
+    return by_judge(config, prompts, answers, Judge("http://localhost:1/v1", "m"))
+
+
+def test_a_judge_ranks_by_the_share_of_pairs_won(monkeypatch, capsys):
+    def longer(a, b):
+        return "[[A]]" if len(a) > len(b) else "[[B]]" if len(b) > len(a) else "[[C]]"
+
+    assert judged(monkeypatch, longer) == [[0, 0.5, 1], [0.25, 0.25, 1], [0, 1]]
+    assert judged(monkeypatch, lambda a, b: "[[A]]") == [[0.5] * 3, [0.5] * 3, [0.5] * 2]
+    capsys.readouterr()
+    assert judged(monkeypatch, lambda a, b: "I cannot") == [[0.5] * 3, [0.5] * 3, [0.5] * 2]
+    assert "7 pairs in both orders, 6 without a verdict" in capsys.readouterr().out

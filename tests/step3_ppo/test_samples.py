@@ -29,6 +29,13 @@ def test_a_character_of_several_tokens_stands_at_its_last(tokenizer):
     assert len(ids) > 1 and samples.pieces(tokenizer, ids) == [""] * (len(ids) - 1) + ["🐈"]
 
 
+def test_a_tokenizer_that_drops_the_first_space_keeps_those_between(monkeypatch):
+    words = [" The", " cat", " ", " sat", "."]
+    decode = lambda ids: "".join(words[i] for i in ids).removeprefix(" ")  # noqa: E731
+    found = samples.pieces(SimpleNamespace(decode=decode), list(range(5)))
+    assert "".join(found) == "The cat  sat." and found[1] == " cat"
+
+
 def rollout_of(texts, tokenizer, scores):
     encoded = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
     width = max(map(len, encoded))

@@ -12,7 +12,7 @@ from utils import provenance
 def test_versions_machine_and_command_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--reward_url", "https://me:word@host", "a b"])
     provenance.save(str(tmp_path), 3)
-    found = json.loads((tmp_path / "environment.json").read_text())
+    found = json.loads((tmp_path / "machine.json").read_text())
     assert found["command"] == "main.py --reward_url https://(secret)@host 'a b'"
     assert found["torch"] == torch.__version__ and found["ranks"] == 3 and found["processor"]
 

@@ -14,6 +14,9 @@ import pytest
 
 import pipeline
 import run_all
+from evaluation import annotate
+from evaluation.annotate import AnnotateConfig
+from evaluation.benchmarks import BenchmarksConfig
 from evaluation.chat import ChatConfig
 from evaluation.html_report import ReportConfig
 from evaluation.methods import MethodsConfig
@@ -40,6 +43,8 @@ CONFIGS = {
     "evaluation/methods.py": MethodsConfig,
     "evaluation/prompt_eval.py": PromptEvalConfig,
     "evaluation/win_rate.py": WinRateConfig,
+    "evaluation/benchmarks.py": BenchmarksConfig,
+    "evaluation/annotate.py": AnnotateConfig,
     "evaluation/reward_report.py": RewardReportConfig,
     "evaluation/chat.py": ChatConfig,
     "evaluation/html_report.py": ReportConfig,
@@ -52,7 +57,7 @@ NODES = sorted({path.stem for path in (ROOT / "recipes").iterdir()} - WALKED)
 SHARED = {"step1_sft/main.py", "step2_reward/main.py"}
 README = (ROOT / "README.md").read_text()
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]
+PAGES = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "README.zh.md"))]
 PAGES.append(ROOT / "benchmarks/README.md")
 
 
@@ -89,7 +94,7 @@ def check(program: str, argv: list[str], ranks: int) -> None:
     try:
         command_line.build(CONFIGS[program], argv, ranks)
     except ConfigError as error:
-        absent = re.compile("does not exist|no such folder|is no folder")
+        absent = re.compile("does not exist|no such folder|is no (folder|file)|is not installed")
         problems = [x for x in str(error).split("\n") if not absent.search(x)]
         assert not problems, f"{program} {' '.join(argv)}"
 
@@ -336,9 +341,28 @@ def ranked_by_people(folder) -> None:
     (folder / "comparisons.jsonl").unlink()  # the reward model's, of the command before
 
 
+def ranked_on_the_page(folder) -> None:
+    """What evaluation/annotate.py would have written, of more prompts than were sampled here."""
+    rows = annotate.load(str(folder / "to_page.jsonl"))
+    many = [
+        row | {"prompt": [*row["prompt"][:-1], row["prompt"][-1] | {"content": f"{n}?"}]}
+        for n, row in enumerate(rows * 12)
+    ]
+    kept = annotate.Annotations(many, folder / "rankings.jsonl")
+    for n, row in enumerate(many):
+        for answer in range(len(row["responses"])):
+            kept.click("ana", n, "ranks", answer, answer + 1)
+
+
 @pytest.mark.slow
 def test_commands_walk(folder):
     for command in [c for c in RUN_ALL + OTHERS if not is_benchmark(c)]:
+        if command[1] == "evaluation/annotate.py":
+            ranked_on_the_page(folder)
+        if command[1] == "evaluation/annotate.py" or "--web" in command:
+            continue  # they serve until they are stopped
+        if "people" in command:
+            continue  # nobody has ranked these answers: tests/evaluation/test_win_rate.py does
         if "--rankings" in command:
             ranked_by_people(folder)
         walk(folder, command)

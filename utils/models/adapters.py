@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.distributed import process_group, zero
+from utils.distributed import zero
+from utils.models import quantised
 from utils.pretrained import ADAPTED_CONFIG, adapter_file, base_of, refused
 from utils.seeding import undisturbed
 
@@ -96,11 +97,13 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
     for layer in layers_of(model).values():
         if zero_sharded(layer) and layer.use_dora.get(NAME):
             _gather_for_dora(layer)
-    if rank:
-        process_group.say(
-            f"{path}: adapters of rank {config.r} ({variant_of(config)}) on "
-            f"{', '.join(sorted(config.target_modules))}"
-        )
+
+
+def told(model: nn.Module) -> str:
+    """Of which kind the adapters of `model` are, and where."""
+    config = settings_of(model)
+    targets = ", ".join(sorted(config.target_modules))
+    return f"adapters of rank {config.r} ({variant_of(config)}) on {targets}"
 
 
 def variant_of(config) -> str:
@@ -286,8 +289,30 @@ def merge(model: nn.Module) -> None:
 
 def twin(model: nn.Module) -> nn.Module:
     """Another module of the same shape whose parameters and buffers are those of `model`."""
-    held = itertools.chain(model.parameters(), model.buffers())
+    held = itertools.chain(model.parameters(), model.buffers(), quantised.states(model))
     return copy.deepcopy(model, {id(t): t for t in held})
+
+
+def standing_on(bare: nn.Module, auto_class, *, dtype: torch.dtype, config=None, **settings):
+    """A model whose weights are those of the language model `bare`: the same one or, with the
+    config of a scalar model, one whose backbone they are, with a head of its own."""
+    model = twin(bare)
+    if config is None:
+        return model
+    make = getattr(auto_class, "from_config", None) or auto_class._from_config
+    with torch.device("meta"):
+        classifier = make(config, **settings)
+    setattr(classifier, classifier.base_model_prefix, model.base_model)
+    width, device = bare.get_input_embeddings().embedding_dim, next(bare.parameters()).device
+    classifier.score = nn.Linear(width, 1, bias=False, dtype=dtype, device=device)
+    classifier.head_was_missing = True
+    return classifier
+
+
+def shares(module: nn.Module, other: nn.Module) -> bool:
+    """Do the two have a weight in common?"""
+    held = {id(p) for p in module.parameters()}
+    return any(id(p) in held for p in other.parameters())
 
 
 def same_layers(plain: nn.Module, module: nn.Module) -> None:

@@ -1,14 +1,15 @@
 """Model folders → models with every weight from the file, fitted to a tokenizer, ready to train."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from utils.distributed import zero
+from utils.distributed import process_group, zero
 from utils.kernels import cpu_products, packing
-from utils.models import adapters
+from utils.models import adapters, quantised
 from utils.models.adapters import Lora
 from utils.models.freezing import layers_of
 from utils.pretrained import base_of, refused
@@ -24,6 +25,8 @@ class Loading:
     checkpoint_layers: int = 0
     packing: str = "auto"
     offload: str = "none"  # where ZeRO-3 puts the shards
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
 
 
 def load(
@@ -36,23 +39,37 @@ def load(
     tokenizer=None,
     grow: bool = True,
     lora: Lora | None = None,
+    shared: dict[str, nn.Module] | None = None,
     **settings,
 ) -> nn.Module:
     """The model that `auto_class` makes of a folder or hub name, ready to train.
 
     With a tokenizer the embeddings grow to hold all its tokens and the model's stop and pad ids
     follow the tokenizer's; see fit_to_tokenizer. lora: of a model to be trained, see
-    adapters.put_on. settings: more for from_pretrained. Raises SystemExit with the path and the
-    cause where the folder holds no such model.
+    adapters.put_on. shared: models by the name of their base, of which one on the same base takes
+    the weights instead of reading them again; this one is added. settings: more for
+    from_pretrained. Raises SystemExit with the path and the cause where the folder holds no such
+    model.
     """
     attention = None if how.attn_implementation == "auto" else how.attn_implementation
     settings |= {"attn_implementation": attention, "trust_remote_code": how.trust_remote_code}
+    settings |= {"dtype": zero.DTYPES[dtype]}
+    base = base_of(path) or path
+    key = os.path.realpath(base) if os.path.isdir(base) else base
+    model = shared and key in shared and adapters.standing_on(shared[key], auto_class, **settings)
     with zero.sharded_loading(dtype, zero_stage, how.offload):
-        base = base_of(path) or path
-        model = load_whole(auto_class, base, dtype=zero.DTYPES[dtype], **settings)
+        read = not model
+        few = quantised.settings(how.load_in_4bit, how.load_in_8bit, dtype)
+        model = load_whole(auto_class, base, **settings, **few) if read else model
+        if read and few:
+            quantised.tidy(model)
         # Inside, where transformers knows that the embeddings may be shards.
         grown = tokenizer is not None and fit_to_tokenizer(model, tokenizer, base, grow)
+        if read and shared is not None and not grown:  # grown embeddings are trained
+            shared[key] = adapters.twin(model)
         adapters.put_on(model, path, lora, grown)
+    if lora is not None and lora.lora_rank:
+        process_group.say(f"{path}: {adapters.told(model)}")
     prepare_training(model)
     if how.gradient_checkpointing:
         checkpoint(model, how.checkpoint_layers)

@@ -203,3 +203,8 @@ def convert(value, kind: type, name: str):
     if abs(number) > FP32_LARGEST or 0 < abs(number) < FP32_SMALLEST:
         raise ValueError(f"{name}={shown} is beyond the range of fp32; set --{name}")
     return float(number)
+
+
+def check_url(url: str) -> None:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("no address that begins with http:// or https://")

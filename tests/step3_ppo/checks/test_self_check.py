@@ -155,6 +155,15 @@ def test_faults_of_other_scorers_and_references_are_named(tiny, house, tmp_path)
     assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
 
 
+def test_faults_of_adapters_are_named(tiny, house, tmp_path):
+    faults = {
+        "adapter_left_on_in_the_reference": (GRADIENTS, set()),
+        "merge_not_undone": (GRADIENTS, set()),
+    }
+    flags = ("--lora_rank", 4, "--max_eval_rows", 4)
+    assert_each_is_named(tiny, house, tmp_path, faults, 1, *flags)
+
+
 def test_ranks_that_share_their_noise_are_named(tiny, house, tmp_path):
     assert_each_is_named(tiny, house, tmp_path, {"ranks_share_noise": (APART, set())}, 2)
 

@@ -1,0 +1,97 @@
+"""The chat as a page for the browser: a column for each checkpoint, answers while they come."""
+
+import html
+import tempfile
+from pathlib import Path
+
+from evaluation import web
+from evaluation.chat import COMMANDS, Talk, TooLong, said
+from utils.terminal import visible
+
+
+def bubble(role: str, text: str) -> dict:
+    """A turn as it may be shown. A gradio.Chatbot takes all text for HTML."""
+    return {"role": role, "content": html.escape(visible(text), quote=False)}
+
+
+def bubbles(messages: list[dict]) -> list[dict]:
+    return [bubble(m["role"], m["content"]) for m in messages if m["role"] != "system"]
+
+
+def build(config, speakers):
+    """The page. Each visitor has a conversation of its own."""
+    gradio = web.library()
+
+    def fresh() -> Talk:
+        return Talk(config, speakers)
+
+    def shown(talk: Talk, told: str = "", asked: str = "", answers: dict | None = None) -> tuple:
+        """What each output becomes: state, text field, remark, and a conversation a column."""
+        columns = []
+        for k, messages in enumerate(talk.messages):
+            more = [bubble("user", asked)] if asked else []
+            more += [bubble("assistant", answers[k])] if answers and k in answers else []
+            columns.append(bubbles(messages) + more)
+        return talk, "", gradio.Textbox(visible(told), visible=bool(told)), *columns
+
+    def say(line: str, temperature: float, talk: Talk | None):
+        talk, line = talk or fresh(), line.strip()
+        talk.temperature = temperature
+        # A visitor must not choose files of this machine.
+        elsewhere = line.partition(" ")[0] in ("/save", "/temp")
+        told = "the slider and the button below do that" if elsewhere else said(talk, line)
+        if told or not line:
+            yield shown(talk, told)
+            return
+        answers: dict[int, str] = {}
+        before = [list(messages) for messages in talk.messages]
+        try:
+            for k, text in talk.answer(line):
+                answers[k] = text
+                now = Talk(config, speakers, messages=before)
+                yield talk, *shown(now, "", line, answers)[1:]
+            yield shown(talk)
+        except TooLong as problem:
+            yield shown(talk, f"{problem}; reset starts afresh")
+
+    def begin(system: str, talk: Talk | None):
+        talk = talk or fresh()
+        return shown(talk, COMMANDS["/system"](talk, system.strip()))
+
+    def save(talk: Talk | None):
+        path = Path(tempfile.mkdtemp()) / "conversations.jsonl"
+        (talk or fresh()).save(str(path))
+        return gradio.File(str(path), visible=True)
+
+    with gradio.Blocks(title="chat", analytics_enabled=False) as page:
+        talk = gradio.State(None)
+        with gradio.Row():
+            columns = [
+                gradio.Chatbot(
+                    label=visible(s.name),
+                    height=440,
+                    render_markdown=False,
+                    allow_tags=False,
+                    buttons=["copy"],
+                )
+                for s in speakers
+            ]
+        remark = gradio.Textbox(label="remark", interactive=False, visible=False, elem_id="remark")
+        line = gradio.Textbox(label="you", autofocus=True, elem_id="line")
+        with gradio.Row():
+            temperature = gradio.Slider(0, 2, config.temperature, label="temperature")
+            system = gradio.Textbox(config.system, label="system turn; Enter begins anew with it")
+        with gradio.Row():
+            reset = gradio.Button("reset", elem_id="reset")
+            keep = gradio.Button("save", elem_id="save")
+        file = gradio.File(label="conversations", visible=False, elem_id="file")
+        outputs = [talk, line, remark, *columns]
+        line.submit(say, [line, temperature, talk], outputs)
+        for event in (reset.click, system.submit, *(c.clear for c in columns)):
+            event(begin, [system, talk], outputs)
+        keep.click(save, [talk], [file])
+    return page
+
+
+def serve(config, speakers) -> None:
+    web.serve(build(config, speakers), config, theme=web.theme())
