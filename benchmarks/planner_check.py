@@ -44,6 +44,16 @@ SETTINGS = {
         "max_response_length": 32,
     },
 }
+MORE = {  # by a word of a case's name
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing3": {"gradient_checkpointing": True, "checkpoint_layers": 3},
+    "frozen4": {"freeze": ["embed", r"layers\.[0-3]\."]},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "lora": {"lora_rank": 8},
+    "4bit": {"lora_rank": 8, "load_in_4bit": True},
+    "8bit": {"lora_rank": 8, "load_in_8bit": True},
+    "nlpo": {"algorithm": "nlpo"},
+}
 # Of the Qwen shapes: long enough that what is not a weight counts.
 LONGER = {
     "sft": {"micro_batch_size": 8, "global_batch_size": 16, "max_length": 512},
@@ -60,6 +70,14 @@ CASES = [
     "ppo-100M-fp32-zero0",
     "ppo-100M-fp32-zero0-shared",
     "sft-60M-fp32-zero0-checkpointing",
+    "sft-60M-fp32-zero0-checkpointing3",
+    "sft-60M-fp32-zero0-frozen4",
+    "sft-60M-fp32-zero0-lora",
+    "ppo-60M-fp32-zero0-nlpo",
+    # These need requirements-quantised.txt.
+    "sft-60M-fp32-zero0-adamw8bit",
+    "sft-60M-fp32-zero0-4bit",
+    "ppo-100M-fp32-zero0-shared-4bit",
     "sft-60M-fp32-zero2-2ranks",
     "sft-60M-bf16-zero2-2ranks",
     "sft-60M-fp32-zero3-2ranks",
@@ -82,8 +100,9 @@ def config_of(case: str, folder: Path):
         "model_name_or_path": model,
         "zero_stage": int(stage.removeprefix("zero")),
         "dtype": dtype,
-        "gradient_checkpointing": "checkpointing" in more,
     }
+    for word in more:
+        given |= MORE.get(word, {})
     if step == "ppo":
         given["reward_model"] = str(folder / f"{size}-reward")
     if "shared" in more:  # four models as adapters on one base
@@ -155,11 +174,18 @@ def train_sft(config, dtype: str, device) -> None:
 
     from step1_sft.main import response_loss
     from utils.distributed import process_group, zero
-    from utils.models import language_model
+    from utils.models import freezing, language_model
+    from utils.models.adapters import Lora
+    from utils.models.freezing import Freezing
 
     model = language_model.load(
-        config, config.model_name_or_path, dtype=dtype, zero_stage=config.zero_stage
+        config,
+        config.model_name_or_path,
+        dtype=dtype,
+        zero_stage=config.zero_stage,
+        lora=config.pick(Lora),
     )
+    freezing.apply(model, config.pick(Freezing))
     engine = zero.TrainEngine(
         model,
         config.pick(zero.Training, learning_rate=1e-5),

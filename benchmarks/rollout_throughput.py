@@ -77,7 +77,7 @@ def main() -> None:
             title,
             sides(work, models, output, arguments),
             lambda system, work=work: {PHASE: ppo_throughput.numbers(system, work)[PHASE]},
-            lambda dtype, rate, work=work: ppo_throughput.floors(work, dtype, rate),
+            lambda dtype, rate, work=work: ppo_throughput.floors(work, dtype, rate, False),
             lambda name: [f"{peer}-{figures.dtype_of(name)}" for peer in arguments.peers],
             sum(work.answers()),
             arguments,

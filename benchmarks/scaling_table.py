@@ -1,14 +1,17 @@
 """The tables of docs/scaling.md: PPO of four models of one size, reckoned by the planner.
 
     python benchmarks/scaling_table.py --memory_gb 80 [--tflops 140] [--bandwidth 1300]
+    python benchmarks/scaling_table.py --adapters --memory_gb 24 --ranks 1 --shapes 7b
 
 The common work: 1,024 prompts of 1,024 tokens, 1,024 new tokens each, optimizer steps of 128
 sequences, bf16, gradient checkpointing, no EMA. For each shape and number of GPUs the fastest of
 SETTINGS that fits, each with the largest micro batch that fits (at most 16; four times as many are
-decoded at once), and a floor of the time.
+decoded at once), and a floor of the time. --adapters: of rank 16 beside frozen weights, for each of
+ADAPTED that fits, with its largest micro batch.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -28,6 +31,13 @@ SETTINGS = [  # the least traffic first
     {"zero_stage": 3, "offload": "optimizer"},
     {"zero_stage": 3, "offload": "all"},
     {"zero_stage": 3, "offload": "all", "rollout_gather": "layer"},
+]
+SHARED = {"share_backbone": "actor,critic,reward"}
+ADAPTED = [
+    {"zero_stage": 0},
+    {"zero_stage": 0} | SHARED,
+    {"zero_stage": 0, "load_in_4bit": True} | SHARED,
+    {"zero_stage": 3, "rollout_gather": "layer"} | SHARED,
 ]
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 
@@ -70,6 +80,39 @@ def fastest_that_fits(shape: str, machine: planner.Machine, speed: plan_time.Spe
     return min(found, key=lambda x: round(x[3], -1) if x[3] < 1e9 else x[3], default=None)
 
 
+def those_that_fit(shape: str, machine: planner.Machine, speed: plan_time.Speed):
+    """(config, plan, seconds) of those of ADAPTED that fit, each with its largest micro batch."""
+    for settings in ADAPTED:
+        for micro in MICRO_BATCHES:
+            if 128 % (micro * machine.ranks):
+                continue
+            given = dict(lora_rank=16, release_decode_memory=True, micro_batch_size=micro)
+            config = config_of(shape, 4 * micro, **settings, **given)
+            plan = planner.plan(config.workload(), "bf16", machine.ranks, "cuda")
+            if machine.holds(plan):
+                parts = planner.seconds(plan, config.workload(), "bf16", machine.ranks, speed)
+                yield config, plan, sum(parts.values())
+                break
+
+
+def show_adapted(shapes, ranks, machine_of, speed: plan_time.Speed) -> None:
+    print("| model | GPUs | weights | on one base | ZeRO | micro batch | GB a GPU | s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape, n in itertools.product(shapes, ranks):
+        found = list(those_that_fit(shape, machine_of(n), speed))
+        if not found:
+            print(f"| {shape} | {n} | does not fit | | | | | |", flush=True)
+        for config, plan, seconds in found:
+            weights = "4 bits" if config.load_in_4bit else "bf16"
+            models = "all four" if config.share_backbone else "actor, reference"
+            time = "not reckoned" if config.zero_stage == 3 else f"{seconds:.0f}"
+            print(
+                f"| {shape} | {n} | {weights} | {models} | {config.zero_stage} | "
+                f"{config.micro_batch_size} | {plan.peak / 1e9:.0f} | {time} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,12 +122,21 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=140.0, help="reached in matrix products")
     parser.add_argument("--bandwidth", type=float, default=1300.0, help="GB/s reached in decoding")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 16, 64])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--adapters", action="store_true", help="train adapters, not all weights")
     asked = parser.parse_args()
     quiet_libraries()
     speed = plan_time.Speed(asked.tflops * 1e12, asked.bandwidth * 1e9, measured=False)
+    if asked.adapters:
+
+        def machine_of(ranks: int) -> planner.Machine:
+            return planner.Machine("cuda", ranks, asked.memory_gb * 1e9, asked.host_gb * 1e9)
+
+        show_adapted(asked.shapes, asked.ranks, machine_of, speed)
+        return
     print("| model | GPUs | ZeRO | offload | gather | micro batch | GB a GPU | CPU GB a GPU | s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for shape in SHAPES:
+    for shape in asked.shapes:
         for ranks in asked.ranks:
             machine = planner.Machine("cuda", ranks, asked.memory_gb * 1e9, asked.host_gb * 1e9)
             found = fastest_that_fits(shape, machine, speed)

@@ -413,15 +413,18 @@ class PPOConfig(RunConfig):
 
     def workload(self) -> Workload:
         """What the planner computes memory and time from."""
-        policy = self.model_name_or_path
+        policy, shared = self.model_name_or_path, self.share_backbone.split(",")
         roles = [Role("actor", policy, trained=True)]
         if self.has_critic():
             start = self.critic_model or self.reward_model or policy
-            critic = Role("critic", start, True, trained=True, stage_setting="critic_zero_stage")
-            roles.append(critic)
-        frozen = [Role("reference", self.reference_model or policy)]
+            own = dict(stage_setting="critic_zero_stage", on_first="critic" in shared)
+            roles.append(Role("critic", start, True, trained=True, **own))
+        reference = self.reference_model or policy
+        # With adapters the reference stands on the actor's base, see models.build.
+        frozen = [Role("reference", reference, on_first=self.lora_rank > 0 and reference == policy)]
         if self.reward_model:
-            frozen.append(Role("reward model", self.reward_model, scalar=True))
+            on_first = "reward" in shared
+            frozen.append(Role("reward model", self.reward_model, scalar=True, on_first=on_first))
         if self.judge_model:
             frozen.append(Role("judge", self.judge_model, scalar=True, held_out_only=True))
         roles += [dataclasses.replace(r, stage_setting="reference_zero_stage") for r in frozen]

@@ -105,6 +105,19 @@ def of_algorithm(config) -> Iterator[str]:
             "algorithm=nlpo draws among some tokens only, which rollout_engine="
             f"{config.rollout_engine} does not know; set --rollout_engine native"
         )
+    if config.load_in_4bit or config.load_in_8bit:
+        wants = {"algorithm": ("nlpo",), "rollout_engine": ("vllm", "deepspeed")}
+        for name in (n for n, values in wants.items() if getattr(config, n) in values):
+            yield (
+                f"{name}={getattr(config, name)} copies the policy's weights, and those of "
+                "--load_in_4bit and --load_in_8bit are packed; leave these out, or set "
+                f"--{name} {'ppo' if name == 'algorithm' else 'native'}"
+            )
+    if config.algorithm == "trpo" and config.optimizer != "adamw":
+        yield (
+            f"algorithm=trpo takes steps back and keeps moments in fp32 for that, which optimizer="
+            f"{config.optimizer} has not; leave out --optimizer"
+        )
     if config.algorithm == "gspo" and config.action_level == "sequence":
         yield (
             "action_level=sequence: gspo's ratio is by the mean over the answer's tokens, not "

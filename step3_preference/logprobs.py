@@ -17,6 +17,7 @@ from utils.distributed import process_group, zero
 from utils.models import language_model
 from utils.models.loading import Loading
 from utils.models.scorer import differences
+from utils.pretrained import base_of
 
 FILE = "reference_logprobs.npz"
 
@@ -94,9 +95,10 @@ def _rows(values: np.ndarray, rows: Sequence[Answers]) -> list[list[float]]:
 
 
 def _key(path: str, dtype: str, parts: dict) -> str:
-    """What the numbers depend on: the reference's name and files, the dtype, the rows."""
-    folder = Path(path)
-    files = sorted(p for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
+    """What the numbers depend on: the reference's name and files, those of an adapter's base too,
+    the dtype, the rows."""
+    folders = [Path(p) for p in (path, base_of(path)) if p]
+    files = sorted(p for f in folders if f.is_dir() for p in f.glob("*") if p.is_file())
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     rows = {name: view.fingerprint() for name, view in parts.items()}
     return hashlib.sha256(repr((path, stats, dtype, rows)).encode()).hexdigest()

@@ -12,11 +12,11 @@ from utils import report as reporting
 from utils.checkpoints import manifest, model_folder, resuming
 from utils.checkpoints.checkpoints import Checkpoints, Saving
 from utils.data import chat_template
-from utils.distributed import process_group, program, shared_files, zero
+from utils.distributed import optimizers, process_group, program, shared_files, zero
 from utils.distributed.process_group import StopRun
 from utils.errors import UserError
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, merge
+from utils.models import language_model, merge, quantised
 from utils.planner import plan
 from utils.pretrained import base_of
 from utils.seeding import seed_everything
@@ -61,6 +61,8 @@ class Run:
         output_of(config).check()
         self.device = join(config)
         self.dtype = zero.resolve_dtype(config.dtype, self.device)
+        optimizers.check(config.optimizer)
+        quantised.check(config.load_in_4bit, config.load_in_8bit)
         self.resumed_from = output_of(config).find()
         config.date = resuming.date_of(config.date, self.resumed_from)
         self.report = reporting.Report(

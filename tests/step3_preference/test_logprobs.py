@@ -1,5 +1,7 @@
 """The reference's numbers: computed once, and read again for the same rows and reference alone."""
 
+import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -91,3 +93,14 @@ def test_a_reference_whose_ids_mean_other_text_is_refused(run, tiny, tmp_path):
     run.config.reference_model = str(tmp_path / "other")
     with pytest.raises(SystemExit, match="differ in vocabulary: .* as --reference_model"):
         numbers_of(run, {"train": ROWS})
+
+
+def test_numbers_of_an_adapter_are_those_of_its_base_as_it_is_now(tiny, tmp_path):
+    shutil.copytree(tiny / "base_model", tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    settings = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    (tmp_path / "adapter/adapter_config.json").write_text(settings)
+    keys = [logprobs._key(str(tmp_path / "adapter"), "fp32", {})]
+    assert keys[0] == logprobs._key(str(tmp_path / "adapter"), "fp32", {})
+    os.utime(tmp_path / "base/model.safetensors", (0, 0))  # written anew
+    assert logprobs._key(str(tmp_path / "adapter"), "fp32", {}) not in keys

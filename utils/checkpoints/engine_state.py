@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from utils.distributed import process_group
+from utils.checkpoints.manifest import Damaged
+from utils.distributed import optimizers, process_group
 from utils.distributed.zero import MOMENTS
 from utils.models import adapters
 from utils.models.ema import EMA
@@ -26,13 +27,15 @@ class Span:
     """Elements from `start` of the flattened weight `name`: kind → (n,) view of where they live.
 
     `step`, where there is one, is AdamW's count, of one element. everywhere: each rank holds the
-    same, so they share the writing.
+    same, so they share the writing. in_blocks: the optimizer's state that the tensors are of, where
+    these are moments in 8 bits; its count of steps is no tensor, and `step` a copy of it.
     """
 
     name: str
     start: int
     tensors: dict[str, torch.Tensor]
     everywhere: bool
+    in_blocks: dict | None = None
 
 
 def spans_of(engine, create=lambda name: False) -> list[Span]:
@@ -41,7 +44,7 @@ def spans_of(engine, create=lambda name: False) -> list[Span]:
     if isinstance(engine, EMA):
         return _spans_of_average(engine)
     optimizer, masters, rank = engine.engine.optimizer, engine.masters(), process_group.rank()
-    spans = []
+    spans, in_blocks = [], optimizers.in_blocks(engine.adamw)
     for name, p in adapters.own_of(engine.module):
         sharded = hasattr(p, "ds_id")
         if not p.requires_grad:  # not in the optimizer: the weight as the model has it
@@ -61,8 +64,8 @@ def spans_of(engine, create=lambda name: False) -> list[Span]:
             start = p._hp_mapping.lp_fragment_address.start
         else:
             flat, offset, count, start = p, 0, p.numel(), 0
-        state = engine.adamw.state.get(flat, {})
-        if not state and create(name):
+        state = {} if in_blocks else engine.adamw.state.get(flat, {})
+        if not (in_blocks or state) and create(name):
             state = engine.adamw.state[flat] = {
                 # As torch's fused AdamW makes them at its first step.
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
@@ -75,7 +78,23 @@ def spans_of(engine, create=lambda name: False) -> list[Span]:
         if "step" in state:
             span.tensors["step"] = state["step"].view(1)
         spans.append(span)
-    return [span for span in spans if span.tensors["weight"].numel()]
+    spans = [span for span in spans if span.tensors["weight"].numel()]
+    return spans + (_moments_in_blocks(engine, create) if in_blocks else [])
+
+
+def _moments_in_blocks(engine, create) -> list[Span]:
+    """Moments in 8 bits, with a scale for each block of what the optimizer steps on at once. Under
+    ZeRO that is a partition of many weights, which only the same stage on the same ranks has."""
+    spans, whole = [], engine.layout == "ZeRO-0 in fp32"
+    for i, flat in enumerate(engine.masters()):
+        name = f"moments {i}" if whole else f"moments {i} of rank {process_group.rank()}"
+        if not engine.adamw.state.get(flat) and create(name):
+            optimizers.make_state(engine.adamw, flat)
+        if state := engine.adamw.state.get(flat):
+            tensors = {k: state[k].view(-1) for k in optimizers.STATE if k in state}
+            tensors["step"] = torch.tensor([state["step"]])
+            spans.append(Span(name, 0, tensors, everywhere=whole, in_blocks=state))
+    return spans
 
 
 def _span(name: str, start: int, tensors: dict, p, partitioned: bool) -> Span:
@@ -115,6 +134,8 @@ def _fill(part: str, spans: list[Span], reader) -> None:
                 # counted fewer steps, and has no moments that it would matter to.
                 if reader.has(part, span.name, kind):
                     t.copy_(torch.maximum(t.cpu(), reader.read(part, span.name, kind, 0, 1)))
+                if span.in_blocks is not None:
+                    span.in_blocks["step"] = int(t)
             elif kind not in MOMENTS or reader.has(part, span.name, kind):
                 t.copy_(reader.read(part, span.name, kind, span.start, t.numel()))
 
@@ -122,7 +143,16 @@ def _fill(part: str, spans: list[Span], reader) -> None:
 def restore(engine, part: str, reader, record: dict | None) -> None:
     """Weights, moments, schedule, counters and loss scale of `part` into a fresh engine; the
     weights of an EMA."""
-    _fill(part, spans_of(engine, create=lambda name: reader.has(part, name, "exp_avg")), reader)
+    if not isinstance(engine, EMA):
+        was, now = record.get("moments", "in fp32"), moments_of(engine)
+        if was != now:
+            raise Damaged(
+                f"its moments are {was}, and this run's would be {now}: go on with the same "
+                "--optimizer, and in 8 bits with the same --zero_stage, --offload and ranks"
+            )
+    kinds = ("exp_avg", "state1")
+    spans = spans_of(engine, create=lambda name: any(reader.has(part, name, k) for k in kinds))
+    _fill(part, spans, reader)
     if isinstance(engine, EMA):
         return
     publish(engine.engine.optimizer)
@@ -142,6 +172,11 @@ def restore(engine, part: str, reader, record: dict | None) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
+def moments_of(engine) -> str:
+    """What must be alike in the run that wrote the moments and in the one that reads them."""
+    return f"in 8 bits, {engine.layout}" if optimizers.in_blocks(engine.adamw) else "in fp32"
+
+
 def record_of(engine) -> dict | None:
     """What `restore` needs beside the tensors."""
     if isinstance(engine, EMA):
@@ -152,6 +187,7 @@ def record_of(engine) -> dict | None:
         "counters": {name: getattr(engine.engine, name) for name in COUNTERS},
         "loss_scale": {name: getattr(scaler, name) for name in SCALER} if dynamic else {},
         "schedule": engine.schedule.last_epoch,
+        "moments": moments_of(engine),
     }
 
 

@@ -58,6 +58,7 @@ def quiet_libraries() -> None:
     """Silence what is not about the run: info logs of libraries, and notices to developers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says of each product what it casts
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     from transformers.utils import logging as transformers_logging
 

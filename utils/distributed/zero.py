@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.distributed import process_group
+from utils.distributed.optimizers import OPTIMIZERS
 
 # Numbers, not bytes; the planner reads them too.
 REDUCE_BUCKET = int(5e7)
@@ -59,6 +60,7 @@ class Training:
     adam_beta2: float
     gradient_clipping: float
     offload: str
+    optimizer: str = "adamw"
 
 
 def deepspeed_config(dtype: str, zero_stage: int, offload: str, clipping: float = 0.0) -> dict:
@@ -97,8 +99,9 @@ def deepspeed_config(dtype: str, zero_stage: int, offload: str, clipping: float 
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "zero_optimization": zero,
-        # torch's fused AdamW steps on GPU and CPU without compiling anything.
+        # Those of OPTIMIZERS step on GPU and CPU without compiling anything.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
         # On by default, it waits for the device at every forward pass of the module, each token's
         # included, and a graph cannot be captured around it.
@@ -149,11 +152,9 @@ class TrainEngine:
             {"params": decayed, "weight_decay": how.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=how.learning_rate,
-            betas=(0.9, how.adam_beta2),
-            fused=True,
+        self.optimizer = OPTIMIZERS[how.optimizer]
+        self.adamw = self.optimizer.make(
+            [g for g in groups if g["params"]], lr=how.learning_rate, betas=(0.9, how.adam_beta2)
         )
         warmup = math.ceil(how.warmup_ratio * total_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -161,6 +162,10 @@ class TrainEngine:
         )
         self.zero_stage = zero_stage
         self.world_size = process_group.world_size()
+        # How what the optimizer steps on is divided: moments in 8 bits fit one way alone.
+        self.layout = f"ZeRO-{zero_stage} (offload {how.offload}) on {self.world_size} ranks"
+        if zero_stage == 0:
+            self.layout = f"ZeRO-0 in {dtype}" + f" on {self.world_size} ranks" * (dtype != "fp32")
         self._norm = None
         if _we_clip(zero_stage, dtype):
             limit = how.gradient_clipping or float("inf")
@@ -224,19 +229,26 @@ class TrainEngine:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def moments_to_come(self, device: torch.device) -> int:
-        """Bytes on `device` that AdamW's moments will take at the first step, and keep. 0 for those
+        """Bytes on `device` that the moments will take at the first step, and keep. 0 for those
         that are there already, or are kept elsewhere (--offload).
 
         Gradients are not counted: they are gone after each step, or there from the start.
         """
         state = self.adamw.state
-        coming = [t for t in self.masters() if "exp_avg" not in state.get(t, {})]
-        return sum(len(MOMENTS) * t.nbytes for t in coming if t.device == device)
+        coming = [t for t in self.masters() if not state.get(t)]
+        each = self.optimizer.state_bytes
+        return round(sum(each * t.numel() for t in coming if t.device == device))
 
 
 def rank_of(parameter: nn.Parameter) -> int:
     # Under ZeRO-3 a parameter is a flat shard; its real shape stays in ds_shape.
     return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def size_of(p: nn.Parameter) -> int:
+    """How many numbers a weight has, be it a shard (ZeRO-3) or in 4 bits, two of them in a byte."""
+    packed = getattr(p, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(p, "ds_numel", p.numel())
 
 
 def frozen(model: nn.Module, *, dtype: str, zero_stage: int, device, offload: str = "none"):

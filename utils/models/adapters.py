@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.distributed import process_group, zero
+from utils.distributed import zero
+from utils.models import quantised
 from utils.pretrained import ADAPTED_CONFIG, adapter_file, base_of, refused
 from utils.seeding import undisturbed
 
@@ -96,11 +97,13 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
     for layer in layers_of(model).values():
         if zero_sharded(layer) and layer.use_dora.get(NAME):
             _gather_for_dora(layer)
-    if rank:
-        process_group.say(
-            f"{path}: adapters of rank {config.r} ({variant_of(config)}) on "
-            f"{', '.join(sorted(config.target_modules))}"
-        )
+
+
+def told(model: nn.Module) -> str:
+    """Of which kind the adapters of `model` are, and where."""
+    config = settings_of(model)
+    targets = ", ".join(sorted(config.target_modules))
+    return f"adapters of rank {config.r} ({variant_of(config)}) on {targets}"
 
 
 def variant_of(config) -> str:
@@ -286,7 +289,7 @@ def merge(model: nn.Module) -> None:
 
 def twin(model: nn.Module) -> nn.Module:
     """Another module of the same shape whose parameters and buffers are those of `model`."""
-    held = itertools.chain(model.parameters(), model.buffers())
+    held = itertools.chain(model.parameters(), model.buffers(), quantised.states(model))
     return copy.deepcopy(model, {id(t): t for t in held})
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from utils.distributed import zero
+
 
 @dataclass(frozen=True)
 class Freezing:
@@ -33,8 +35,7 @@ def apply(model: nn.Module, how: Freezing) -> str:
 
 def counts(model: nn.Module) -> str:
     """How many numbers are trained and how many are not."""
-    # Under ZeRO-3 a parameter is a flat shard; its real size stays in ds_numel.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(zero.size_of(p), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, own in sizes if own)
     return f"{trained:,} weights are trained, {sum(n for n, _ in sizes) - trained:,} are frozen"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from utils.distributed import zero
+from utils.distributed import process_group, zero
 from utils.kernels import cpu_products, packing
-from utils.models import adapters
+from utils.models import adapters, quantised
 from utils.models.adapters import Lora
 from utils.models.freezing import layers_of
 from utils.pretrained import base_of, refused
@@ -25,6 +25,8 @@ class Loading:
     checkpoint_layers: int = 0
     packing: str = "auto"
     offload: str = "none"  # where ZeRO-3 puts the shards
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
 
 
 def load(
@@ -57,12 +59,17 @@ def load(
     model = shared and key in shared and adapters.standing_on(shared[key], auto_class, **settings)
     with zero.sharded_loading(dtype, zero_stage, how.offload):
         read = not model
-        model = load_whole(auto_class, base, **settings) if read else model
+        few = quantised.settings(how.load_in_4bit, how.load_in_8bit, dtype)
+        model = load_whole(auto_class, base, **settings, **few) if read else model
+        if read and few:
+            quantised.tidy(model)
         # Inside, where transformers knows that the embeddings may be shards.
         grown = tokenizer is not None and fit_to_tokenizer(model, tokenizer, base, grow)
         if read and shared is not None and not grown:  # grown embeddings are trained
             shared[key] = adapters.twin(model)
         adapters.put_on(model, path, lora, grown)
+    if lora is not None and lora.lora_rank:
+        process_group.say(f"{path}: {adapters.told(model)}")
     prepare_training(model)
     if how.gradient_checkpointing:
         checkpoint(model, how.checkpoint_layers)

@@ -6,6 +6,7 @@ What DeepSpeed 0.19 keeps was read from its source and counted tensor by tensor 
 
 from dataclasses import dataclass, field
 
+from utils.distributed.optimizers import Optimizer
 from utils.distributed.zero import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 from utils.kernels import vocabulary_head
 from utils.planner.shapes import Activations, Shape
@@ -26,7 +27,7 @@ class ModelBytes:
     host: dict[str, int] = field(default_factory=dict)
     gradients: int = 0  # of the whole backward pass, until the optimizer step
     first_gradient: int = 0  # of the head: there before the activations go
-    gathered: int = 0  # whole weights under ZeRO-3
+    gathered: int = 0  # whole weights under ZeRO-3, or of one layer that is in few bits
     buckets: int = 0  # for gradients, taken when the backward pass begins
     reducing: int = 0  # and when a bucket is full
     late: float = 1.0  # how much of the backward pass is done when the first bucket is full
@@ -34,23 +35,29 @@ class ModelBytes:
 
 
 def trained(
-    shape: Shape, dtype: str, stage: int, ranks: int, offload: str, on_gpu: bool
+    shape: Shape, dtype: str, stage: int, ranks: int, offload: str, on_gpu: bool, stepper: Optimizer
 ) -> ModelBytes:
     """Of a zero.TrainEngine around a model of this shape, frozen weights among them or not."""
-    size, n = SIZE[dtype], shape.trained
+    size, n, moments = SIZE[dtype], shape.trained, stepper.state_bytes
     first = size * shape.vocabulary * shape.hidden * shape.trains_head
     if stage == 0 and dtype == "fp32":
-        kept = {"weights": size * shape.parameters, "optimizer": 8 * n}
-        step = size * min(n, PLAIN_BUCKET)
-        return ModelBytes(kept, gradients=size * n, first_gradient=first, step=step)
+        kept = {"weights": shape.weights(size), "optimizer": round(moments * n)}
+        # A step goes weight by weight, the reduction of gradients in buckets of them.
+        on_cpu = 0 if on_gpu else round(stepper.step_bytes * shape.largest)
+        step = max(size * min(n, PLAIN_BUCKET), on_cpu)
+        whole = size * shape.unpacked
+        return ModelBytes(kept, gradients=size * n, first_gradient=first, step=step, gathered=whole)
     # zero.deepspeed_config runs stage 0 as 1 where the weights are not fp32.
     sharded = _zero_3 if stage == 3 else _zero_1 if stage < 2 else _zero_2
     # Buckets are taken whole, but on a CPU memory costs nothing until it is written.
     taken = size * REDUCE_BUCKET if on_gpu else 0
     model = sharded(shape, dtype, ranks, offload, taken)
+    model.gathered += size * shape.unpacked
     model.first_gradient, model.late = first, min(1.0, REDUCE_BUCKET / n)
     share = -(-n // ranks)
-    optimizer = {"optimizer": 12 * share}  # fp32 weights and two moments
+    optimizer = {"optimizer": round((4 + moments) * share)}  # fp32 weights and moments
+    if not on_gpu:
+        model.step += round(stepper.step_bytes * share)
     if offload == "none":
         model.device |= optimizer
         return model
@@ -70,7 +77,7 @@ def _bucket(shape: Shape, size: int) -> int:
 
 def _zero_1(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
     size, n = SIZE[dtype], shape.trained
-    model = ModelBytes({"weights": size * shape.parameters})
+    model = ModelBytes({"weights": shape.weights(size)})
     if dtype == "bf16" and offload == "none":
         # DeepSpeed's BF16_Optimizer: whole gradients in fp32, kept, beside the bf16 ones.
         model.device["gradients"] = 4 * n
@@ -86,7 +93,7 @@ def _zero_1(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> M
 def _zero_2(shape: Shape, dtype: str, ranks: int, offload: str, taken: int) -> ModelBytes:
     size, share = SIZE[dtype], -(-shape.trained // ranks)
     return ModelBytes(
-        {"weights": size * shape.parameters},
+        {"weights": shape.weights(size)},
         gradients=(2 if dtype == "fp16" else 4) * share,
         buckets=2 * taken,  # on a GPU one is reduced while the other fills
         reducing=2 * _bucket(shape, size) + 4 * shape.largest - taken,
@@ -113,7 +120,7 @@ def frozen(shape: Shape, dtype: str, stage: int, ranks: int, offload: str) -> Mo
     """Of zero.frozen: whole, or sharded with ZeRO-3."""
     size, n = SIZE[dtype], shape.parameters
     if stage < 3:
-        return ModelBytes({"weights": size * n})
+        return ModelBytes({"weights": shape.weights(size)}, gathered=size * shape.unpacked)
     part = {"weights": size * -(-n // ranks)}
     gathered = size * min(n, MAX_LIVE_PARAMETERS)
     kept = {"host": part} if offload == "all" else {"device": part}

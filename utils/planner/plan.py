@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from utils.distributed import host_memory, process_group, zero
+from utils.distributed.optimizers import OPTIMIZERS
+from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
 from utils.planner import memory, shapes, time
 from utils.planner.shapes import Shape
@@ -56,22 +58,31 @@ def plan(work: Workload, dtype: str, ranks: int, device: str) -> Plan:
     result, models = Plan(device), {}
     on_gpu = device == "cuda"
     own = Freezing(tuple(work.freeze), work.freeze_bottom_layers, tuple(work.trainable_modules))
+    lora = Lora(work.lora_rank, work.lora_alpha, 0.0, tuple(work.lora_target_modules))
+    lora = replace(lora, lora_variant=work.lora_variant) if work.lora_rank else None
+    few = shapes.FewBits(4 if work.load_in_4bit else 8 if work.load_in_8bit else 0)
     for role in work.roles:
         frozen = own if role is work.roles[0] else shapes.NOTHING
-        shape = shapes.read(role.path, role.scalar, work.trust_remote_code, frozen)
-        stage = work.stage(role)
+        trains = lora if role.trained else None
+        asked = role.path, role.scalar, work.trust_remote_code, frozen, trains, few
+        shape, stage = shapes.read(*asked), work.stage(role)
         if role.trained:
-            model = memory.trained(shape, dtype, stage, ranks, work.offload, on_gpu)
+            stepper = OPTIMIZERS[work.optimizer]
+            model = memory.trained(shape, dtype, stage, ranks, work.offload, on_gpu, stepper)
         else:
             model = memory.frozen(shape, dtype, stage, ranks, work.offload)
             if work.offload_frozen and on_gpu and stage < 3:
                 # In CPU memory, and on the device while it scores.
                 model.host, model.device = model.device, {}
-                model.gathered = model.host["weights"]
+                model.gathered += model.host["weights"]
+        if role.on_first:  # adapters and head are its own
+            held = model.host if "weights" in model.host else model.device
+            held["weights"] = memory.SIZE[dtype] * (shape.trained if role.trained else 0)
         models[role.name], result.shapes[role.name] = model, shape
         result.parts[role.name], result.host[role.name] = model.device, model.host
     if work.ema_decay > 0:
-        weights = result.shapes[work.roles[0].name].parameters
+        first = result.shapes[work.roles[0].name]
+        weights = first.trained if lora else first.parameters
         average = 4 * (-(-weights // ranks) if work.zero_stage == 3 else weights)
         on_host = work.offload == "all" and work.zero_stage == 3
         (result.host if on_host else result.parts)["EMA"] = {"weights": average}
@@ -112,13 +123,12 @@ def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: 
         decoding["sampling"] += rows * shape.vocabulary * (size + memory.NUCLEUS)
     if not work.release_decode_memory:
         result.parts["rollout"] = {"KV cache": decoding.pop("KV cache")}
-    gathered = 0
-    if work.zero_stage == 3:
-        by_layer = work.rollout_gather == "layer"
-        gathered = models[policy].gathered if by_layer else size * shape.parameters
+    gathered = models[policy].gathered
+    if work.zero_stage == 3 and work.rollout_gather != "layer":
+        gathered = size * shape.parameters
     prefill = rows * _activations(shape, 1, length - work.predicted, dtype, work).inference
     # The weights of matrix products, packed for the CPU's kernels.
-    packed = size * shape.multiplied if result.device == "cpu" else 0
+    packed = size * (shape.multiplied - shape.in_few_bits) if result.device == "cpu" else 0
     cache = decoding.get("KV cache", 0)
     most = max(prefill, decoding["sampling"])
     result.phases["generate"] = result.kept + gathered + packed + cache + most
@@ -156,7 +166,8 @@ def seconds(
         if role.trained:
             shape, checkpointing = planned.shapes[role.name], work.gradient_checkpointing
             passes = time.training_seconds(shape, tokens, length, read, checkpointing, speed)
-            step = time.optimizer_seconds(shape, ranks, work.stage(role), speed)
+            moments = OPTIMIZERS[work.optimizer].state_bytes
+            step = time.optimizer_seconds(shape, ranks, work.stage(role), moments, speed)
             parts["train"] += work.ppo_epochs * (passes + steps * step)
     return parts
 

@@ -18,10 +18,26 @@ from torch.utils._pytree import tree_leaves
 
 from utils.distributed.zero import PERSISTENT_BELOW
 from utils.generation.kv_cache import numbers_a_token
-from utils.models import freezing, loading, model_code
+from utils.models import adapters, freezing, loading, model_code
+from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
+from utils.pretrained import base_of
 
-NOTHING = Freezing()
+
+@dataclass(frozen=True)
+class FewBits:
+    """Of each number in a linear layer below the head; 0: as many as its dtype has."""
+
+    bits: int = 0
+
+    @property
+    def bytes_each(self) -> float:
+        """NF4 has a scale in 8 bits for each 64, and one in fp32 for each 256 of these; 8 bits have
+        one in fp32 for each row, which is nothing."""
+        return 0.5 + 1 / 64 + 4 / 64 / 256 if self.bits == 4 else self.bits / 8
+
+
+NOTHING, WHOLE = Freezing(), FewBits()
 
 
 @dataclass(frozen=True)
@@ -35,10 +51,19 @@ class Shape:
     frozen_layers: int  # below the lowest one that has such
     trained_in_layer: frozenset[str] | None  # their names in that one; None: all are trained
     trains_head: bool
-    largest: int  # in one tensor that is trained, or of all where none is
+    largest: int  # in one tensor that is trained
+    in_few_bits: int  # of them that are in 4 or 8 bits
+    few: FewBits
+    unpacked: int  # of these at once whole, while they are multiplied with
+    adapters: Lora | None  # that are trained, if any are
     multiplied: int  # of them in matrix products: no norms, no embeddings only looked up
     small: int  # of them in tensors that ZeRO-3 leaves whole
     cache: int  # numbers that one token leaves in the KV cache
+
+    def weights(self, size: int) -> int:
+        """Bytes of all weights in a dtype of `size` bytes, or in few bits."""
+        whole = size * (self.parameters - self.in_few_bits)
+        return whole + round(self.few.bytes_each * self.in_few_bits)
 
     @property
     def layers(self) -> int:
@@ -64,17 +89,31 @@ class Activations:
 
 @functools.lru_cache(maxsize=16)
 def read(
-    path: str, scalar: bool, trust_remote_code: bool = False, frozen: Freezing = NOTHING
+    path: str,
+    scalar: bool,
+    trust_remote_code: bool = False,
+    frozen: Freezing = NOTHING,
+    lora: Lora | None = None,
+    few: FewBits = WHOLE,
 ) -> Shape:
-    """The Shape of a folder or hub name that holds a config.json."""
+    """The Shape of a model's or an adapter's folder or hub name; the rest as `count` takes it."""
     from transformers import AutoConfig
 
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return count(model_config, scalar, frozen)
+    base = base_of(path) or path
+    model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    return count(model_config, scalar, frozen, lora, few)
 
 
-def count(model_config, scalar: bool, frozen: Freezing = NOTHING) -> Shape:
+def count(
+    model_config,
+    scalar: bool,
+    frozen: Freezing = NOTHING,
+    lora: Lora | None = None,
+    few: FewBits = WHOLE,
+) -> Shape:
+    """lora: of a model whose adapters are trained. few: in how many bits linear layers are."""
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     model_config = copy.deepcopy(model_config)
     if scalar:
@@ -83,18 +122,29 @@ def count(model_config, scalar: bool, frozen: Freezing = NOTHING) -> Shape:
     with torch.device("meta"):
         # A config whose code has been run already says that the model's may.
         model = auto.from_config(model_config, trust_remote_code=model_code.is_remote(model_config))
+    head = None if scalar else model.get_output_embeddings()
+    heads = (head, getattr(model, "score", None))
+    linear = [
+        m.weight.numel()
+        for m in model.modules()
+        if isinstance(m, (torch.nn.Linear, Conv1D)) and not any(m is head for head in heads)
+    ]
+    base = list(model.parameters())
+    with torch.device("meta"):
+        adapters.put_on(model, "", lora)
     freezing.apply(model, frozen)
     weights = list(model.parameters())
     trained = [w for w in weights if w.requires_grad]
-    in_layers = [_trained_in(m) for m in freezing.layers_of(model)] if frozen != NOTHING else [None]
+    in_layers = [None]
+    if len(trained) < len(weights):
+        in_layers = [_trained_in(layer) for layer in freezing.layers_of(model)]
     lowest = next((i for i, names in enumerate(in_layers) if names != set()), len(in_layers))
     looked_up = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
     }
-    head = None if scalar else model.get_output_embeddings()
     if head is not None:
         looked_up.pop(id(head.weight), None)  # a tied head multiplies after all
-    matrices = sum(w.numel() for w in weights if w.dim() > 1)
+    matrices = sum(w.numel() for w in base if w.dim() > 1)
     return Shape(
         model_config=model_config,
         scalar=scalar,
@@ -104,6 +154,10 @@ def count(model_config, scalar: bool, frozen: Freezing = NOTHING) -> Shape:
         trained_in_layer=[*in_layers, frozenset()][lowest],
         trains_head=head is not None and head.weight.requires_grad,
         largest=max(w.numel() for w in trained),
+        in_few_bits=sum(linear) if few.bits else 0,
+        few=few,
+        unpacked=max(linear, default=0) if few.bits else 0,
+        adapters=lora if lora and lora.lora_rank else None,
         multiplied=matrices - sum(looked_up.values()),
         small=sum(w.numel() for w in weights if w.numel() < PERSISTENT_BELOW),
         cache=numbers_a_token(model_config),
@@ -173,7 +227,8 @@ _runs: dict[tuple, Activations] = {}
 def _run(shape: Shape, layers: int, *batch) -> Activations:
     """Of a backbone with so many of the model's layers. batch: as `_forward_and_backward`."""
     text = shape.model_config.get_text_config()
-    key = (text.to_json_string(use_diff=False), shape.trained_in_layer, layers, *batch)
+    how = shape.trained_in_layer, shape.adapters
+    key = (text.to_json_string(use_diff=False), *how, layers, *batch)
     if key not in _runs:
         _runs[key] = _forward_and_backward(shape, layers, *batch)
     return _runs[key]
@@ -185,17 +240,18 @@ def _forward_and_backward(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModel
 
+    trusted, few = model_code.is_remote(shape.model_config), _of_layers(shape.model_config, layers)
+    with torch.device("meta"):  # peft moves what it makes, which fake tensors do not bear
+        model = AutoModel.from_config(few, dtype=dtype, trust_remote_code=trusted)
+        adapters.put_on(model, "", shape.adapters)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        trusted = model_code.is_remote(shape.model_config)
-        model = AutoModel.from_config(
-            _of_layers(shape.model_config, layers), dtype=dtype, trust_remote_code=trusted
-        )
+        model.to_empty(device="cpu")
         ids = torch.zeros(rows, length, dtype=torch.int64)
         mask = torch.ones_like(ids)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if "position_ids" in inspect.signature(type(model).forward).parameters:
             inputs["position_ids"] = mask.cumsum(-1) - 1
-        for p in model.parameters():
+        for p in (p for p in model.parameters() if p.requires_grad):
             p.register_post_accumulate_grad_hook(_drop_gradient)
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):
@@ -204,7 +260,7 @@ def _forward_and_backward(
         if shape.trained_in_layer is not None:
             for layer in freezing.layers_of(model):
                 for name, p in layer.named_parameters():
-                    p.requires_grad_(name in shape.trained_in_layer)
+                    p.requires_grad_(p.requires_grad and name in shape.trained_in_layer)
         known = [*model.parameters(), *model.buffers(), ids, mask]
         with LiveBytes(known) as inference, torch.no_grad():
             model.eval()(**inputs)

@@ -48,8 +48,10 @@ def forward_flops(shape: Shape, tokens: float, length: int, head_tokens: float) 
 
 
 def training_seconds(shape: Shape, tokens, length, head_tokens, checkpointing, speed) -> float:
-    """Forward and backward (twice the forward), and the forward once more with checkpointing."""
-    times = 4 if checkpointing else 3
+    """Forward and backward (twice the forward where all weights are trained), and the forward once
+    more with checkpointing."""
+    # The gradients of frozen weights, a third of the work, are left out.
+    times = 2 + shape.trained / shape.parameters + bool(checkpointing)
     return times * forward_flops(shape, tokens, length, head_tokens) / speed.flops
 
 
@@ -61,11 +63,14 @@ def decoding_seconds(
     size, batches = SIZE[dtype], -(-rows // at_once)
     prefill = forward_flops(shape, rows * prompt, prompt, rows) / speed.flops
     cache = size * shape.cache * at_once * (prompt + response / 2)
-    reading = (size * shape.multiplied + cache) / speed.bandwidth
+    multiplied = shape.weights(size) - size * (shape.parameters - shape.multiplied)
+    reading = (multiplied + cache) / speed.bandwidth
     computing = forward_flops(shape, at_once, 2 * prompt + response, at_once) / speed.flops
     return prefill + batches * response * max(reading, computing)
 
 
-def optimizer_seconds(shape: Shape, ranks: int, stage: int, speed: Speed) -> float:
-    """AdamW reads and writes weights and moments and reads gradients: 28 bytes a weight."""
-    return 28 * shape.parameters / (ranks if stage else 1) / speed.bandwidth
+def optimizer_seconds(shape: Shape, ranks: int, stage: int, moments: float, speed: Speed) -> float:
+    """Reading and writing of weights in fp32 and of moments, of so many bytes a weight, and reading
+    of gradients."""
+    each = 2 * (4 + moments) + 4
+    return each * shape.trained / (ranks if stage else 1) / speed.bandwidth

@@ -18,6 +18,7 @@ class Role:
     trained: bool = False
     held_out_only: bool = False  # goes forward at evaluations alone
     stage_setting: str = "zero_stage"  # which setting is its ZeRO stage; -1 there: as zero_stage
+    on_first: bool = False  # does it stand on the weights of the first model, as adapters and head?
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Workload:
     checkpoint_layers: int
     freeze: Sequence[str]  # this and the next of the first of `roles` alone
     freeze_bottom_layers: int
+    lora_rank: int
+    lora_alpha: float
+    lora_target_modules: Sequence[str]
+    lora_variant: str
+    load_in_4bit: bool
+    load_in_8bit: bool
+    optimizer: str
     zero_stage: int
     offload: str
     trust_remote_code: bool

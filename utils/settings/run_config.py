@@ -134,6 +134,11 @@ class RunConfig(Settings):
         "auto: where device and model can",
         choices=("auto", "on", "off"),
     )
+    optimizer: str = setting(
+        "adamw",
+        "adamw8bit: moments in 8 bits, of bitsandbytes: 6 bytes a weight in place of 12",
+        choices=("adamw", "adamw8bit"),
+    )
     # Adam moves every weight by about the learning rate.
     learning_rate: float = setting(1e-5, "peak learning rate", above=0, at_most=1)
     lr_schedule: str = setting("cosine", "after warmup", choices=("cosine", "linear", "constant"))
@@ -180,6 +185,12 @@ class RunConfig(Settings):
     merge_on_save: bool = free(
         False, "write whole models at the end, adapters merged", only_with="lora_rank"
     )
+    load_in_4bit: bool = setting(
+        False,
+        "linear layers of the frozen base, and of models that only judge, in 4 bits (NF4, QLoRA)",
+        only_with="lora_rank",
+    )
+    load_in_8bit: bool = setting(False, "the same in 8 bits (LLM.int8())", only_with="lora_rank")
 
     dtype: str = setting(
         "auto",
@@ -248,6 +259,16 @@ class RunConfig(Settings):
             yield f"offload=all needs ZeRO-3, not {self.zero_stage}; set --zero_stage 3"
         if self.offload == "optimizer" and self.zero_stage == 0:
             yield "offload=optimizer needs ZeRO; set --zero_stage 1, 2 or 3"
+        few = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if self.load_in_4bit and self.load_in_8bit:
+            yield "load_in_4bit and load_in_8bit are both set; give one of them"
+        if getattr(self, few):
+            stages = ("zero_stage", "critic_zero_stage", "reference_zero_stage")
+            for name in (n for n in stages if getattr(self, n, 0) == 3):
+                yield (
+                    f"{few}=true: ZeRO-3 would shard packed weights, which are no numbers; set "
+                    f"--{name} 2, or leave out --{few}"
+                )
         if self.dtype == "fp16" and os.environ.get("DS_ACCELERATOR") == "cpu":
             yield "dtype=fp16 has no CPU kernels worth using; set --dtype bf16 or fp32"
         weights, names = self.data_weights, getattr(self, self.weighted, [])

@@ -101,6 +101,45 @@ def test_a_run_that_does_not_fit_is_warned_and_told_what_to_change(folder):
     assert "WARNING" in lines[1] and "--micro_batch_size" in lines[1]
 
 
+def test_models_on_one_base_count_it_once_and_in_the_bits_it_has(folder):
+    """AdamW's state is of what is trained, and NF4 has 4 bits and their scales."""
+    from utils.models.adapters import Lora
+
+    whole, shared = (
+        ppo(folder, lora_rank=4, share_backbone=roles) for roles in ("", "actor,critic,reward")
+    )
+    plain = shapes.read(folder, False)
+    actor = shapes.read(folder, False, False, shapes.NOTHING, Lora(4))
+    critic = shapes.read(folder, True, False, shapes.NOTHING, Lora(4))
+    parts = planner.plan(whole, "fp32", 1, "cpu").parts
+    assert parts["actor"] == {"weights": 4 * actor.parameters, "optimizer": 8 * actor.trained}
+    assert actor.parameters == plain.parameters + actor.trained and actor.trained == 46_240
+    assert parts["reference"]["weights"] == 0 < 4 * actor.trained < parts["reward model"]["weights"]
+    parts = planner.plan(shared, "fp32", 1, "cpu").parts
+    assert parts["critic"] == {"weights": 4 * critic.trained, "optimizer": 8 * critic.trained}
+    assert parts["reward model"]["weights"] == parts["reference"]["weights"] == 0
+    four = planner.plan(dataclasses.replace(shared, load_in_4bit=True), "fp32", 1, "cpu").parts
+    layers = 5 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 344)  # of LLAMA
+    saved = parts["actor"]["weights"] - four["actor"]["weights"]
+    assert saved == pytest.approx(layers * (4 - 0.5 - 1 / 64), rel=1e-3)
+    eight = dataclasses.replace(ppo(folder), optimizer="adamw8bit")
+    moments = planner.plan(eight, "fp32", 1, "cpu").parts["actor"]["optimizer"]
+    assert moments == pytest.approx((2 + 8 / 256) * plain.parameters, rel=1e-6)
+
+
+def test_an_earlier_policy_and_replies_are_counted(folder):
+    ours, nlpo = (ppo(folder, **more) for more in ({}, {"algorithm": "nlpo"}))
+    before, after = (planner.plan(work, "fp32", 1, "cpu") for work in (ours, nlpo))
+    n = shapes.read(folder, False).parameters
+    cache = before.parts["rollout"]["KV cache"]
+    assert after.parts["earlier policy"] == {"weights": 4 * n, "copy": 4 * n, "KV cache": cache}
+    assert after.kept == before.kept + 8 * n + cache
+    talks = ppo(folder, environment="a:b", max_prompt_length=30, max_response_length=50)
+    alone = ppo(folder, max_prompt_length=30, max_response_length=50)
+    caches = [planner.plan(w, "fp32", 1, "cpu").parts["rollout"] for w in (talks, alone)]
+    assert [c["KV cache"] for c in caches] == [c * caches[1]["KV cache"] // 80 for c in (130, 80)]
+
+
 @pytest.mark.slow
 def test_the_measured_peak_is_within_15_percent(tmp_path, monkeypatch):
     from benchmarks import planner_check

@@ -8,7 +8,8 @@ import transformers
 
 from tests.helpers import families
 from tests.helpers.llama_shape import LLAMA
-from utils.models import freezing, loading
+from utils.models import adapters, freezing, loading
+from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
 from utils.planner import shapes
 
@@ -79,14 +80,22 @@ FROZEN = {
 }
 
 
+LORA = Lora(lora_rank=4)
+
+
 @pytest.mark.parametrize("checkpointed", [None, 0, 1, 3])
-@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("frozen", [*FROZEN, "all but adapters"])
 def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed):
     """Beside the whole model, with all its layers, on real tensors."""
     model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(shapes._drop_gradient)
-    freezing.apply(model, FROZEN[frozen])
+    how, lora = FROZEN.get(frozen, Freezing()), None if frozen in FROZEN else LORA
+    adapters.put_on(model, "", lora)
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            p.register_post_accumulate_grad_hook(shapes._drop_gradient)
+    freezing.apply(model, how)
     model.model.embed_tokens.requires_grad_(False)
     if checkpointed is not None:
         loading.checkpoint(model, checkpointed)
@@ -99,13 +108,14 @@ def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpoin
         hidden = model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
         held = live.now
         hidden.backward(torch.empty_like(hidden))
-    shape = shapes.count(LLAMA, False, FROZEN[frozen])
+    shape = shapes.count(LLAMA, False, how, lora)
     found = shapes.activations(
         shape, 3, 64, torch.float32, checkpointed is not None, checkpointed or 0
     )
     hidden_state = 3 * 64 * LLAMA.hidden_size * 4
     assert found.held == pytest.approx(held, abs=1.2 * hidden_state)
     assert found.peak == pytest.approx(live.peak, abs=1.2 * hidden_state)
-    assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) + (
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.trained == own + (
         LLAMA.vocab_size * LLAMA.hidden_size * (frozen in ("nothing", "products"))
     )

@@ -1,0 +1,157 @@
+"""Bases in 4 and 8 bits: NF4 by the paper's table, what stays whole, and runs with adapters on it.
+
+Where bitsandbytes is not installed (requirements-quantised.txt) only the refusals are tested.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from step1_sft.config import SFTConfig
+from step3_ppo.config import PPOConfig
+from tests.helpers.jobs import ppo, reward, sft
+from tests.helpers.running import ROOT, assert_same_path, built_once, metrics_of, run_ranks
+from tests.helpers.same_end import assert_same_end
+from tests.utils.settings.test_command_line import NEEDED, problems_of
+from utils.models import freezing, from_scratch, language_model, quantised
+from utils.models.adapters import Lora
+from utils.models.loading import Loading
+
+INSTALLED = quantised.importlib.util.find_spec("bitsandbytes") is not None
+installed = pytest.mark.skipif(not INSTALLED, reason="requirements-quantised.txt not installed")
+# The values of NF4, Dettmers et al. 2023, appendix E.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
+NF4 += [0.7229568362236023, 1.0]
+LORA = ["--lora_rank", 4, "--learning_rate", 1e-2]
+
+
+@pytest.fixture(scope="module")
+def wide(chain, tiny, tmp_path_factory):
+    """The tiny task with a model whose rows fill blocks of 64."""
+
+    def build(folder):
+        shutil.copytree(tiny / "data", folder / "data")
+        texts = from_scratch.texts_of([str(folder / "data/sft.jsonl")])
+        sizes = dict(hidden_size=64, layers=2, heads=4, intermediate_size=128, max_positions=256)
+        from_scratch.build(folder / "base_model", texts, vocab_size=512, seed=0, **sizes)
+
+    return built_once(tmp_path_factory, "wide", build)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    quantised.check(False, False)
+    for four in (True, False):
+        with pytest.raises(SystemExit, match="needs the package bitsandbytes, .* pip install -r"):
+            quantised.check(four, not four)
+
+
+@pytest.mark.parametrize(
+    "config_class, flags, problem",
+    [
+        (SFTConfig, "--load_in_4bit", "read only with --lora_rank"),
+        (SFTConfig, "--load_in_4bit --load_in_8bit --lora_rank 4", "give one of them"),
+        (SFTConfig, "--load_in_4bit --lora_rank 4 --zero_stage 3", "set --zero_stage 2"),
+        (PPOConfig, "--load_in_8bit --lora_rank 4 --algorithm nlpo", "leave these out"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_loading(config_class, flags, problem):
+    (found,) = problems_of(config_class, [*NEEDED[config_class], *flags.split()])
+    assert problem in found
+
+
+def decoded(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 weight of a layer in NF4 and the scale of each of its numbers, by the paper: two codes a
+    byte, a scale for each 64, itself in 8 bits with a scale for each 256."""
+    state, codes = layer.weight.quant_state, layer.weight.data.flatten().long()
+    values = torch.tensor(NF4, dtype=torch.float64)[torch.stack([codes // 16, codes % 16], 1)]
+    scales = state.state2.code.double()[state.absmax.long()]
+    scales = scales * state.state2.absmax.double().repeat_interleave(256)[: len(scales)]
+    scales = (scales + state.offset.double()).repeat_interleave(64)
+    return (values.flatten() * scales).view(state.shape), scales.view(state.shape)
+
+
+@installed
+def test_layers_in_4_bits_multiply_by_the_nearest_values_of_nf4(wide):
+    path, how = str(wide / "base_model"), Loading(load_in_4bit=True)
+    plain = language_model.load(Loading(), path, dtype="fp32")
+    model = language_model.load(how, path, dtype="fp32", lora=Lora(lora_rank=4))
+    weights, few = dict(plain.named_parameters()), 0
+    for name, layer in model.named_modules():
+        if not name.endswith(".base_layer"):
+            continue
+        original = weights[name.removesuffix(".base_layer") + ".weight"].double()
+        found, scales = decoded(layer)
+        values = torch.tensor(NF4, dtype=torch.float64)
+        nearest = values[(original[..., None] / scales[..., None] - values).abs().argmin(-1)]
+        # Codes are chosen by the scale before that is rounded to 8 bits itself.
+        assert (nearest * scales == found).double().mean() > 0.97, name
+        x = torch.randn(5, found.shape[1])
+        for mode in (True, False, True):
+            y = layer.train(mode)(x.requires_grad_(mode)).double()
+            torch.testing.assert_close(y, x.double() @ found.T, rtol=1e-5, atol=1e-6)
+        few += 1
+    assert few == 2 * 7
+    whole = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= whole
+    total = sum(p.numel() for p in plain.parameters())
+    trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert freezing.counts(model) == f"{trained:,} weights are trained, {total:,} are frozen"
+    assert "quantization" not in model.config.to_json_string()
+
+
+@installed
+def test_rows_that_fill_no_block_are_refused_on_a_cpu(tiny):
+    with pytest.raises(SystemExit, match="reads 32 numbers, no multiple of 64"):
+        language_model.load(Loading(load_in_4bit=True), str(tiny / "base_model"), dtype="fp32")
+
+
+@installed
+@pytest.mark.slow
+def test_qlora_learns_and_resumes_to_the_last_bit_under_zero_0_to_2(wide, tmp_path):
+    def job(name, *flags):
+        return sft(wide, tmp_path / name, "--max_steps", 12, *LORA, *flags)
+
+    four = ["--load_in_4bit", "--save_every", 6]
+    ways = {"zero0": ["--zero_stage", 0], "zero2": ["--zero_stage", 2]}
+    ways |= {"zero1": ["--zero_stage", 1, "--packing", "on", "--gradient_checkpointing"]}
+    jobs = [job(name, *four, *flags) for name, flags in ways.items()]
+    jobs.append(job("whole"))
+    program, argv = job("crashed", *four, *ways["zero2"])
+    jobs.append(("tests/helpers/stop_at.py", [ROOT / program, 7, "crash", *argv]))
+    jobs.append(job("crashed", *four, *ways["zero2"], "--resume", "auto"))
+    jobs.append(job("eight", "--load_in_8bit"))
+    jobs.append(job("bf16", *four, *ways["zero1"], "--dtype", "bf16"))
+    run_ranks(jobs, 2)
+    run_ranks([job("one", *four)], 1)
+    assert_same_path({n: tmp_path / n for n in (*ways, "one")}, ["loss", "grad_norm"])
+    assert_same_end(tmp_path / "crashed", tmp_path / "zero2")
+    gained = {}
+    for name in ("whole", "zero0", "eight", "bf16"):
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        gained[name] = result["eval_loss_before"] - result["eval_loss_after"]
+        saved = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert all(".lora_" in key for key in saved)
+    assert min(gained.values()) > 0.1 and min(gained.values()) > 0.7 * gained["whole"], gained
+    starts = [metrics_of(tmp_path / name, "loss")[0] for name in ("zero0", "eight", "whole")]
+    assert len(set(starts)) == 3 and max(starts) - min(starts) < 0.1, starts
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_steps_2_and_3_start_from_what_qlora_saved(wide, tmp_path, bits):
+    few = [*LORA, f"--load_in_{bits}bit"]
+    jobs = [
+        sft(wide, tmp_path / "sft", "--max_steps", 4, *few),
+        reward(wide, tmp_path / "sft", tmp_path / "reward", "--max_steps", 2, *few),
+        ppo(wide, tmp_path / "sft", tmp_path / "reward", tmp_path / "ppo", "--max_steps", 2, *few),
+    ]
+    said = run_ranks(jobs, 1)
+    assert "base unchanged" in said and (tmp_path / "ppo/actor/adapter_model.safetensors").exists()
+    assert abs(metrics_of(tmp_path / "ppo", "kl")[0]) < 1e-4  # the reference is in as few bits
