@@ -84,7 +84,9 @@ def collect(
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
     if config.rollout_engine == "vllm" and config.engine_gap_limit and not greedy:
-        check_gap(rollout, config.engine_gap_limit)
+        # What was sampled ahead is as far from the policy of now as an update has moved it.
+        if (rollout.policy_step == steps_of(models.actor)).all():
+            check_gap(rollout, config.engine_gap_limit)
     means = {}
     if models.reward_function is not None:
         means = add_function_scores(rollout, models, prompts, config)
