@@ -21,6 +21,10 @@ from utils.generation.checksum import checksum
 from utils.generation.decoder import Decoder
 
 
+class Listening(ThreadingHTTPServer):
+    request_queue_size = 512  # all rows of a rollout knock at once; by default five may wait
+
+
 class StandIn:
     def __init__(self, model, name="policy", token="secret", faults=()):
         self.model, self.name, self.token, self.faults = model, name, token, set(faults)
@@ -61,7 +65,7 @@ class StandIn:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Listening(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # whoever asked has hung up
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
