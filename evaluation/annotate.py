@@ -48,7 +48,7 @@ class AnnotateConfig(WebSettings):
         yield from self.of_web(True)
         if self.answers and not Path(self.answers).is_file():
             yield f"answers: {self.answers} is no file; set --answers"
-        if self.answers and Path(self.answers) == Path(self.output_file):
+        if self.answers and Path(self.answers).resolve() == Path(self.output_file).resolve():
             yield "output_file is the file of the answers; set --output_file to another"
 
 
@@ -79,8 +79,13 @@ class Annotations:
 
     def __post_init__(self):
         header = {"answers": self.fingerprint, "seed": self.seed}
-        lines = self.clicks.read_text("utf-8").split("\n") if self.clicks.exists() else []
-        whole = lines[:-1]  # a kill may have left half of the last one
+        if self.file.exists() and not self.clicks.exists():
+            raise UserError(
+                f"{self.file} is there without {self.clicks}, so this page did not write it and "
+                "would replace it: give another --output_file"
+            )
+        lines = self.clicks.read_bytes().split(b"\n") if self.clicks.exists() else []
+        whole = [line.decode() for line in lines[:-1]]  # a kill may have left half of the last one
         if whole and json.loads(whole[0]) != header:
             raise UserError(
                 f"{self.clicks} is of other answers, or another --seed: give these, or another "
@@ -90,8 +95,10 @@ class Annotations:
             key = click.pop("person"), click.pop("row")
             self.judged[key] = Judgement(**click)
         kept = whole or [json.dumps(header)]
-        with whole_files.naming(self.clicks, "--output_file"):
-            whole_files.write_text(self.clicks, "".join(f"{line}\n" for line in kept))
+        with whole_files.writing(self.clicks, "--output_file") as file:
+            file.writelines(f"{line}\n" for line in kept)
+        if self.judged:
+            self.write()  # the kill may have come between a click and the rankings
 
     @property
     def clicks(self) -> Path:
@@ -126,10 +133,10 @@ class Annotations:
     def _keep(self, person: str, row: int, judgement: Judgement) -> None:
         """It is on the disk, and in the rankings, when this returns."""
         changes = judgement.is_done() or self.of(person, row).is_done()
-        self.judged[person, row] = judgement
         line = json.dumps({"person": person, "row": row, **vars(judgement)}, ensure_ascii=False)
-        whole_files.append_lines(self.clicks, line + "\n")
+        whole_files.append_lines(self.clicks, line + "\n", "--output_file")
         whole_files.sync(self.clicks)
+        self.judged[person, row] = judgement
         if changes:
             self.write()
 
@@ -154,11 +161,13 @@ class Annotations:
         return max(after, 0)
 
     def done(self, person: str) -> int:
-        return sum(p == person and j.is_done() for (p, _), j in self.judged.items())
+        with self.lock:
+            return sum(p == person and j.is_done() for (p, _), j in self.judged.items())
 
     def agreement(self) -> tuple[float, int]:
         """(Krippendorff's alpha of the ranks, the number of prompts ranked by two or more)."""
-        people = sorted({person for person, _ in self.judged})
+        with self.lock:
+            people = sorted({person for person, _ in self.judged})
         twice = [
             row
             for row in range(len(self.rows))
@@ -193,9 +202,11 @@ def load(path: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair has no place
             texts, turns = row["responses"], row["prompt"]
             turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-            sound = len(texts) > 1 and all(isinstance(x, str) for x in texts)
+            sound = isinstance(texts, list) and len(texts) > 1
+            sound &= all(isinstance(x, str) for x in texts)
             sound &= all(isinstance(t["content"], str) and t["role"] for t in turns)
         except (ValueError, TypeError, KeyError) as error:
             problems.append(f"{path}:{number}: {type(error).__name__}: {error}")

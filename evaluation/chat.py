@@ -138,8 +138,9 @@ class Talk:
 
     def answer(self, text: str) -> Iterator[tuple[int, str]]:
         """(speaker, its answer so far) after each part. Where a speaker has no room, what was said
-        is not part of its conversation, and TooLong tells so once all have answered."""
-        problems = []
+        is not part of its conversation, and TooLong tells so once all have answered. A reset while
+        the parts come, as a page allows, ends them."""
+        problems, heard = [], self.messages
         for k, speaker in enumerate(self.speakers):
             asked = [*self.messages[k], {"role": "user", "content": text}]
             answered = ""
@@ -147,6 +148,8 @@ class Talk:
                 for part in speaker.stream(asked, self.config, self.temperature):
                     answered += part
                     yield k, answered
+                    if self.messages is not heard:
+                        return
             except TooLong as problem:
                 problems.append(f"{speaker.name}: {problem}")
                 continue
@@ -168,7 +171,7 @@ class Talk:
             if messages and messages[-1]["role"] == "assistant"
         ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        whole_files.append_lines(path, lines)
+        whole_files.append_lines(path, lines, "/save FILE")
         return f"{len(kept)} conversation{'s'[: len(kept) != 1]} added to {path}"
 
 

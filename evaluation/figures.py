@@ -93,7 +93,9 @@ def draw(figure: Figure, steps: list[tuple[str, Step]]) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": figure.title, "font.size": 9}
+    # A name of a run may hold "$", which is no formula.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": figure.title, "text.parse_math": False}
+    settings |= {"font.size": 9}
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings |= dict.fromkeys(names, INK) | {"grid.color": INK}
     colours, text = list(COLOURS)[:6], io.StringIO()

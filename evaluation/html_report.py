@@ -94,7 +94,7 @@ def curves(runs: list[RunFolder]) -> list[dict]:
     for kind in run_folder.ORDER:
         own = [(run, step) for run in runs for step in run.steps if step.kind == kind]
         among = [step for _, step in own]
-        named = [(label(run, step, runs, among), step) for run, step in own]
+        named = [(shown(label(run, step, runs, among)), step) for run, step in own]
         made = figures.all_of(kind, named) if named else []
         if made:
             titles = dict.fromkeys(step.title.partition(",")[0] for step in among)
@@ -256,9 +256,12 @@ def render(folders: list[Path], refresh: float = 0.0) -> str:
 
 
 def write(folders: list[Path], file: Path, refresh: float = 0.0) -> bool:
-    """The page, into a file; → are the runs over, so that it will not change any more?"""
-    whole_files.write_text(file, render(folders, refresh))
-    return all(is_over(run_folder.read(folder)) for folder in folders)
+    """The page, into a file; → were the runs over before, so that it will not change any more?"""
+    over = all(is_over(run_folder.read(folder)) for folder in folders)
+    text = render(folders, refresh)
+    with whole_files.writing(file, "--output_file") as opened:
+        opened.write(text)
+    return over
 
 
 def main() -> None:

@@ -83,7 +83,9 @@ def collect(
     episodes = generate(models, own, None if greedy else noise, config)
     generated = time.time()
     rollout = gather(score(models, own, episodes, config, device, judge, group), order)
-    if config.rollout_engine == "vllm" and config.engine_gap_limit and not greedy:
+    # What was sampled ahead is as far from the policy of now as an update has moved it.
+    fresh = bool((rollout.policy_step == steps_of(models.actor)).all())
+    if config.rollout_engine == "vllm" and config.engine_gap_limit and fresh and not greedy:
         check_gap(rollout, config.engine_gap_limit)
     means = {}
     if models.reward_function is not None:

@@ -55,6 +55,19 @@ def config_of(path: str, trust_remote_code: bool, **settings):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
 
 
+def config_to_read(path: str, trust_remote_code: bool, **settings):
+    """The config with which the weights on disk are read: an adapter folder's own, with the
+    vocabulary of its base, which has fewer rows where embeddings have grown."""
+    config, base = config_of(path, trust_remote_code, **settings), base_of(path)
+    if base:
+        whole = config_of(base, trust_remote_code)
+        for own, its in ((config, whole), (config.get_text_config(), whole.get_text_config())):
+            for name, value in vars(its).items():
+                if "vocab_size" in name or name == "pad_token_id":
+                    setattr(own, name, value)
+    return config
+
+
 def positions_of(model_config) -> int | None:
     """How many tokens a row may have; None where the model has no such limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)

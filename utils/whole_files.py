@@ -124,9 +124,9 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
-def append_lines(path: str | Path, text: str) -> None:
+def append_lines(path: str | Path, text: str, flag: str = "--output_dir") -> None:
     """Add whole lines at the end of a file, all of them or none."""
-    with naming(path):
+    with naming(path, flag):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             append(file, text)

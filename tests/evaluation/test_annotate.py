@@ -1,6 +1,9 @@
 """What people say of answers is kept through a kill and read by step 2."""
 
+import errno
 import json
+import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluation import annotate, estimates
-from evaluation.annotate import Annotations
+from evaluation.annotate import Annotations, Judgement
 from tests.helpers import run_folders
 from tests.helpers.evaluated_models import problems_of
 from utils import whole_files
@@ -91,6 +94,59 @@ def test_everything_is_there_after_a_kill(kept):
     assert len(kept.file.read_text().splitlines()) == 2
 
 
+def test_a_kill_between_a_click_and_the_rankings(kept, monkeypatch):
+    ranked(kept, "ana", 0, 1, 2, 3, 4)
+    monkeypatch.setattr(kept, "write", lambda: None)
+    kept.skip("ana", 0)
+    ranked(kept, "ana", 1, 1, 2, 3, 4)
+    with open(kept.clicks, "ab") as file:
+        file.write('{"person": "王'.encode()[:-1])  # killed within a character
+    again(kept)
+    assert [c.scores for c in read_by_step_2(kept.file)] == [(-1.0, -2.0, -3.0, -4.0)]
+    assert json.loads(kept.file.read_text())["prompt"] == kept.rows[1]["prompt"]
+
+
+def test_a_file_of_another_program_is_not_replaced(kept, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("mine\n")
+    with pytest.raises(UserError, match="would replace it: give another --output_file"):
+        again(kept, file=other)
+    assert other.read_text() == "mine\n" and not (tmp_path / "other.clicks.jsonl").exists()
+
+
+def test_what_is_not_saved_does_not_count(kept, monkeypatch):
+    for answer in range(4):
+        with pytest.raises(UnicodeEncodeError):
+            kept.click("\ud800", 0, "ranks", answer, 1)
+    ranked(kept, "ana", 0, 1, 2, 3, 4)
+    assert len(kept.file.read_text().splitlines()) == 1, "no name keeps others from being saved"
+
+    def full(file, text):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(whole_files, "append", full)
+    with pytest.raises(whole_files.CannotWrite, match=r"clicks.jsonl: .*\(--output_file\)"):
+        kept.click("ana", 0, "ranks", 0, 4)
+    assert kept.of("ana", 0).ranks == [1, 2, 3, 4]
+
+
+def test_one_counts_while_others_click(kept, monkeypatch):
+    """A dict that changes while it is read is an error of Python's."""
+    monkeypatch.setattr(whole_files, "append_lines", lambda *given: None)
+    monkeypatch.setattr(whole_files, "sync", lambda path: None)
+    kept.judged |= {(f"p{n}", 0): Judgement([0] * 4, [0] * 4) for n in range(500)}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            clicks = [pool.submit(kept.skip, f"q{n}", 0) for n in range(500)]
+            while not all(click.done() for click in clicks):
+                assert kept.done("ana") == 0
+        assert all(click.exception() is None for click in clicks)
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_clicks_at_the_same_time_are_all_kept(kept, monkeypatch):
     monkeypatch.setattr(whole_files, "sync", lambda path: time.sleep(0.05))
     with ThreadPoolExecutor(4) as pool:
@@ -160,10 +216,11 @@ def test_answers_that_cannot_be_ranked_are_all_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     lines = ['{"prompt": "a", "responses": ["x", "y"]}', "", "{", '{"prompt": "a"}']
     lines += ['{"prompt": "a", "responses": ["x"]}', '{"prompt": [3], "responses": ["x", "y"]}']
+    lines += ['{"prompt": "a", "responses": "xy"}', '{"prompt": "a", "responses": ["\\ud800", ""]}']
     path.write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
         annotate.load(str(path))
-    assert [str(p).split(":")[1] for p in caught.value.problems] == ["3", "4", "5", "6"]
+    assert [str(p).split(":")[1] for p in caught.value.problems] == list("345678")
     path.write_text(lines[0])
     assert annotate.load(str(path))[0]["responses"] == ["x", "y"]
     path.write_text("\n")
@@ -175,4 +232,7 @@ def test_annotate_lists_its_problems():
     message = problems_of("--answers", "/no/file", "--port", "-1", of=annotate.AnnotateConfig)
     assert "/no/file is no file" in message and "port=-1" in message
     same = problems_of("--answers", __file__, "--output_file", __file__, of=annotate.AnnotateConfig)
+    assert "is the file of the answers" in same
+    here = os.path.relpath(__file__)
+    same = problems_of("--answers", __file__, "--output_file", here, of=annotate.AnnotateConfig)
     assert "is the file of the answers" in same

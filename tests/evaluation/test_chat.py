@@ -99,6 +99,16 @@ def test_two_checkpoints_hear_the_same_and_go_on_from_their_own_answers(monkeypa
     assert out.index("a: reply") < out.index("b: reply")
 
 
+def test_a_reset_while_an_answer_comes_is_not_undone_by_it():
+    speakers = [Canned("x"), Canned("y")]
+    talk = chat.Talk(chat.ChatConfig(checkpoint=["x", "y"]), speakers)
+    parts = talk.answer("one")
+    assert next(parts) == (0, "re")
+    talk.reset("Be brief.")
+    assert list(parts) == []
+    assert talk.messages == 2 * [[{"role": "system", "content": "Be brief."}]]
+
+
 def test_the_temperature_can_be_changed_and_stays_where_it_is_no_number(monkeypatch, capsys):
     lines = ["one", "/temp 0", "two", "/temp hot", "/temp -1", "/temp nan", "three"]
     (speaker,) = talked(monkeypatch, lines, "x")
@@ -118,7 +128,7 @@ def test_saved_conversations_are_demonstrations(monkeypatch, capsys, tmp_path):
     bad = rows.BadRows()
     assert len(demonstrations.load_conversations([str(file)], bad=bad)) == 2 and len(bad) == 0
     talk = chat.Talk(chat.ChatConfig(checkpoint=["a"]), [Canned("a")])
-    assert "cannot write" in chat.said(talk, f"/save {file}/of_a_file")
+    assert "elsewhere (/save FILE)" in chat.said(talk, f"/save {file}/of_a_file")
 
 
 def test_an_error_of_the_model_ends_the_answer_and_not_in_silence(policy):

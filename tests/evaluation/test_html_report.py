@@ -119,7 +119,7 @@ def test_tokens_carry_their_numbers_and_shares_of_the_largest(page):
 
 
 def test_runs_side_by_side_show_where_their_settings_differ(run, tmp_path):
-    other = run_folders.ppo(tmp_path / "other", eos_share=(0.9, 0.05), finished=False)
+    other = run_folders.ppo(tmp_path / "$_$\u202eother", eos_share=(0.9, 0.05), finished=False)
     config = run_folder.read(other).steps[0].config
     config.kl_coef = 0.7
     command_line.save(config, other, 1)
@@ -130,6 +130,7 @@ def test_runs_side_by_side_show_where_their_settings_differ(run, tmp_path):
     assert "kl_coef 0.05 0.7" in flat and "wrong never stops" in flat
     assert "mine & yours, before" in flat and "other, after" in flat
     assert "mine &amp; yours: score" in text, "both are in one figure"
+    assert r"$_$\u202eother: score" in text and "\u202e" not in text
 
 
 def test_a_page_is_written_once_or_until_the_run_is_over(run, tmp_path, monkeypatch, capsys):
@@ -150,6 +151,19 @@ def test_a_page_is_written_once_or_until_the_run_is_over(run, tmp_path, monkeypa
     html_report.main()
     assert seen[:2] == [30.0, 30.0] and len(seen) == 3
     assert "not over yet" not in target.read_text() and str(target) in capsys.readouterr().out
+
+
+def test_a_page_made_while_the_run_ends_is_made_again(tmp_path, monkeypatch):
+    step = tmp_path / "step3_ppo"
+    run_folders.ppo(step, finished=False)
+
+    def rendered(folders, refresh):
+        (step / "result.json").write_text('{"seconds": 1}')
+        return "not over yet"
+
+    monkeypatch.setattr(html_report, "render", rendered)
+    assert not html_report.write([tmp_path], tmp_path / "report.html")
+    assert html_report.write([tmp_path], tmp_path / "report.html")
 
 
 def test_what_cannot_be_shown_is_said():

@@ -21,11 +21,16 @@ from utils.generation.checksum import checksum
 from utils.generation.decoder import Decoder
 
 
+class Listening(ThreadingHTTPServer):
+    request_queue_size = 512  # all rows of a rollout knock at once; by default five may wait
+
+
 class StandIn:
     def __init__(self, model, name="policy", token="secret", faults=()):
         self.model, self.name, self.token, self.faults = model, name, token, set(faults)
         self.version, self.arrived, self.asked, self.tokens = "default", {}, [], 0
         self.released, self.lock = threading.Event(), threading.Lock()
+        self.longest = 1000  # tokens of a sequence, its prompt included
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,7 +65,7 @@ class StandIn:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Listening(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # whoever asked has hung up
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -133,7 +138,8 @@ class StandIn:
             self.released.wait()
             return None
         ids = torch.tensor([asked["token_ids"]])
-        limit, noise = params["max_tokens"], None
+        # vLLM ends an answer where the sequence is as long as it may be.
+        limit, noise = min(params["max_tokens"], self.longest - len(asked["token_ids"])), None
         if "seed" in params:
             generator = torch.Generator().manual_seed(params["seed"])
             noise = torch.rand(1, limit, generator=generator)

@@ -72,14 +72,19 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
         return
     if saved:
         state = _state_of(path)
+        if hasattr(model, "score"):  # which does without the head of a language model
+            kept = tuple(f"{PREFIX}{name}." for name in (model.base_model_prefix, "score"))
+            state = {name: t for name, t in state.items() if name.startswith(kept)}
         config = _saved_settings(path, lora if rank else None)
-        rows = {name: len(t) for name, t in state.items() if name.endswith("embed_tokens.weight")}
-        have = model.get_input_embeddings().num_embeddings
-        if rows and set(rows.values()) != {have}:
-            model.resize_token_embeddings(max(rows.values()), mean_resizing=False)
+        embeddings = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embeddings)
+        rows = state.get(f"{PREFIX}{name}.weight")
+        if rows is not None and len(rows) != embeddings.num_embeddings:
+            model.resize_token_embeddings(len(rows), mean_resizing=False)
     else:
         state, config = {}, _new_settings(model, path, lora)
     whole = {*(config.modules_to_save or ()), *_trained_whole(model, grown)}
+    whole &= {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config.modules_to_save = None  # for peft these would be layers of its own
     config.task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     device = next(model.parameters()).device

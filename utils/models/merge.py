@@ -14,7 +14,7 @@ from utils.data import chat_template
 from utils.distributed import zero
 from utils.distributed.program import quiet_libraries, run
 from utils.models import adapters, loading, model_code
-from utils.pretrained import base_of, config_of
+from utils.pretrained import base_of, config_to_read
 
 
 def write(path: str | Path, folder: str | Path, trust_remote_code: bool, dtype: str = "auto"):
@@ -28,7 +28,7 @@ def write(path: str | Path, folder: str | Path, trust_remote_code: bool, dtype: 
     tokenizer = chat_template.load_tokenizer(path, trust_remote_code)
     scored, given = adapters.is_scored(path), {}
     if scored:
-        given["config"] = config_of(path, trust_remote_code, num_labels=1)
+        given["config"] = config_to_read(path, trust_remote_code, num_labels=1)
     model = loading.load_whole(
         model_code.scalar_class(given["config"]) if scored else AutoModelForCausalLM,
         base,

@@ -14,7 +14,7 @@ from torch import nn
 from utils.kernels import packing
 from utils.models import language_model, loading, model_code
 from utils.models.loading import Loading
-from utils.pretrained import config_of
+from utils.pretrained import config_to_read
 
 
 class Fp32Head(nn.Linear):
@@ -69,7 +69,7 @@ def load(
     is only asked, so it needs no embedding for the tokenizer's pad (see scorer.sequence_scores).
     tokenizer, lora, shared: see loading.load.
     """
-    model_config = config_of(path, how.trust_remote_code, num_labels=1)
+    model_config = config_to_read(path, how.trust_remote_code, num_labels=1)
     classifier = loading.load(
         model_code.scalar_class(model_config),
         path,

@@ -10,7 +10,6 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 
 from evaluation import checkpoints
-from tests.helpers.families import FAMILIES
 from utils.checkpoints.model_folder import ModelFolder, save
 from utils.data import chat_template
 from utils.models import adapters, language_model, merge, scalar_model
@@ -51,6 +50,19 @@ def adapted(request, tiny, tmp_path_factory):
     base, folder = tiny / "base_model", tmp_path_factory.mktemp(request.param)
     model = moved(load(base, lora=Lora(4, 8.0, lora_variant=request.param)))
     return request.param, saved(model, folder, base), logits_of(model)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A folder of a GPT-2, whose layers hold their weights as (in, out)."""
+    from tests.helpers import families
+    from utils.models import from_scratch
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    texts = [f"number {i} of {i * i}" for i in range(400)]
+    families.write(folder, "GPT2", from_scratch.train_tokenizer(texts, 350))
+    (path,) = {file.parent for file in folder.rglob("config.json") if "reward" not in str(file)}
+    return path
 
 
 def test_fresh_adapters_change_nothing_and_all_linear_layers_have_one(tiny, capsys):
@@ -108,16 +120,9 @@ def test_merged_is_unmerged_to_fp32_rounding(adapted, tmp_path):
     assert lost > 1e3 * (logits_of(load(tmp_path / "whole")) - logits).abs().max()
 
 
-def test_layers_that_hold_their_weights_the_other_way_merge_too(tmp_path):
-    from tests.helpers import families
-    from utils.models import from_scratch
-
-    assert "GPT2" in FAMILIES
-    texts = [f"number {i} of {i * i}" for i in range(400)]
-    families.write(tmp_path, "GPT2", from_scratch.train_tokenizer(texts, 350))
-    (path,) = {file.parent for file in tmp_path.rglob("config.json") if "reward" not in str(file)}
+def test_layers_that_hold_their_weights_the_other_way_merge_too(gpt2):
     for variant in VARIANTS:
-        model = moved(load(path, lora=Lora(2, lora_variant=variant)))
+        model = moved(load(gpt2, lora=Lora(2, lora_variant=variant)))
         assert all(layer.fan_in_fan_out for layer in adapters.layers_of(model).values())
         logits = logits_of(model)
         adapters.merge(model)
@@ -164,6 +169,36 @@ def test_a_reward_model_keeps_its_head_bias_and_base(tiny, adapted, tmp_path):
         torch.testing.assert_close(whole(IDS, mask), scores, rtol=1e-5, atol=1e-5)
     with pytest.raises(SystemExit, match="is a reward model or critic and writes no text"):
         load(out)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("new", ["pad", "turn"])
+def test_a_reward_model_stands_on_grown_embeddings(tiny, gpt2, tmp_path, family, new):
+    base = tiny / "base_model" if family == "llama" else gpt2
+    tokenizer = chat_template.load_tokenizer(str(base))
+    rows = load(base).get_input_embeddings().num_embeddings
+    others = [f"<|{i}|>" for i in range(rows - len(tokenizer) + (new == "turn"))]
+    tokenizer.add_special_tokens({"additional_special_tokens": others})
+    if new == "pad":
+        tokenizer.add_special_tokens({"pad_token": "<|no token so far|>"})
+    assert len(tokenizer) == rows + 1
+    given = dict(dtype="fp32", tokenizer=tokenizer)
+    model = moved(language_model.load(Loading(), str(base), lora=Lora(4), **given))
+    save(tmp_path, {"sft": ModelFolder(model, tokenizer, "x: 1")})
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    ids = IDS if new == "pad" else IDS.index_fill(1, torch.tensor([4]), rows)
+    for start in (base, tmp_path / "sft") if new == "pad" else (tmp_path / "sft",):
+        reward = scalar_model.load(Loading(), str(start), head="normal", lora=Lora(4), **given)
+        moved(reward.classifier)
+        out = saved(reward.classifier, tmp_path / "reward", tmp_path / "sft")
+        with torch.no_grad():
+            scores = reward.eval()(ids, mask)
+            for how in ({}, dict(head="zero", lora=Lora(4))):  # to judge, or as critic
+                again = scalar_model.load(Loading(), str(out), **given, **how).eval()
+                assert torch.equal(again(ids, mask), scores)
+            merge.write(out, tmp_path / "whole", trust_remote_code=False)
+            whole = scalar_model.load(Loading(), str(tmp_path / "whole"), **given).eval()
+            torch.testing.assert_close(whole(ids, mask), scores, rtol=1e-5, atol=1e-4)
 
 
 def test_embeddings_that_have_grown_are_trained_and_saved(tiny, tmp_path):
