@@ -161,6 +161,7 @@ class Pipeline(Settings):
                 "learn from collected answers; leave out --scored_by, or choose --method grpo"
             )
         given = {"preference_data": [], "rounds": 1, "labeller": "auto"}
+        given |= {"replay_share": 1.0, "round_prompts": "same"}
         for name in (n for n, default in given.items() if getattr(self, n) != default):
             yield (
                 f"scored_by=reward_function collects and reads no comparisons, for which "

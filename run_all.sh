@@ -16,7 +16,7 @@
 #                                the others, which are then compared (docs/online.md)
 #   --scored_by reward_function  by --ppo.reward_function alone: without comparisons and step 2
 #   --rounds N                   repeat collect → train N times (tiny: 2); new answers are ranked by
-#   --labeller WHAT              verifier (embedded task), reward_model or reward_function
+#   --labeller WHAT              verifier (embedded task), reward_model, reward_function or judge
 #   --replay_share S             learn from this share of older rounds' answers again (default: 1)
 #   --round_prompts disjoint     other prompts in each round
 #   --report_every MINUTES       write OUTPUT/report.html while it runs too, not only at its end

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from step3_ppo.algorithm import ALGORITHMS
 from utils.errors import UserError
 from utils.generation import vllm_server
+from utils.settings.fields import default_of
 
 
 def of_rewards(config) -> Iterator[str]:
@@ -70,12 +71,15 @@ def of_rollouts(config) -> Iterator[str]:
             "offload_frozen moves whole models and these are sharded by ZeRO-3; set "
             "--reference_zero_stage 0, or --offload all for shards in CPU memory"
         )
-    if config.lora_rank and config.rollout_engine == "vllm":
-        yield (
-            "rollout_engine=vllm is sent whole weights by the model's names for them, and adapters "
-            "stand beside these; set --rollout_engine native"
-        )
-    for name, used in (("reference", config.lora_rank), ("critic", config.share_backbone)):
+    for name in ("vllm_python", "rollout_devices", "rollout_memory"):
+        value = getattr(config, name)
+        if config.rollout_url and value != default_of(config.__dataclass_fields__[name]):
+            yield (
+                f"{name}={value} is of a server that the run starts, and rollout_url="
+                f"{config.rollout_url} stands already; leave out --{name}"
+            )
+    shared = config.share_backbone.split(",")
+    for name, used in (("reference", config.lora_rank), ("critic", "critic" in shared)):
         stage = getattr(config, f"{name}_zero_stage")
         if used and stage >= 0 and (stage == 3) != (config.zero_stage == 3):
             yield (

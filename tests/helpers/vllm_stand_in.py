@@ -30,6 +30,7 @@ class StandIn:
         self.model, self.name, self.token, self.faults = model, name, token, set(faults)
         self.version, self.arrived, self.asked, self.tokens = "default", {}, [], 0
         self.released, self.lock = threading.Event(), threading.Lock()
+        self.longest = 1000  # tokens of a sequence, its prompt included
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -137,7 +138,8 @@ class StandIn:
             self.released.wait()
             return None
         ids = torch.tensor([asked["token_ids"]])
-        limit, noise = params["max_tokens"], None
+        # vLLM ends an answer where the sequence is as long as it may be.
+        limit, noise = min(params["max_tokens"], self.longest - len(asked["token_ids"])), None
         if "seed" in params:
             generator = torch.Generator().manual_seed(params["seed"])
             noise = torch.rand(1, limit, generator=generator)

@@ -315,7 +315,7 @@ def test_overwrite_deletes_what_a_run_made_and_no_folder_that_a_link_names(tmp_p
     for name, text in ((".seed", "7"), (".seconds", ""), ("own.txt", "")):
         (out / name).write_text(text)
     run_all.Job(["tiny", "--output_dir", str(out), "--overwrite"]).begin()
-    assert {path.name for path in out.iterdir()} == {".seed", ".date", "own.txt"}
+    assert {path.name for path in out.iterdir()} == {".seed", ".date", "run.json", "own.txt"}
     assert (elsewhere / "weights").exists() and (out / ".seed").read_text() == "42"
 
 

@@ -241,6 +241,8 @@ def test_no_round_holds_out_what_an_earlier_one_trained_on(recipe):
         ([*REAL, "--labeller", "reward_function"], "ranks new answers, and rounds=1"),
         (["calculator", "--method", "grpo", "dpo"], "and dpo learn from collected answers"),
         (["calculator", "--rounds", 2], "for which rounds=2 is; leave out --rounds"),
+        (["calculator", "--replay_share", 0.5], "leave out --replay_share"),
+        (["calculator", "--round_prompts", "disjoint"], "leave out --round_prompts"),
         (
             ["scratch", "--sft_data", "a", "--scored_by", "reward_function"],
             "this recipe needs --prompt_data",

@@ -122,6 +122,8 @@ def states_are_saved(a2c, reinforce, sequence, added):
 
 # Refusals.
 
+BY_HAND = {"rollout_engine": "vllm", "rollout_url": "http://127.0.0.1:8200"}
+
 
 @pytest.mark.parametrize(
     "settings, said",
@@ -171,6 +173,9 @@ def states_are_saved(a2c, reinforce, sequence, added):
             {"decode": "static", "zero_stage": 3, "rollout_gather": "layer"},
             "decode=static and rollout_gather=layer: ranks that gather each layer together",
         ),
+        ({**BY_HAND, "lora_rank": 4}, "lora_rank=4: vLLM is sent whole weights"),
+        ({**BY_HAND, "rollout_devices": "4,5"}, "stands already; leave out --rollout_devices"),
+        ({**BY_HAND, "rollout_memory": 0.8}, "stands already; leave out --rollout_memory"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -184,6 +189,7 @@ def test_options_that_cannot_work(settings, said):
     [
         {"reward_model": "", "reward_function": ["own.py:score"]},
         {"algorithm": "a2c"},
+        BY_HAND,
         {"algorithm": "reinforce", "samples_per_prompt": 2, "prompts_per_rollout": 32},
         {"dual_clip": 1.01, "clip_ratio_high": 0.28},
         {"ptx_coef": 27.8, "ptx_data": ["a.jsonl"]},

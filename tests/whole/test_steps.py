@@ -20,19 +20,19 @@ STAGES = [
 ]
 STEPS = ("sft", "reward", "ppo")
 EVERY_STAGE = [name for name, _ in STAGES]
-# One rank takes the others with -m slow; test_distributed.py has one rank's engine under them.
-ON_ONE_RANK = ["zero0", "zero3_packed"]
+# The others are walked with -m slow; test_zero.py has the engine under each of them.
+FEW = {1: ["zero0", "zero3_packed"], 2: ["zero1_packed", "zero2_offload", "zero3_packed"]}
 
 
 @pytest.fixture(
     scope="session",
-    params=[ON_ONE_RANK, pytest.param(EVERY_STAGE, marks=pytest.mark.slow)],
-    ids=["two_on_one_rank", "all_on_one_rank"],
+    params=[FEW, pytest.param({1: EVERY_STAGE, 2: EVERY_STAGE}, marks=pytest.mark.slow)],
+    ids=["few", "all"],
 )
 def walked(request, tiny, chain, tmp_path_factory):
     """Every step under the stages on 1 and 2 ranks → {step: folders by "stage, ranks"}. Each has
     beside it NAME.pt of probe_logits.py. All in two starts: a start costs more than such a run."""
-    chosen = {1: request.param, 2: EVERY_STAGE}
+    chosen = request.param
     found = {step: {} for step in STEPS}
 
     def build(root):
@@ -52,7 +52,7 @@ def walked(request, tiny, chain, tmp_path_factory):
                 jobs.append(("step1_sft/main.py", [*saved, "--output_dir", root / "again"]))
             run_ranks(jobs, ranks, timeout=1800)
 
-    root = built_once(tmp_path_factory, f"walked{len(request.param)}", build)
+    root = built_once(tmp_path_factory, f"walked{len(chosen[1])}", build)
     for step in STEPS:
         for ranks, names in chosen.items():
             found[step] |= {f"{n}, {ranks} ranks": root / f"{step}_{n}_{ranks}" for n in names}
@@ -143,7 +143,7 @@ def test_the_saved_config_repeats_the_run(walked):
 
 def test_micro_batches_do_not_change_the_path(tiny, chain, tmp_path):
     """The same optimizer step in one piece or in many: losses are normalised by its tokens."""
-    sizes = {n: ["--micro_batch_size", n] for n in (1, 2, 8)}
+    sizes = {n: ["--micro_batch_size", n] for n in (1, 8)}
     sizes["tokens"] = ["--micro_batch_tokens", 150]
     run_ranks(
         [sft(tiny, tmp_path / f"sft{n}", *flags) for n, flags in sizes.items()]
@@ -156,11 +156,11 @@ def test_micro_batches_do_not_change_the_path(tiny, chain, tmp_path):
                 tmp_path / f"ppo{n}",
                 *flags,
                 "--generation_tokens",
-                70 * (n if n in (1, 2) else 8),
+                70 * (n if n == 1 else 8),
                 "--logprobs_from",
-                {1: "decode", 2: "forward"}.get(n, "auto"),
+                {1: "decode", 8: "forward"}.get(n, "auto"),
                 "--decode",
-                {1: "static", 2: "eager"}.get(n, "auto"),
+                {1: "static", 8: "eager"}.get(n, "auto"),
             )
             for n, flags in sizes.items()
         ],

@@ -29,11 +29,14 @@ class Client:
 
     def __init__(self, url: str, token: str, name: str, patience: float = 45.0):
         self.url, self.name, self.patience = url, name, patience
-        self._address = urllib.parse.urlsplit(url).netloc
+        parts = urllib.parse.urlsplit(url)
+        secure = parts.scheme == "https"
+        self._kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self._address = parts.netloc
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
 
     def _connection(self, seconds: float | None) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self._address, timeout=seconds)
+        return self._kind(self._address, timeout=seconds)
 
     def _ask(self, connection, method: str, path: str, body=None) -> bytes:
         try:

@@ -179,13 +179,15 @@ REMEDY = f"make it as docs/vllm.md says, and set --vllm_python or {PYTHON} to it
 
 
 def python_named(given: str) -> str:
-    """--vllm_python or $VLLM_PYTHON; UserError where that is no program."""
+    """--vllm_python or $VLLM_PYTHON as an absolute path, since the server runs in a folder of its
+    own; UserError where that is no program."""
     python = given or os.environ.get(PYTHON, "")
     if not python:
         raise UserError(f"rollout_engine=vllm needs an environment of vLLM's own: {REMEDY}")
-    if shutil.which(python) is None:
+    found = shutil.which(python)
+    if found is None:
         raise UserError(f"vllm_python={python} is no program: {REMEDY}")
-    return python
+    return os.path.abspath(found)
 
 
 def python_of(given: str) -> str:
@@ -222,10 +224,11 @@ def main() -> None:
             f"whoever reaches the server may change its weights: set {TOKEN} to a secret, here and "
             "for step 3"
         )
+    name = config.model_name_or_path
     launch = config.pick(
         Launch,
         python=python_of(config.vllm_python),
-        model=config.model_name_or_path,
+        model=os.path.abspath(name) if os.path.isdir(name) else name,
         dtype=str(zero.DTYPES[config.dtype]).removeprefix("torch."),
         transfer="nccl" if config.devices else "file",
         cache_bytes=0 if config.devices else config.cache_gib * 2**30,

@@ -138,6 +138,10 @@ def count(
     in_layers = [None]
     if len(trained) < len(weights):
         in_layers = [_trained_in(layer) for layer in freezing.layers_of(model)]
+        if not in_layers[0] and model.get_input_embeddings().weight.requires_grad:
+            # Their gradient comes through all layers: counted as if these were trained, which is
+            # more than they keep.
+            in_layers = [None]
     lowest = next((i for i, names in enumerate(in_layers) if names != set()), len(in_layers))
     looked_up = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)

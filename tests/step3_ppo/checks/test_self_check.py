@@ -246,13 +246,14 @@ def test_faults_that_a_llama_cannot_have_are_named(tiny, families, tmp_path):
 @pytest.mark.parametrize(
     "names, flags",
     [
-        (FAMILIES, ()),
+        (["Mistral", "Gemma", "GPT2", "Bloom"], ()),
         (["Mistral", "GPT2"], ("--zero_stage", 3)),
         (["Qwen2"], ("--dtype", "bf16", "--max_response_length", 4)),
+        pytest.param(FAMILIES, (), marks=pytest.mark.slow),
         pytest.param(FAMILIES, ("--zero_stage", 3), marks=pytest.mark.slow),
         pytest.param(FAMILIES, ("--dtype", "bf16"), marks=pytest.mark.slow),
     ],
-    ids=["fp32", "ZeRO-3", "bf16", "all ZeRO-3", "all bf16"],
+    ids=["fp32", "ZeRO-3", "bf16", "all fp32", "all ZeRO-3", "all bf16"],
 )
 def test_sound_families_pass(tiny, families, tmp_path, names, flags):
     """With rates of dropout in every config."""

@@ -179,7 +179,7 @@ def test_sound_rollouts_give_no_warning():
 # Numbers that are not finite.
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_engines_pass_over_gradients_that_are_not_finite(tiny, ranks):
     """On all ranks, where one rank's last micro-batch holds a NaN (see bad_step_checks.py)."""
     output = run_ranks([("tests/helpers/bad_step_checks.py", [tiny / "base_model"])], ranks)

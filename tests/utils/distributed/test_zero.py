@@ -9,7 +9,7 @@ from utils.distributed import zero
 from utils.distributed.zero import lr_factor
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_average_weights_and_generator_under_every_stage(tiny, ranks):
     jobs = [("tests/helpers/distributed_checks.py", [tiny / "base_model"])]
     settings = ["no_waiting", "overlapped", "moments"] if ranks == 1 else []

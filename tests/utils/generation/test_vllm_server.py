@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 
 import psutil
@@ -12,7 +14,7 @@ import pytest
 from utils.distributed.process_group import free_port
 from utils.errors import UserError
 from utils.generation import vllm_server
-from utils.generation.vllm_client import ServerError
+from utils.generation.vllm_client import Client, ServerError
 from utils.generation.vllm_server import Launch, Server, python_of
 
 LAUNCH = Launch("python", "folder", "float32", max_length=64, rows=8, transfer="file", port=1)
@@ -86,6 +88,19 @@ def test_the_python_of_vllm_is_looked_at_before_it_is_started(monkeypatch, tmp_p
     (tmp_path / "vllm.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert python_of("") == sys.executable
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert python_of("./python") == str(tmp_path / "python"), "the server runs in another folder"
+
+
+def test_a_secret_goes_over_https_where_the_address_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = Client(f"https://127.0.0.1:{listener.getsockname()[1]}", "secret", "m", 0.2)
+        asking = threading.Thread(target=client.is_healthy, daemon=True)
+        asking.start()
+        first = listener.accept()[0].recv(1000)
+        asking.join()
+    assert first[:1] == b"\x16" and b"secret" not in first, "no TLS handshake"
 
 
 def test_flags_and_environment_of_each_transfer(monkeypatch):

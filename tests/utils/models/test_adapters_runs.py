@@ -103,8 +103,13 @@ def test_a_reward_model_on_another_base_is_refused(chain):
         "read only with --lora_rank": dict(share_backbone="actor,critic"),
         "leave out --reference_zero_stage": dict(lora_rank=4, reference_zero_stage=3),
         "two passes": dict(lora_rank=4, lora_dropout=0.1),
+        "leave out --critic_zero_stage": dict(
+            lora_rank=4, critic_zero_stage=3, share_backbone="actor,critic"
+        ),
     }.items():
         assert any(bad in problem for problem in config_of(**flags).problems(1)), bad
+    apart = config_of(lora_rank=4, critic_zero_stage=3, share_backbone="actor,reward")
+    assert not any("critic_zero_stage" in problem for problem in apart.problems(1))
 
 
 @pytest.mark.slow

@@ -119,3 +119,21 @@ def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpoin
     assert shape.trained == own + (
         LLAMA.vocab_size * LLAMA.hidden_size * (frozen in ("nothing", "products"))
     )
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.", r"layers\.[01]\."])
+def test_frozen_layers_above_trained_embeddings_keep_activations(pattern):
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).train()
+    how = Freezing(freeze=(pattern,))
+    freezing.apply(model, how)
+    ids = torch.zeros(3, 64, dtype=torch.int64)
+    known = [*model.parameters(), *model.buffers(), ids]
+    with shapes.LiveBytes(known) as live:
+        hidden = model.model(ids, use_cache=False)[0]
+        held = live.now
+    del hidden
+    found, whole = (
+        shapes.activations(shapes.count(LLAMA, False, x), 3, 64, torch.float32, False)
+        for x in (how, Freezing())
+    )
+    assert held <= found.held <= 1.01 * whole.held

@@ -37,7 +37,13 @@ class VllmEngine:
 
     def __init__(self, setup: Setup):
         self.how, self.actor, self.updates, self.version = setup.vllm, setup.actor, 0, ""
+        self.longest = setup.longest
         on_cpu = next(setup.actor.module.parameters()).device.type == "cpu"
+        if on_cpu and self.how.rollout_devices:
+            raise SystemExit(
+                f"rollout_devices={self.how.rollout_devices} are GPUs, and the run is on a CPU; "
+                "leave it out"
+            )
         beside = self.how.rollout_devices or self.how.rollout_url
         kind = "file" if on_cpu else "nccl" if beside else "ipc"
         if kind == "ipc" and len(peers.leaders()) > 1:
@@ -103,7 +109,7 @@ class VllmEngine:
             cache = min(cache, host_memory.free_bytes() // 2)
         launch = vllm_server.Launch(
             python=vllm_server.python_of(self.how.vllm_python),
-            model=str(self._log.parent),
+            model=str(self._log.parent.absolute()),
             weights=False,
             dtype=str(dtype).removeprefix("torch."),
             max_length=setup.longest,
@@ -172,12 +178,14 @@ class VllmEngine:
     def begin(self, request: Request, sampling: Sampling) -> None:
         """Start to answer, with the weights sent last; `generate` of the same request, on this and
         every other rank, has these answers."""
-        self.ahead = Ahead(self.client, bodies_of(request, sampling), self.version, sampling)
+        bodies = bodies_of(request, sampling, self.longest)
+        self.ahead = Ahead(self.client, bodies, self.version)
         self.ahead.start()
 
     def generate(self, request: Request, sampling: Sampling) -> Samples:
-        asked = Ahead(self.client, bodies_of(request, sampling), self.version, sampling)
-        if self.ahead is not None and self.ahead.bodies == asked.bodies:
+        bodies = bodies_of(request, sampling, self.longest)
+        asked = Ahead(self.client, bodies, self.version)
+        if self.ahead is not None and self.ahead.bodies == bodies:
             asked, self.ahead = self.ahead, None
         for last_try in (False, True):
             problem = self._agreed(asked.wait)
@@ -187,7 +195,7 @@ class VllmEngine:
             if last_try:
                 raise StopRun(f"{problem}, and so after it had been started again: see {self._log}")
             self._start_again(problem)
-            asked = Ahead(self.client, asked.bodies, self.version, sampling)
+            asked = Ahead(self.client, bodies, self.version)
 
     def release(self) -> None:
         if self.sleeps and not self.asleep:
@@ -198,17 +206,17 @@ class VllmEngine:
 class Ahead(threading.Thread):
     """Asks for answers by the weights of `version`, in the background if it is started."""
 
-    def __init__(self, client: Client, bodies: list[dict], version: str, sampling: Sampling):
+    def __init__(self, client: Client, bodies: list[dict], version: str):
         super().__init__(daemon=True)
-        self.client, self.bodies, self.version, self.sampling = client, bodies, version, sampling
+        self.client, self.bodies, self.version = client, bodies, version
         self.answers: list[dict] = []
         self.problem: ServerError | None = None
 
     def run(self) -> None:
         try:
             answers = self.client.generate(self.bodies)
-            for answer in answers:
-                check(answer, self.client.name, self.version, self.sampling)
+            for answer, body in zip(answers, self.bodies, strict=True):
+                check(answer, self.client.name, self.version, body["sampling_params"])
             self.answers = answers
         except ServerError as error:
             self.problem = error
@@ -223,11 +231,10 @@ class Ahead(threading.Thread):
             raise self.problem
 
 
-def bodies_of(request: Request, sampling: Sampling) -> list[dict]:
-    """One request of `/inference/v1/generate` a row."""
+def bodies_of(request: Request, sampling: Sampling, longest: int) -> list[dict]:
+    """One request of `/inference/v1/generate` a row, `longest` tokens with its answer at most."""
     drawn = request.noise is not None
     params = {
-        "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature if drawn else 0.0,
         "stop_token_ids": [sampling.stop_id],
         "ignore_eos": True,  # only our own stop token ends an answer
@@ -237,8 +244,11 @@ def bodies_of(request: Request, sampling: Sampling) -> list[dict]:
     bodies = []
     for row, mask in enumerate(request.prompt_mask):
         seed = {"seed": seed_of(request.noise[row])} if drawn else {}
-        ids = request.prompt_ids[row][mask].tolist()
-        bodies.append({"token_ids": ids, "sampling_params": params | seed})
+        # With an environment some rows are asked for more tokens than they have room for, or have
+        # no room at all: every rank asks for as many. What is drawn beyond it is dropped.
+        ids = request.prompt_ids[row][mask].tolist()[: longest - 1]
+        most = {"max_tokens": min(sampling.max_new_tokens, longest - len(ids))}
+        bodies.append({"token_ids": ids, "sampling_params": params | most | seed})
     return bodies
 
 
@@ -248,8 +258,9 @@ def seed_of(noise: torch.Tensor) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def check(answer: dict, name: str, version: str, sampling: Sampling) -> None:
-    """ServerError where it is not our policy's, with the weights of now, or was broken off."""
+def check(answer: dict, name: str, version: str, params: dict) -> None:
+    """ServerError where it is not our policy's, with the weights of now, or was broken off. params:
+    the sampling_params that were sent."""
     choice = answer["choices"][0]
     ids, versions = choice["token_ids"], {s["version"] for s in choice["weight_versions"] or ()}
     if answer["model"] != name:
@@ -259,7 +270,7 @@ def check(answer: dict, name: str, version: str, sampling: Sampling) -> None:
             f"vLLM's server is stale: it answered with weights {sorted(versions)}, and not with "
             f"{version!r}, which were sent last"
         )
-    whole = len(ids) == sampling.max_new_tokens or (ids and ids[-1] == sampling.stop_id)
+    whole = len(ids) == params["max_tokens"] or (ids and ids[-1] in params["stop_token_ids"])
     if not whole or len(choice["logprobs"]["content"]) != len(ids):
         raise ServerError(
             f"vLLM broke an answer off after {len(ids)} tokens ({choice['finish_reason']})"

@@ -46,7 +46,7 @@ def build(monkeypatch, tmp_path):
     def made(*planned, **how):
         faults[:] = planned
         actor = Untrained(untrained(model_of("Llama")))
-        settings = vllm_server.Settings(output_dir=str(tmp_path), **HOW | how)
+        settings = vllm_server.Settings(**dict(output_dir=str(tmp_path)) | HOW | how)
         return vllm.build(Setup(actor, None, longest=40, vllm=settings)), actor, started
 
     yield made
@@ -213,4 +213,36 @@ def test_an_answer_of_mixed_weights_is_refused():
     choice = {"token_ids": [7, 5], "weight_versions": spans, "finish_reason": "stop"}
     choice["logprobs"] = {"content": [{}, {}]}
     with pytest.raises(ServerError, match="stale"):
-        vllm.check({"model": "m", "choices": [choice]}, "m", "4.9", SAMPLING)
+        params = {"max_tokens": NEW, "stop_token_ids": [5]}
+        vllm.check({"model": "m", "choices": [choice]}, "m", "4.9", params)
+
+
+def test_a_row_is_asked_for_no_more_than_fits_behind_it(build):
+    engine, actor, servers = build()
+    (server,) = servers
+    whole = answer(engine, actor, request())
+    engine.longest = server.longest = max(LENGTHS) + 1
+    assert min(LENGTHS) + NEW > engine.longest, "else no row is cut"
+    found = answer(engine, actor, request())
+    for row, length in enumerate(LENGTHS):
+        room = engine.longest - length
+        for name in ("response_ids", "logprobs"):
+            one, other = (getattr(x, name)[row, :room] for x in (found, whole))
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+    engine.longest = server.longest = max(LENGTHS)  # the longest row has no room at all
+    found = answer(engine, actor, request())
+    row = LENGTHS.index(min(LENGTHS))
+    room = engine.longest - min(LENGTHS)
+    assert torch.equal(found.response_ids[row, :room], whole.response_ids[row, :room])
+    assert len(servers) == 1, "an answer was refused and the server started again"
+
+
+def test_the_model_is_found_from_any_folder(build, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    engine, *_ = build(output_dir="out")
+    assert engine.server.launch.model == str(tmp_path / "out/vllm")
+
+
+def test_gpus_are_refused_on_a_cpu(build):
+    with pytest.raises(SystemExit, match="rollout_devices=4,5 are GPUs.* leave it out"):
+        build(rollout_devices="4,5")
