@@ -24,7 +24,7 @@ from evaluation import pages, prompt_eval, questions
 from utils import whole_files
 from utils.confidence import interval_by_prompt
 from utils.data import toy_tasks
-from utils.distributed import program
+from utils.distributed import program, zero
 from utils.report import table
 from utils.settings import command_line
 from utils.settings.fields import setting
@@ -45,6 +45,11 @@ class BenchmarksConfig(prompt_eval.PromptEvalConfig):
         yield from super().contradictions(world_size)
         if not self.prompts and not self.lm_eval_tasks:
             yield "nothing to measure; set --prompts (of the embedded task) or --lm_eval_tasks"
+        if self.reward_model:
+            yield (
+                "reward_model is not read here; leave out --reward_model, or see "
+                "evaluation/win_rate.py"
+            )
         if self.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
             yield (
                 "lm_eval_tasks needs lm-evaluation-harness, which is not installed: "
@@ -113,17 +118,18 @@ def of_harness(config, checkpoint: str) -> dict[str, dict]:
     from lm_eval.tasks import TaskManager
 
     folders = sorted({str(Path(t).parent) for t in config.lm_eval_tasks if t.endswith(".yaml")})
-    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "auto"}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = zero.DTYPES[zero.resolve_dtype(config.dtype, device)]
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={
             "pretrained": checkpoint,
-            "dtype": dtypes[config.dtype],
+            "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": config.trust_remote_code,
         },
         tasks=[Path(t).stem if t.endswith(".yaml") else t for t in config.lm_eval_tasks],
         task_manager=TaskManager(include_path=folders or None),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device.type,
         batch_size=config.batch_size,
         limit=config.lm_eval_limit or None,
         random_seed=config.seed,

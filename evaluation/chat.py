@@ -142,18 +142,18 @@ class Talk:
         the parts come, as a page allows, ends them."""
         problems, heard = [], self.messages
         for k, speaker in enumerate(self.speakers):
-            asked = [*self.messages[k], {"role": "user", "content": text}]
+            asked = [*heard[k], {"role": "user", "content": text}]
             answered = ""
             try:
                 for part in speaker.stream(asked, self.config, self.temperature):
-                    answered += part
-                    yield k, answered
                     if self.messages is not heard:
                         return
+                    answered += part
+                    yield k, answered
             except TooLong as problem:
                 problems.append(f"{speaker.name}: {problem}")
                 continue
-            self.messages[k] = [*asked, {"role": "assistant", "content": answered}]
+            heard[k] = [*asked, {"role": "assistant", "content": answered}]
         if problems:
             raise TooLong("; ".join(problems))
 

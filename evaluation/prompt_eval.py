@@ -6,6 +6,7 @@ Plain transformers loads the folders and samples, so this also shows that they l
 """
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -209,7 +210,8 @@ def generate(model, tokenizer, encoded: list[list[int]], drawn=None) -> list[tup
 
 def score_all(config, answers) -> list[str]:
     """Set every Answer's score as PPO would: the reward model's, bias taken off, on the
-    whole conversation. Returns why those that its template refuses have none."""
+    whole conversation. Returns why those that its template refuses, or to which it gives no
+    finite number, have none."""
     reader = Reader.load(config.reward_model, config.trust_remote_code, config.reward_read_at)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = zero.resolve_dtype(config.dtype, device)
@@ -223,8 +225,12 @@ def score_all(config, answers) -> list[str]:
         chosen.append(a)
         groups.append([reader.encode(a.conversation[:-1], a.answer, a.finished)])
     scores = scorer.score_groups(model.to(device), groups, device, config.batch_size)
-    for answer, (score,) in zip(chosen, scores, strict=True):
-        answer.score = score
+    for a, (score,) in zip(chosen, scores, strict=True):
+        if math.isfinite(score):
+            a.score = score
+        else:  # no comparison with it would hold
+            said = f"{a.checkpoint}, turn {a.turn}, {a.answer[:60]!r}"
+            refused.append(f"{said}: no score, the reward model gives {score}")
     return refused
 
 

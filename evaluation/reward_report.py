@@ -31,6 +31,7 @@ from utils.data import chat_template, comparisons, sources, tables
 from utils.data import prompts as prompt_data
 from utils.data.comparisons import Comparison, Ranked
 from utils.data.loading import DataSettings, load_items
+from utils.data.rows import DataError
 from utils.distributed import program, zero
 from utils.models import scalar_model, scorer
 from utils.models.loading import Loading
@@ -177,6 +178,7 @@ def accuracy(margins: np.ndarray, prompts: np.ndarray) -> dict:
 
 def by_quantile(values: np.ndarray, margins, prompts, parts: int = 4) -> dict[str, dict]:
     """Accuracy of pairs with like `values`, in parts of about as many pairs."""
+    values = np.array([float(f"{v:.4g}") for v in values])  # as shown: 0.1 + 0.2 is 0.3
     edges = np.unique(np.quantile(values, np.linspace(0, 1, parts + 1)))
     if len(edges) < 2:
         return {}
@@ -270,13 +272,23 @@ def load_model(config, path: str):
 
 
 def scores_of(config, model, device, groups) -> list[list[float]]:
-    return scorer.score_groups(
+    scores = scorer.score_groups(
         model, groups, device, config.micro_batch_size, config.micro_batch_tokens
     )
+    every = [score for group in scores for score in group]
+    if without := len(every) - sum(map(math.isfinite, every)):
+        raise SystemExit(
+            f"a reward model gives {without} of {len(every)} answers no finite score; set --dtype "
+            "fp32, or look at its weights"
+        )
+    return scores
 
 
 def as_text_reads(reader: Reader, rows: list[Comparison]) -> list[list[list[int]]]:
-    """The ids of every answer as a reward model with another tokenizer reads them."""
+    """The ids of every answer as a reward model with another tokenizer reads them. Raises DataError
+    for prompts that its template refuses."""
+    if refused := [f"{row.where}: {why}" for row in rows if (why := reader.refusal(row.prompt))]:
+        raise DataError(refused, title="comparisons that cannot be scored:")
     return [
         [
             reader.encode(row.prompt, text, done)

@@ -8,6 +8,7 @@ where the 95 % interval of the win rate, by prompt, does not hold one half.
 """
 
 import collections
+import dataclasses
 import itertools
 import json
 import sys
@@ -107,6 +108,8 @@ class WinRateConfig(prompt_eval.PromptEvalConfig):
             yield f"judge_prices={self.judge_prices}: give --judge_prices two numbers"
         if self.answers and not Path(self.answers).is_file():
             yield f"answers: {self.answers!r} does not exist; set --answers to a file"
+        for flag in self.formats() if self.answers else ():
+            yield f"{flag} is written where checkpoints answer now; leave out it or --answers"
 
 
 @dataclass(frozen=True)
@@ -232,9 +235,16 @@ def games_of(results: answer_files.Results) -> list[Game]:
 
 
 def share(values, prompts) -> list[float]:
-    """[mean, low, high], 95 % interval by prompt."""
+    """[mean, low, high] of numbers from 0 to 1, 95 % interval by prompt."""
     values = np.asarray(values, float)
     return [float(values.mean()), *interval_by_prompt(values, prompts)]
+
+
+def mean(values, prompts) -> list[float]:
+    """[mean, low, high] of any numbers, 95 % interval by prompt."""
+    values = np.asarray(values, float)
+    found = estimates.bootstrap(lambda weights: weights @ values / weights.sum(1), prompts)
+    return [float(x) for x in found]
 
 
 def pair_of(names: tuple[str, str], played: list[tuple[Game, float]]) -> dict:
@@ -263,14 +273,18 @@ def summarised(config, results, games: list[Game], points: list[float | None], t
     if not played:
         raise SystemExit(f"judge={config.judge} has judged none of {len(games)} pairs of answers")
     names = list(results)
-    summary = {"judge": config.judge, "settings": config.shown() | {"prompts": config.prompts}}
+    how = {"answers": config.answers} if config.answers else config.shown()
+    summary = {"judge": config.judge, "settings": how | {"prompts": config.prompts}}
     summary |= {"games": len(played), "not_judged": len(games) - len(played), **told}
     summary["checkpoints"] = {name: {} for name in names}
     for name, groups in results.items():
         of_each = [(i, a.score) for i, g in enumerate(groups) for a in g if a.score is not None]
         if of_each:
             numbers, scores = zip(*of_each, strict=True)
-            summary["checkpoints"][name]["score"] = share(scores, numbers)
+            if config.judge == "verifier":  # a share, as interval_by_prompt takes it
+                summary["checkpoints"][name]["score"] = share(scores, numbers)
+            elif len(set(numbers)) > 1:
+                summary["checkpoints"][name]["score"] = mean(scores, numbers)
     if len({g.prompt for g, _ in played}) > 1:
         first, second = (
             [names.index(a.checkpoint) for a in side]
@@ -395,7 +409,9 @@ def load(config) -> tuple[list[questions.Question], answer_files.Results]:
     results, seconds = {}, {}
     for path in config.checkpoints:
         results[path], seconds[path] = prompt_eval.answer_all(config, path, asked)
-    prompt_eval.write(config, asked, results, pages.summary_table(results, seconds))
+    # The judge comes later: no answer has a score yet.
+    unscored = dataclasses.replace(config, reward_model="")
+    prompt_eval.write(unscored, asked, results, pages.summary_table(results, seconds))
     return asked, results
 
 

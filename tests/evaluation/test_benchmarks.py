@@ -62,6 +62,8 @@ def test_what_is_missing_is_said(policy, monkeypatch):
     monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
     flags = ["--checkpoints", policy]
     assert "nothing to measure; set --prompts" in problems_of(*flags, of=BenchmarksConfig)
+    judged = problems_of(*flags, "--reward_model", policy, of=BenchmarksConfig)
+    assert "reward_model is not read here; leave out --reward_model" in judged
     message = problems_of(*flags, "--lm_eval_tasks", "hellaswag", of=BenchmarksConfig)
     assert "not installed: pip install -r requirements-eval.txt" in message
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers import evaluated_models
 from tests.helpers.evaluated_models import blocks_of, problems_of
 from utils.confidence import interval_by_prompt
 from utils.data.comparisons import Comparison, Ranked
+from utils.data.rows import DataError
 
 policy, reward_model = evaluated_models.policy, evaluated_models.reward_model
 NASTY = "```\n<script>x</script>\x1b[2J\u202egnp"
@@ -56,6 +58,27 @@ def test_accuracy_is_counted_by_gap_length_and_category():
     lengths = report["by characters that the better answer is longer"]
     assert list(lengths) == ["-10 to -1", "0 to 9", "10 to 19", "20 to 29"]
     assert all(part["pairs"] == 10 and part["accuracy"][0] == 0.9 for part in lengths.values())
+
+
+def test_parts_that_read_alike_are_one():
+    """0.1 + 0.2 is not 0.3 to the last digit, and a name that stood twice would lose pairs."""
+    values = np.repeat([0.3, 0.1 + 0.2, 0.6], [10, 10, 20])
+    found = reward_report.by_quantile(values, np.ones(40), np.arange(40))
+    assert {name: part["pairs"] for name, part in found.items()} == {
+        "0.3 to 0.3": 20,
+        "0.6 to 0.6": 20,
+    }
+
+
+def test_scores_that_are_no_numbers_and_prompts_that_are_refused_end_the_report(monkeypatch):
+    scores = [[1.0, math.nan], [math.inf, 0.0]]
+    monkeypatch.setattr(reward_report.scorer, "score_groups", lambda *_: scores)
+    config = SimpleNamespace(micro_batch_size=1, micro_batch_tokens=0)
+    with pytest.raises(SystemExit, match="gives 2 of 4 answers no finite score; set --dtype"):
+        reward_report.scores_of(config, None, None, [])
+    reader = SimpleNamespace(refusal=lambda prompt: "no system turn")
+    with pytest.raises(DataError, match="file:3: no system turn"):
+        reward_report.as_text_reads(reader, [compared(("a", "b"), (1.0, 0.0), 3)[0]])
 
 
 def test_calibration_and_scores_and_the_worst_pairs():

@@ -2,11 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from evaluation import answers, win_rate
+from evaluation import answers, prompt_eval, win_rate
 from evaluation.answers import Answer
 from evaluation.questions import Question
 from evaluation.win_rate import WinRateConfig
@@ -115,6 +117,37 @@ def test_functions_judge_with_a_margin(tmp_path):
     ]
 
 
+def test_a_score_that_is_no_number_makes_nobody_win(monkeypatch):
+    """No comparison with it holds, so that the other answer, or the first one, would have won."""
+    questions, results = of_sums(0.0, 1.0, prompts=3)
+    scores = iter([math.nan, 1.0, 2.0, 3.0, math.inf, 2.5])
+    reader = SimpleNamespace(refusal=lambda _: None, encode=lambda *_: [1], tokenizer=None)
+    monkeypatch.setattr(prompt_eval.Reader, "load", lambda *_: reader)
+    monkeypatch.setattr(prompt_eval.scalar_model, "load", lambda *_, **__: torch.nn.Identity())
+    monkeypatch.setattr(
+        prompt_eval.scorer, "score_groups", lambda *args: [[next(scores)] for _ in args[1]]
+    )
+    config = configured("reward_model", reward_model="rm")
+    summary, _, points = judged(config, questions, results)
+    assert points == [None, 1.0, None] and summary["not_judged"] == 2
+    assert "no score, the reward model gives nan" in win_rate.as_text(summary)
+    # Answers are scored game by game: a has nan, 2 and inf, b 1, 3 and 2.5.
+    first, second = (row.get("score") for row in summary["checkpoints"].values())
+    assert second[0] == pytest.approx(6.5 / 3) and 1 <= second[1] < second[0] < second[2] <= 3
+    assert first is None, "one prompt has no interval"
+
+
+def test_the_interval_of_mean_scores_is_that_of_any_numbers():
+    """Not of shares: few prompts, or equal scores, of −70 have no root that Wilson's takes."""
+    generator = np.random.default_rng(0)
+    scores = generator.normal(-70, 8, 200)
+    value, low, high = win_rate.mean(scores, np.arange(200))
+    error = scores.std() / math.sqrt(200)
+    assert value == pytest.approx(scores.mean())
+    assert [value - low, high - value] == pytest.approx([1.96 * error] * 2, rel=0.1)
+    assert win_rate.mean([-70.0] * 5, range(5)) == [-70.0] * 3
+
+
 def test_people_decide_by_majority_and_what_they_did_not_rank_is_left_out(tmp_path):
     questions, results = of_sums(0.0, 1.0, prompts=4)
     prompts = [q.turns[0] for q in questions]
@@ -156,6 +189,20 @@ def test_what_people_are_given_to_rank_comes_back_as_a_verdict(tmp_path):
     assert points == longer and 0.5 in points and summary["not_judged"] == 0
 
 
+def test_empty_answers_are_not_ranked_and_spaces_make_no_other_answer(tmp_path):
+    """The reader of rankings refuses an empty response, and with it all that people ranked."""
+    questions, _ = of_sums(prompts=2)
+    texts = {"a": ["", "5 "], "b": ["5", "5"], "c": ["6", " 7"]}
+    results = {name: answered(name, of, questions) for name, of in texts.items()}
+    path = tmp_path / "to_rank.jsonl"
+    answers.write_to_rank(path, results)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["responses"] for row in rows] == [["5", "6"], ["5", "7"]]
+    path.write_text("".join(json.dumps(row | {"ranks": [1, 2]}) + "\n" for row in rows))
+    summary, _, points = judged(configured("people", rankings=[str(path)]), questions, results)
+    assert points == [None, 0.5, None, 0.0, 0.0, 0.0] and summary["not_judged"] == 2
+
+
 def test_an_endpoint_judges_the_second_against_the_first_and_its_cost_is_counted(serve, tmp_path):
     questions, results = of_sums(0.0, 1.0, prompts=12)
     url, seen = serve(lambda a, b: "[[A]]" if a == "5" else "[[B]]")
@@ -189,6 +236,7 @@ def test_every_problem_is_in_one_message(tmp_path, policy):
     message = problems_of(
         *f"--checkpoints {policy} --answers no.jsonl --judge endpoint --judge_prices 1".split(),
         *f"--reward_model {policy} --judge_options [1] --tie_margin -1".split(),
+        *f"--alpaca_eval_output {tmp_path}".split(),
         of=WinRateConfig,
     )
     for part in (
@@ -197,6 +245,7 @@ def test_every_problem_is_in_one_message(tmp_path, policy):
         "needs --judge_model",
         "needs --output_dir",
         "two numbers",
+        "leave out it or --answers",
         "answers: 'no.jsonl' does not exist",
         "reward_model=",
         "not a JSON object; set --judge_options",
@@ -224,7 +273,9 @@ def test_the_program_reads_the_answers_it_wrote(policy, tmp_path, monkeypatch, c
     monkeypatch.setattr("sys.argv", [*flags, "--answers", answers])
     monkeypatch.setattr(win_rate.prompt_eval, "answer_all", None)
     win_rate.main()
-    assert json.loads((tmp_path / "out/win_rate.json").read_text()) == first
+    again = json.loads((tmp_path / "out/win_rate.json").read_text())
+    assert again["settings"] == {"answers": answers, "prompts": [str(prompts)]}, "not how to sample"
+    assert again | {"settings": first["settings"]} == first
     prompts.write_text(json.dumps(rows[0] | {"prompt": "Another?"}) + "\n")
     with pytest.raises(DataError, match=r"holds no answer of(?s:.*)turn 1 of .*held_out.jsonl:1"):
         win_rate.main()

@@ -117,9 +117,13 @@ def recorded(folder, command, **environment) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("command", named(OTHERS))
-def test_commands_are_what_the_programs_take(command):
+def test_commands_are_what_the_programs_take(tmp_path, command):
     assert command[1] in CONFIGS or command[1] == "-m" or is_benchmark(command)
-    check(command[1], command[2:], ranks=1)
+    # The settings of a run, which its command of the guides has saved: here no run has been.
+    saved = RewardConfig(preference_data=[SET], output_dir="output/tiny/step2_reward")
+    command_line.save(saved, tmp_path, world_size=1)
+    runs = {f"{saved.output_dir}/config.yaml": str(tmp_path / "config.yaml")}
+    check(command[1], [runs.get(word, word) for word in command[2:]], ranks=1)
 
 
 @pytest.mark.parametrize("command", named(RUN_ALL + [["bash", "run_all.sh", r] for r in NODES]))

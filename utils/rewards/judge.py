@@ -49,7 +49,8 @@ class Judge:
     options: what else the request says; a value of None takes a field of REQUEST away. kept: a file
     of all replies, so that what was paid for once is not asked again; None: none.
 
-    prompt_tokens, completion_tokens: of all replies that were used, by the endpoint's count.
+    prompt_tokens, completion_tokens: of all replies that were used, each once, by the endpoint's
+    count.
     asked: how many of them were asked for now.
     """
 
@@ -71,9 +72,6 @@ class Judge:
         differ = [(a, b) for a, b in pairs if a != b]
         requests = [self.request(*pair) for a, b in differ for pair in ((a, b), (b, a))]
         replies = self._replies(requests, say)
-        for reply in replies:
-            self.prompt_tokens += reply["prompt_tokens"]
-            self.completion_tokens += reply["completion_tokens"]
         points = iter([read(reply["said"]) for reply in replies])
         return [
             both_orders(next(points), next(points)) if a != b else Verdict(0.5, None)
@@ -116,6 +114,9 @@ class Judge:
                 pool.shutdown(wait=False, cancel_futures=True)
         if failure is not None:
             raise failure
+        for key in dict.fromkeys(keys):  # a question that stands there twice was paid for once
+            self.prompt_tokens += known[key]["prompt_tokens"]
+            self.completion_tokens += known[key]["completion_tokens"]
         return [known[key] for key in keys]
 
     def _known(self) -> dict[str, dict]:

@@ -86,7 +86,7 @@ def test_both_orders_are_asked_and_their_verdicts_are_of_the_first(serve):
     assert path == "/v1/chat/completions" and "Authorization" not in headers
     assert request["model"] == "gpt" and request["temperature"] == 0 and request["max_tokens"]
     assert [turn["role"] for turn in request["messages"]] == ["system", "user"]
-    assert (asked.prompt_tokens, asked.completion_tokens) == (400, 28)
+    assert (asked.prompt_tokens, asked.completion_tokens) == (200, 14), "of two replies"
 
 
 def test_who_sits_first_does_not_win(serve):
