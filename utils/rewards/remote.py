@@ -5,6 +5,7 @@ A server that cannot be reached, is busy (408, 429, 5xx) or breaks off is asked 
 that double, until the time is over. Scores are checked like a reward function's.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import json
@@ -73,7 +74,10 @@ def post(url: str, asked: object, timeout: float, secret: str, who: str, failed:
             with urllib.request.build_opener(*handlers).open(request, timeout=left) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
-            said = hidden(error.read(500).decode("utf-8", "replace"))
+            said = b""
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it may break off here
+                said = error.read(500)
+            said = hidden(said.decode("utf-8", "replace"))
             said = said.replace(secret, "…") if secret else said
             problem = f"HTTP {error.code} {error.reason}: {said}"
             if error.code < 500 and error.code not in AGAIN:

@@ -1,7 +1,10 @@
 """Scores from a server that is well, busy, broken, wrong, or gone."""
 
 import json
+import socket
+import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
@@ -95,6 +98,29 @@ def test_it_is_asked_again(serve, ill):
     url, seen = serve(ill, ill, GOOD)
     assert Server(url, 5.0)(ANSWERS) == [1.5, -2.0]
     assert len(seen) == 3 and seen[0][1] == seen[2][1]
+
+
+def test_a_busy_server_that_breaks_off_while_it_says_so_is_asked_again(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        busy, _ = listener.accept()
+        busy.recv(65536)
+        busy.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\n\r\nhalf")
+        # Closed without lingering, the connection is reset before the text is whole.
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        time.sleep(0.1)  # its status has been read
+        busy.close()
+        well, _ = listener.accept()
+        well.recv(65536)
+        well.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[1,2]")
+        well.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    assert Server(url, 10.0)(ANSWERS) == [1.0, 2.0]
+    listener.close()
 
 
 def test_a_server_that_is_gone_is_told_with_what_to_do(serve):

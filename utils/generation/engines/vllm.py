@@ -272,8 +272,10 @@ def check(answer: dict, name: str, version: str, params: dict) -> None:
         )
     whole = len(ids) == params["max_tokens"] or (ids and ids[-1] in params["stop_token_ids"])
     if not whole or len(choice["logprobs"]["content"]) != len(ids):
+        full = "; one started by hand needs a larger --max_length"
         raise ServerError(
             f"vLLM broke an answer off after {len(ids)} tokens ({choice['finish_reason']})"
+            + full * (choice["finish_reason"] == "length")
         )
 
 

@@ -217,6 +217,15 @@ def test_an_answer_of_mixed_weights_is_refused():
         vllm.check({"model": "m", "choices": [choice]}, "m", "4.9", params)
 
 
+def test_a_sequence_longer_than_the_servers_names_its_flag():
+    choice = {"token_ids": [7, 7], "weight_versions": [{"version": "4.9"}]}
+    choice |= {"logprobs": {"content": [{}, {}]}, "finish_reason": "length"}
+    params = {"max_tokens": NEW, "stop_token_ids": [5]}
+    with pytest.raises(ServerError, match="after 2 tokens .length.; .* larger --max_length"):
+        vllm.check({"model": "m", "choices": [choice]}, "m", "4.9", params)
+    vllm.check({"model": "m", "choices": [choice]}, "m", "4.9", params | {"max_tokens": 2})
+
+
 def test_a_row_is_asked_for_no_more_than_fits_behind_it(build):
     engine, actor, servers = build()
     (server,) = servers
