@@ -87,5 +87,12 @@ def test_hostile_answers_are_text(chromium):
             seen += shown.locator("[data-testid=bot]").all_inner_texts()
             assert time.monotonic() < until, seen[-1:]
         assert visible(Slow.parts[0]) in seen, "it came at once"
+        # A reset while an answer comes.
+        shown.fill("#line textarea", "hi again")
+        shown.press("#line textarea", "Enter")
+        shown.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 1")
+        shown.click("#reset")
+        shown.wait_for_timeout(4000)  # longer than the answer takes
+        assert shown.locator("[data-testid=bot], [data-testid=user]").count() == 0
         assert wrong == []
     page.close()
