@@ -44,13 +44,15 @@ def write(path: Path, asked: list[Question], results: Results, scored: bool) -> 
 
 def write_to_rank(path: Path, results: Results) -> None:
     """What evaluation/annotate.py shows to people: rows of prompt and responses, the different
-    answers to one conversation. Who gave them is not said."""
+    answers to one conversation, but for empty ones, which step 2's reader of rankings refuses. Who
+    gave them is not said."""
     talks: dict[str, list[str]] = {}
     for groups in results.values():
         for answer in (a for group in groups for a in group):
             said = talks.setdefault(json.dumps(answer.conversation[:-1]), [])
-            if answer.answer not in said:
-                said.append(answer.answer)
+            text = answer.answer.strip()  # as evaluation/win_rate.py finds it again
+            if text and text not in said:
+                said.append(text)
     with whole_files.writing(path) as file:
         for talk, said in talks.items():
             if len(said) > 1:

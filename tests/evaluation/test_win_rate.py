@@ -189,6 +189,20 @@ def test_what_people_are_given_to_rank_comes_back_as_a_verdict(tmp_path):
     assert points == longer and 0.5 in points and summary["not_judged"] == 0
 
 
+def test_empty_answers_are_not_ranked_and_spaces_make_no_other_answer(tmp_path):
+    """The reader of rankings refuses an empty response, and with it all that people ranked."""
+    questions, _ = of_sums(prompts=2)
+    texts = {"a": ["", "5 "], "b": ["5", "5"], "c": ["6", " 7"]}
+    results = {name: answered(name, of, questions) for name, of in texts.items()}
+    path = tmp_path / "to_rank.jsonl"
+    answers.write_to_rank(path, results)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["responses"] for row in rows] == [["5", "6"], ["5", "7"]]
+    path.write_text("".join(json.dumps(row | {"ranks": [1, 2]}) + "\n" for row in rows))
+    summary, _, points = judged(configured("people", rankings=[str(path)]), questions, results)
+    assert points == [None, 0.5, None, 0.0, 0.0, 0.0] and summary["not_judged"] == 2
+
+
 def test_an_endpoint_judges_the_second_against_the_first_and_its_cost_is_counted(serve, tmp_path):
     questions, results = of_sums(0.0, 1.0, prompts=12)
     url, seen = serve(lambda a, b: "[[A]]" if a == "5" else "[[B]]")
