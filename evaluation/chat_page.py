@@ -1,6 +1,7 @@
 """The chat as a page for the browser: a column for each checkpoint, answers while they come."""
 
 import html
+import re
 import tempfile
 from pathlib import Path
 
@@ -8,10 +9,14 @@ from evaluation import web
 from evaluation.chat import COMMANDS, Talk, TooLong, said
 from utils.terminal import visible
 
+STYLE = "[data-testid=bot] *, [data-testid=user] * { white-space: pre-wrap; }"
+
 
 def bubble(role: str, text: str) -> dict:
-    """A turn as it may be shown. A gradio.Chatbot takes all text for HTML."""
-    return {"role": role, "content": html.escape(visible(text), quote=False)}
+    """A turn as it may be shown. A gradio.Chatbot takes all text for HTML, and would take the
+    indentation off its lines."""
+    safe = html.escape(visible(text), quote=False)
+    return {"role": role, "content": re.sub("^ |\t", lambda m: f"&#{ord(m[0])};", safe, flags=re.M)}
 
 
 def bubbles(messages: list[dict]) -> list[dict]:
@@ -72,7 +77,7 @@ def build(config, speakers):
                     height=440,
                     render_markdown=False,
                     allow_tags=False,
-                    buttons=["copy"],
+                    buttons=[],  # its own would copy "&lt;" for "<"
                 )
                 for s in speakers
             ]
@@ -94,4 +99,4 @@ def build(config, speakers):
 
 
 def serve(config, speakers) -> None:
-    web.serve(build(config, speakers), config, theme=web.theme())
+    web.serve(build(config, speakers), config, theme=web.theme(), css=STYLE)

@@ -26,7 +26,8 @@ def check_reward_functions(names: list[str]) -> None:
 
 
 def check_backbone(roles: str) -> None:
-    if set(roles.split(",")) - {"actor", "critic", "reward"} or "actor" not in roles.split(","):
+    named = set(roles.split(","))
+    if not {"actor"} < named <= {"actor", "critic", "reward"}:
         raise ValueError("not actor with critic, reward or both, as actor,critic,reward")
 
 

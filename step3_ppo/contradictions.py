@@ -79,6 +79,12 @@ def of_rollouts(config) -> Iterator[str]:
                 f"{config.rollout_url} stands already; leave out --{name}"
             )
     shared = config.share_backbone.split(",")
+    there = {"critic": config.has_critic(), "reward": bool(config.reward_model)}
+    for name in (n for n, found in there.items() if n in shared and not found):
+        yield (
+            f"share_backbone={config.share_backbone}: this run has no {name} model; leave {name} "
+            "out of --share_backbone"
+        )
     for name, used in (("reference", config.lora_rank), ("critic", "critic" in shared)):
         stage = getattr(config, f"{name}_zero_stage")
         if used and stage >= 0 and (stage == 3) != (config.zero_stage == 3):

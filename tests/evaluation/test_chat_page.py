@@ -1,14 +1,24 @@
 """The chat in a browser."""
 
+import html
+import inspect
 import json
 import time
 
 import pytest
 
+from evaluation import chat_page
 from tests.helpers import browser, evaluated_models, run_folders
 from utils.terminal import visible
 
 chromium, policy = browser.chromium, evaluated_models.policy
+
+
+def test_a_turn_keeps_its_indentation():
+    """gradio cleans each text by inspect.cleandoc."""
+    said = "def f(x):\n    if x < 1:\n\treturn '&lt;'  # \u202e\n    return x"
+    content = chat_page.bubble("assistant", said)["content"]
+    assert html.unescape(inspect.cleandoc(content)) == visible(said)
 
 
 @pytest.mark.browser
@@ -62,7 +72,7 @@ class Slow:
 @pytest.mark.browser
 def test_hostile_answers_are_text(chromium):
     pytest.importorskip("gradio")
-    from evaluation import chat, chat_page, web
+    from evaluation import chat, web
 
     page = chat_page.build(chat.ChatConfig(checkpoint=["slow"]), [Slow()])
     _, address, _ = page.queue().launch(

@@ -100,6 +100,13 @@ def test_a_reward_model_on_another_base_is_refused(chain):
     assert config.on_actors_base("reward", str(chain / "sft"), bases) is bases
     for bad, flags in {
         "share_backbone='critic'": dict(lora_rank=4, share_backbone="critic"),
+        "share_backbone='actor'": dict(lora_rank=4, share_backbone="actor"),
+        "has no reward model": dict(
+            lora_rank=4, share_backbone="actor,reward", reward_model="", reward_function=["a.py:f"]
+        ),
+        "has no critic model": dict(
+            lora_rank=4, share_backbone="actor,critic", algorithm="grpo", samples_per_prompt=4
+        ),
         "read only with --lora_rank": dict(share_backbone="actor,critic"),
         "leave out --reference_zero_stage": dict(lora_rank=4, reference_zero_stage=3),
         "two passes": dict(lora_rank=4, lora_dropout=0.1),
