@@ -48,6 +48,13 @@ def is_scored(path: str) -> bool:
     return any(name.startswith(f"{PREFIX}score.") for name in _state_of(path))
 
 
+def replaces_weights(path: str) -> bool:
+    """Does an adapter folder hold weights that stand in the base too, but for a head's? (False of
+    other folders.) Then its model needs a base of its own."""
+    names = _state_of(path) if base_of(path) else ()
+    return any(".lora_" not in name and not name.startswith(f"{PREFIX}score.") for name in names)
+
+
 def own_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What training may change and folders hold: adapters and the layers trained whole beside them
     (score head; embeddings that have grown), or all parameters of a module without adapters."""
@@ -79,6 +86,8 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
         embeddings = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is embeddings)
         rows = state.get(f"{PREFIX}{name}.weight")
+        if rows is not None:
+            _check_head(model, path, config.modules_to_save or ())
         if rows is not None and len(rows) != embeddings.num_embeddings:
             model.resize_token_embeddings(len(rows), mean_resizing=False)
     else:
@@ -104,11 +113,30 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
             _gather_for_dora(layer)
 
 
+def _check_head(model: nn.Module, path: str, trained_whole) -> None:
+    """Refuse embeddings that were trained apart from the head, where the base ties the two."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    (name,) = (name.rpartition(".")[2] for name, m in model.named_modules() if m is head)
+    if name not in trained_whole:
+        raise SystemExit(
+            f"{path!r} trained its embeddings apart from the head, and {base_of(path)!r} ties the "
+            "two; name a base with tie_word_embeddings=false in adapter_config.json"
+        )
+
+
 def told(model: nn.Module) -> str:
     """Of which kind the adapters of `model` are, and where."""
     config = settings_of(model)
-    targets = ", ".join(sorted(config.target_modules))
+    targets = ", ".join(_targets(config))
     return f"adapters of rank {config.r} ({variant_of(config)}) on {targets}"
+
+
+def _targets(config) -> list[str]:
+    """In order; a pattern, which other programs may have given, as the only one."""
+    targets = config.target_modules
+    return [targets] if isinstance(targets, str) else sorted(targets)
 
 
 def variant_of(config) -> str:
@@ -167,7 +195,7 @@ def _saved_settings(path: str, lora: Lora | None):
     config.base_model_name_or_path = base_of(path)
     if lora is None:
         return config
-    targets = sorted(config.target_modules)
+    targets = _targets(config)
     there = (config.r, config.lora_alpha, variant_of(config), targets)
     asked = (lora.lora_rank, lora.lora_alpha, lora.lora_variant)
     asked += (sorted(lora.lora_target_modules) or targets,)
@@ -227,16 +255,19 @@ def _fill(model: nn.Module, path: str, state: dict[str, torch.Tensor]) -> None:
 
 def save(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write adapters with the name of their base, as peft does, and the model's config. state: the
-    tensors of own_of(model)."""
+    tensors of own_of(model); buffers, which some experts' routers save, are the base's."""
     from safetensors.torch import save_file
 
-    tensors = {_on_disk(name): t.contiguous() for name, t in state.items()}
+    own = {name for name, _ in own_of(model)}
+    tensors = {_on_disk(name): t.contiguous() for name, t in state.items() if name in own}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = settings_of(model)
     saved = copy.copy(settings)
     base = Path(settings.base_model_name_or_path)
     saved.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
-    saved.target_modules, saved.inference_mode = sorted(settings.target_modules), True
+    saved.inference_mode = True
+    if not isinstance(settings.target_modules, str):
+        saved.target_modules = _targets(settings)
     saved.save_pretrained(folder)
     model.config.to_json_file(folder / ADAPTED_CONFIG)
 

@@ -56,6 +56,7 @@ def load(
     settings |= {"dtype": zero.DTYPES[dtype]}
     base = base_of(path) or path
     key = os.path.realpath(base) if os.path.isdir(base) else base
+    shared = None if adapters.replaces_weights(path) else shared
     model = shared and key in shared and adapters.standing_on(shared[key], auto_class, **settings)
     with zero.sharded_loading(dtype, zero_stage, how.offload):
         read = not model
@@ -209,11 +210,13 @@ def checkpoint(model: nn.Module, layers: int = 0) -> None:
     # It has the embeddings' output want a gradient, which only reentrant checkpointing needs:
     # frozen layers would keep activations and have a backward pass.
     model.disable_input_require_grads()
+    if not layers:
+        return
     blocks = layers_of(model)
-    if layers and not all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
+    if not all(isinstance(block, GradientCheckpointingLayer) for block in blocks):
         raise SystemExit(
             f"checkpoint_layers={layers}: {type(model).__name__} recomputes all layers or none; "
             "leave out --checkpoint_layers"
         )
-    for block in blocks[layers:] if layers else ():
+    for block in blocks[layers:]:
         block.gradient_checkpointing = False

@@ -99,6 +99,14 @@ def test_a_folder_is_one_of_peft(adapted, tiny):
     assert all("lora_" in name for name in weights)  # and nothing of the base
 
 
+def test_what_a_router_counts_stays_the_bases(tiny, tmp_path):
+    base = tiny / "base_model"
+    model = moved(load(base, lora=Lora(4)))
+    model.model.layers[1].mlp.register_buffer("e_score_correction_bias", torch.ones(3))
+    again = load(saved(model, tmp_path, base))
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
 def test_a_folder_loads_as_it_was_saved(adapted):
     _, folder, logits = adapted
     assert torch.equal(logits_of(load(folder)), logits)
@@ -255,3 +263,45 @@ def test_dropout_is_of_the_adapters_alone(tiny):
     rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == {0.25}
     assert torch.equal(logits_of(model), logits_of(load(tiny / "base_model")))
+
+
+def test_a_folder_of_another_program_keeps_its_pattern_and_its_own_embeddings(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer, base = chat_template.load_tokenizer(str(tiny / "base_model")), tmp_path / "base"
+    apart = load(tiny / "base_model")
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight.detach().clone())
+    apart.config.tie_word_embeddings = False
+    save(tmp_path, {"base": ModelFolder(apart, tokenizer, "x: 1")})
+    config = LoraConfig(
+        r=4,
+        target_modules=r".*\.[qv]_proj",
+        modules_to_save=["embed_tokens"],
+        task_type="CAUSAL_LM",
+    )
+    plain = get_peft_model(load(base), config)
+    for p in plain.parameters():
+        if p.requires_grad:
+            p.data += 0.1
+    logits = logits_of(plain)
+    plain.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    bases = {}
+    whole = load(base, lora=Lora(4, 8.0), shared=bases)
+    before = logits_of(whole)
+    lora = Lora(4, 8.0)
+    model = load(tmp_path / "theirs", lora=lora, shared=bases)
+    torch.testing.assert_close(logits_of(model), logits, rtol=0, atol=1e-5)
+    assert torch.equal(logits_of(whole), before)  # on the base that both name
+    again = load(saved(moved(model), tmp_path / "ours", base), lora=lora)
+    assert torch.equal(logits_of(again), logits_of(model))
+    bases = {}
+    model = load(tmp_path / "theirs", lora=lora, shared=bases)
+    other = load(tmp_path / "theirs", shared=bases)
+    logits_of(moved(model))
+    torch.testing.assert_close(logits_of(other), logits, rtol=0, atol=1e-5)
+    settings = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tiny / "base_model")
+    (tmp_path / "theirs/adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match="apart from the head, and .* ties the two"):
+        load(tmp_path / "theirs")
