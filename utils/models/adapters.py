@@ -72,11 +72,11 @@ def put_on(model: nn.Module, path: str, lora: Lora | None, grown: bool = False) 
     all of which is trained. grown: have the embeddings rows that the base lacks? Then they are
     trained whole too. Raises SystemExit where folder and settings do not fit together.
     """
-    from peft import inject_adapter_in_model
-
     saved, rank = base_of(path) is not None, lora.lora_rank if lora else 0
     if not saved and not rank:
         return
+    from peft import inject_adapter_in_model  # takes a second, and only adapters need it
+
     if saved:
         state = _state_of(path)
         if hasattr(model, "score"):  # which does without the head of a language model
@@ -353,10 +353,10 @@ def shares(module: nn.Module, other: nn.Module) -> bool:
 
 def same_layers(plain: nn.Module, module: nn.Module) -> None:
     """Adapters in `plain` as in `module`, with other numbers."""
-    from peft import inject_adapter_in_model
-
     config = settings_of(module)
     if config is not None:
+        from peft import inject_adapter_in_model
+
         config = copy.deepcopy(config)
         config.modules_to_save = None
         inject_adapter_in_model(config, plain, NAME)

@@ -3,6 +3,7 @@ one base, what is refused."""
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -305,3 +306,12 @@ def test_a_folder_of_another_program_keeps_its_pattern_and_its_own_embeddings(ti
     (tmp_path / "theirs/adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit, match="apart from the head, and .* ties the two"):
         load(tmp_path / "theirs")
+
+
+def test_a_run_without_adapters_does_without_peft(tiny, tmp_path, monkeypatch):
+    """An environment that brings its own packages may lack it."""
+    monkeypatch.setitem(sys.modules, "peft", None)  # importing it is an error
+    model = load(tiny / "base_model", lora=Lora())
+    adapters.same_layers(model, model)
+    saved(model, tmp_path / "out", tiny / "base_model")
+    assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(model))
