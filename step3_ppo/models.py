@@ -83,18 +83,11 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     model = language_model.load(settings, name, zero_stage=stage, lora=lora, **loading)
     freezing.apply(model, config.pick(Freezing))
     actor = zero.TrainEngine(model, config.pick(zero.Training), zero_stage=stage, **training)
-    critic = None
-    if config.has_critic():
-        # To a reward model with another tokenizer the policy's ids mean other text.
-        reader = of_scorers.get("reward_model")
-        same = reader is not None and not differences(tokenizer, reader.tokenizer)
-        like_reward = config.reward_model if same else ""
-        start, stage = config.critic_model or like_reward or name, config.stage_of_critic()
-        given = loading | dict(zero_stage=stage, head="zero", lora=lora)
-        given["shared"] = config.on_actors_base("critic", start, bases)
-        model = scalar_model.load(settings, start, **given)
-        how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
-        critic = zero.TrainEngine(model, how, zero_stage=stage, **training)
+    reader = of_scorers.get("reward_model")
+    # To a reward model with another tokenizer the policy's ids mean other text.
+    same = reader is not None and not differences(tokenizer, reader.tokenizer)
+    start = config.critic_model or (config.reward_model if same else "") or name
+    critic = _critic(config, start, bases, loading, training) if config.has_critic() else None
     stage = config.stage_of_reference()
     frozen = dict(dtype=dtype, zero_stage=stage, device=device, offload=config.offload)
     reference = zero.frozen(
@@ -102,23 +95,10 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         **frozen,
     )
 
-    def reward_model(flag: str) -> Scorer | None:
-        path = getattr(config, flag)
-        if not path:
-            return None
-        reader = of_scorers[flag]
-        model = scalar_model.load(
-            settings,
-            path,
-            dtype=dtype,
-            zero_stage=stage,
-            tokenizer=reader.tokenizer,
-            shared=config.on_actors_base(flag.removesuffix("_model"), path, bases),
-        )
-        model = zero.frozen(model, **frozen)
-        return Scorer(model, reader, reads_text(reader, tokenizer), device)
-
-    reward, judge = reward_model("reward_model"), reward_model("judge_model")
+    reward, judge = (
+        _scorer(config, flag, of_scorers.get(flag), tokenizer, bases, frozen)
+        for flag in ("reward_model", "judge_model")
+    )
     frozen_offload = None
     if config.offload_frozen and device.type == "cuda":
         frozen_models = [reference, *(m.model for m in (reward, judge) if m is not None)]
@@ -144,6 +124,35 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
         ptx=examples,
         frozen_offload=frozen_offload,
     )
+
+
+def _critic(config, start: str, bases, loading: dict, training: dict) -> zero.TrainEngine:
+    """start: the model that it begins as. bases: see build."""
+    stage = config.stage_of_critic()
+    given = loading | dict(zero_stage=stage, head="zero", lora=config.pick(Lora))
+    given["shared"] = config.on_actors_base("critic", start, bases)
+    model = scalar_model.load(config.pick(Loading), start, **given)
+    how = config.pick(zero.Training, learning_rate=config.rate_of_critic())
+    return zero.TrainEngine(model, how, zero_stage=stage, **training)
+
+
+def _scorer(
+    config, flag: str, reader: Reader | None, tokenizer, bases, frozen: dict
+) -> Scorer | None:
+    """The model that `flag` names, ready to be asked; frozen: for zero.frozen."""
+    path = getattr(config, flag)
+    if not path:
+        return None
+    model = scalar_model.load(
+        config.pick(Loading),
+        path,
+        dtype=frozen["dtype"],
+        zero_stage=frozen["zero_stage"],
+        tokenizer=reader.tokenizer,
+        shared=config.on_actors_base(flag.removesuffix("_model"), path, bases),
+    )
+    model = zero.frozen(model, **frozen)
+    return Scorer(model, reader, reads_text(reader, tokenizer), frozen["device"])
 
 
 def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
