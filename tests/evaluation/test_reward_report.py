@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evaluation import reward_report
-from evaluation.reward_report import FEATURES, Pair, RewardReportConfig
+from evaluation import reward_card, reward_report
+from evaluation.reward_card import FEATURES, Pair
+from evaluation.reward_report import RewardReportConfig
 from tests.helpers import evaluated_models
 from tests.helpers.evaluated_models import blocks_of, problems_of
 from utils.confidence import interval_by_prompt
@@ -31,7 +32,7 @@ def compared(texts, labels, n: int, prompt: str = "") -> tuple[Comparison, Ranke
 def report_of(compared, scores, categories=None, **more):
     rows, ranked = zip(*compared, strict=True)
     categories = categories or [None] * len(rows)
-    return reward_report.report_of(list(rows), list(ranked), scores, categories, **more)
+    return reward_card.report_of(list(rows), list(ranked), scores, categories, **more)
 
 
 def test_accuracy_is_counted_by_gap_length_and_category():
@@ -63,7 +64,7 @@ def test_accuracy_is_counted_by_gap_length_and_category():
 def test_parts_that_read_alike_are_one():
     """0.1 + 0.2 is not 0.3 to the last digit, and a name that stood twice would lose pairs."""
     values = np.repeat([0.3, 0.1 + 0.2, 0.6], [10, 10, 20])
-    found = reward_report.by_quantile(values, np.ones(40), np.arange(40))
+    found = reward_card.by_quantile(values, np.ones(40), np.arange(40))
     assert {name: part["pairs"] for name, part in found.items()} == {
         "0.3 to 0.3": 20,
         "0.6 to 0.6": 20,
@@ -95,7 +96,7 @@ def test_calibration_and_scores_and_the_worst_pairs():
     assert report["scores"]["chosen"]["mean"] == 7 / 4
     assert report["scores"]["rejected"]["p50"] == 1.0
     assert report["scores"]["sft"]["answers"] == 3 and report["scores"]["sft"]["p50"] == 2.0
-    page = reward_report.as_markdown(report, "a title")
+    page = reward_card.as_markdown(report, "a title")
     inside, _ = blocks_of(page)
     assert inside.count(NASTY.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")) == 2
     assert "\x1b" not in page and "\u202e" not in page
@@ -130,7 +131,7 @@ def test_what_the_model_pays_for_beyond_the_labels_is_found():
         # Three standard errors.
         assert abs(value - truth) < 0.75 * (high - low) < 1.0, (who, effect)
     assert length["model"][1] > 1.0 > length["labels"][2]
-    text = reward_report.tables_of(report)
+    text = reward_card.tables_of(report)
     assert "pays for" in text and "always the longer answer" in text
 
 
@@ -162,13 +163,13 @@ def test_lengths_and_languages_are_numbers():
 def test_a_ranking_is_all_its_pairs_and_a_second_model_is_compared():
     data = [compared(("a", "b", "c"), (2.0, 1.0, 1.0), n) for n in range(12)]
     rows = [row for row, _ in data]
-    assert reward_report.pairs_of(rows[:1]) == [Pair(0, 0, 1), Pair(0, 0, 2)]
+    assert reward_card.pairs_of(rows[:1]) == [Pair(0, 0, 1), Pair(0, 0, 2)]
     scores = [[1.0, 0.0, 2.0]] * 12
     report = report_of(data, scores, second=[[3.0, 1.0, 1.0]] * 12)
     found = report["agreement"]
     assert found["pairs_alike"][0] == 0.5 and found["second"]["accuracy"][0] == 1.0
     assert found["correlation"] is None, "the second model's margins are all alike"
-    assert "orders 0.500" in reward_report.tables_of(report)
+    assert "orders 0.500" in reward_card.tables_of(report)
     spread = report_of(data, scores, second=[[2.0, 0.0, 4.0]] * 12)["agreement"]
     assert spread["correlation"] == pytest.approx(1.0) and spread["pairs_alike"][0] == 1.0
 
@@ -203,8 +204,8 @@ def test_the_program_reads_reward_bench_and_scores_as_the_model_does(
         for n in range(1, 15)
     ]
     expected = [scored_by_transformers(reward_model, talk, True) for talk in turns]
-    found = [report["scores"]["chosen"][f"p{q}"] for q in reward_report.QUANTILES]
-    assert found == pytest.approx(np.percentile(expected, reward_report.QUANTILES), abs=2e-4)
+    found = [report["scores"]["chosen"][f"p{q}"] for q in reward_card.QUANTILES]
+    assert found == pytest.approx(np.percentile(expected, reward_card.QUANTILES), abs=2e-4)
     assert report["scores"]["chosen"]["mean"] == pytest.approx(np.mean(expected), abs=2e-4)
     assert np.ptp(expected) > 0.05 and report["scores"]["p"]["answers"] == 14
     said = capsys.readouterr().out
