@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import answers, prompt_eval, win_rate
+from evaluation import answers, judges, prompt_eval, win_rate
 from evaluation.answers import Answer
 from evaluation.questions import Question
 from evaluation.win_rate import WinRateConfig
@@ -55,7 +55,7 @@ def configured(judge="verifier", **settings) -> WinRateConfig:
 
 def judged(config, questions, results):
     games = win_rate.games_of(results)
-    points, told = win_rate.JUDGES[config.judge](config, questions, games)
+    points, told = judges.JUDGES[config.judge](config, questions, games)
     return win_rate.summarised(config, results, games, points, told), games, points
 
 
