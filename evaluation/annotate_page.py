@@ -33,42 +33,48 @@ def said(turns) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
+def status(kept: Annotations, person: str, row: int) -> str:
+    text = f"prompt {row + 1} of {len(kept.rows)}; {person} has ranked {kept.done(person)}"
+    alpha, prompts = kept.agreement()
+    if not math.isnan(alpha):
+        text += f"; agreement over {prompts} prompts ranked by several: alpha {alpha:.2f}"
+    return visible(text)
+
+
+def shown(kept: Annotations, most: int, person: str, row: int) -> list:
+    """What each output becomes: row, status, work, prompt, and of each of `most` places answer,
+    rank and rating."""
+    gradio = web.library()
+    order, judgement = kept.order(person, row), kept.of(person, row)
+    texts = kept.rows[row]["responses"]
+    found = [row, status(kept, person, row), gradio.Column(visible=True)]
+    found.append(visible(said(kept.rows[row]["prompt"])))
+    for place in range(most):
+        here = place < len(order)
+        answer = order[place] if here else 0
+        rank = judgement.ranks[answer] or None
+        rating = judgement.ratings[answer] or None
+        found += [
+            gradio.Column(visible=here),
+            visible(texts[answer]) if here else "",
+            gradio.Radio(list(range(1, len(order) + 1)), value=rank if here else None),
+            rating if here else None,
+        ]
+    return found
+
+
 def build(kept: Annotations):
     gradio = web.library()
     most = max(len(row["responses"]) for row in kept.rows)
 
-    def status(person: str, row: int) -> str:
-        text = f"prompt {row + 1} of {len(kept.rows)}; {person} has ranked {kept.done(person)}"
-        alpha, prompts = kept.agreement()
-        if not math.isnan(alpha):
-            text += f"; agreement over {prompts} prompts ranked by several: alpha {alpha:.2f}"
-        return visible(text)
-
-    def shown(person: str, row: int) -> list:
-        """What each output becomes: row, status, work, prompt, and of each place answer, rank and
-        rating."""
-        order, judgement = kept.order(person, row), kept.of(person, row)
-        texts = kept.rows[row]["responses"]
-        found = [row, status(person, row), gradio.Column(visible=True)]
-        found.append(visible(said(kept.rows[row]["prompt"])))
-        for place in range(most):
-            here = place < len(order)
-            answer = order[place] if here else 0
-            rank = judgement.ranks[answer] or None
-            rating = judgement.ratings[answer] or None
-            found += [
-                gradio.Column(visible=here),
-                visible(texts[answer]) if here else "",
-                gradio.Radio(list(range(1, len(order) + 1)), value=rank if here else None),
-                rating if here else None,
-            ]
-        return found
+    def at(person: str, row: int) -> list:
+        return shown(kept, most, person, row)
 
     def begin(name: str):
         person = name.strip()[:LONGEST_NAME]
         if not person:
             raise gradio.Error("Give a name, so that your rankings are yours.")
-        return [person, *shown(person, kept.next_row(person))]
+        return [person, *at(person, kept.next_row(person))]
 
     def changed(column: str):
         """Saves a click on the rank or the rating at a place."""
@@ -76,13 +82,13 @@ def build(kept: Annotations):
         def save(person: str, row: int, place: int, value: int | None):
             answer = kept.order(person, row)[place]
             kept.click(person, row, column, answer, int(value or 0))
-            return status(person, row)
+            return status(kept, person, row)
 
         return save
 
     def skip(person: str, row: int):
         kept.skip(person, row)
-        return shown(person, kept.next_row(person, row))
+        return at(person, kept.next_row(person, row))
 
     with gradio.Blocks(title="which answer is better?", analytics_enabled=False) as page:
         person, row = gradio.State(""), gradio.State(0)
@@ -118,8 +124,8 @@ def build(kept: Annotations):
             for part, column in ((rank, "ranks"), (rating, "ratings")):
                 part.input(changed(column), [person, row, here, part], [told])
         leave.click(skip, [person, row], outputs)
-        on.click(lambda p, r: shown(p, kept.next_row(p, r)), [person, row], outputs)
-        back.click(lambda p, r: shown(p, max(r - 1, 0)), [person, row], outputs)
+        on.click(lambda p, r: at(p, kept.next_row(p, r)), [person, row], outputs)
+        back.click(lambda p, r: at(p, max(r - 1, 0)), [person, row], outputs)
     return page
 
 
