@@ -65,6 +65,13 @@ def tidy(model: nn.Module) -> None:
         # In 8 bits its first pass would take the numbers from the weight, which twins share.
         if getattr(getattr(layer, "weight", None), "CB", None) is not None:
             layer.init_8bit_state()
+            # In eval mode on a CPU, and in no other, it would round what it reads to 8 bits.
+            if layer.weight.device.type == "cpu":
+                layer.training, layer.train = True, _stay
+
+
+def _stay(mode: bool = True) -> None:
+    """In place of a layer's `train`, which then changes nothing."""
 
 
 def states(model: nn.Module) -> Iterator[object]:
