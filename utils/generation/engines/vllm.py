@@ -68,6 +68,7 @@ class VllmEngine:
 
     def _start(self, setup: Setup | None = None, kind: str = "") -> None:
         """Rank 0 starts or finds the server, and all ranks get to know it. A collective."""
+        self._make_room()
         found, problem = None, ""
         if process_group.is_main():
             try:
@@ -164,6 +165,9 @@ class VllmEngine:
         self.updates += 1
         self.version = f"{self.updates}.{steps_of(self.actor)}"
 
+        if self.asleep:
+            self._make_room()
+
         def wake(what: str):
             return lambda client: client and self.asleep and client.post(f"/wake_up?tags={what}")
 
@@ -174,6 +178,12 @@ class VllmEngine:
         problem = problem or self._agreed(wake("kv_cache"))
         self.asleep = self.asleep and bool(problem)
         return problem
+
+    def _make_room(self) -> None:
+        """Memory that torch keeps for later on this rank's GPU is none that vLLM could have."""
+        if self.sleeps:
+            torch.cuda.empty_cache()
+            process_group.barrier()  # it takes memory on the GPUs of all ranks at once
 
     def begin(self, request: Request, sampling: Sampling) -> None:
         """Start to answer, with the weights sent last; `generate` of the same request, on this and
@@ -200,7 +210,10 @@ class VllmEngine:
     def release(self) -> None:
         if self.sleeps and not self.asleep:
             # Level 2: the weights come anew before the next answers anyway.
-            self.asleep = not self._agreed(lambda client: client and client.post("/sleep?level=2"))
+            problem = self._agreed(lambda client: client and client.post("/sleep?level=2"))
+            self.asleep = not problem
+            if problem:
+                process_group.say(f"vLLM keeps its memory while the training goes on: {problem}")
 
 
 class Ahead(threading.Thread):

@@ -125,6 +125,26 @@ def test_adapters_are_merged_on_their_way(build):
     assert not torch.equal(*answers), "the adapters say nothing"
 
 
+def test_on_the_trainers_gpus_it_sleeps_and_finds_room_when_it_wakes(build, monkeypatch, capsys):
+    engine, actor, servers = build()
+    engine.sleeps = True
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: servers[-1].asked.append("room"))
+    told = ("room", "/wake_up?tags=weights", "/resume", "/wake_up?tags=kv_cache", "/sleep?level=2")
+    for due in (("/resume", "/sleep?level=2"), told):
+        servers[-1].asked.clear()
+        answer(engine, actor, request())
+        engine.release()  # asleep already
+        assert tuple(path for path in servers[-1].asked if path in told) == due
+    servers[-1].faults |= {"awake", "die"}
+    answer(engine, actor, request())
+    assert len(servers) == 2 and servers[0].asked[-1] == "room", "a new one needs room too"
+    assert "keeps its memory while the training goes on" not in capsys.readouterr().out
+    servers[-1].faults |= {"awake"}
+    answer(engine, actor, request())
+    assert "keeps its memory while the training goes on" in capsys.readouterr().out
+    assert not engine.asleep
+
+
 def test_seeds_are_of_the_rows(build):
     engine, actor, _ = build()
     asked = request()
