@@ -1,7 +1,11 @@
 """What goes over to vLLM: every weight by its name in a saved folder, through files that fit."""
 
+import contextlib
 import copy
+import ctypes
 import os
+import threading
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -128,3 +132,44 @@ def test_what_did_not_arrive_is_named():
     for arrived, first in (({"a": "1"}, "b"), (sent | {"a": "7"}, "a"), (sent | {"c": "3"}, "c")):
         with pytest.raises(ServerError, match=f"1 of 2 .* worker 1 .*first {first}"):
             vllm_weights.compare(sent, [sent, arrived])
+
+
+def fails(what):
+    raise what
+
+
+FOREVER = threading.Event()
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, said",
+    [
+        (FOREVER.wait, lambda: fails(ServerError("it is gone")), "it is gone"),
+        (lambda: fails(RuntimeError("NCCL Error 5")), FOREVER.wait, "RuntimeError .*NCCL Error 5"),
+        (FOREVER.wait, int, "NCCL stands still: vLLM was done 0.05 s ago"),
+        (int, lambda: fails(ServerError("damaged")), "damaged"),
+        (int, int, ""),
+    ],
+)
+def test_no_side_of_a_collective_waits_for_ever(monkeypatch, ours, theirs, said):
+    given_up = []
+    monkeypatch.setattr(vllm_weights, "abort", given_up.append)
+    expected = pytest.raises(ServerError, match=said) if said else contextlib.nullcontext()
+    with expected:
+        vllm_weights.together(["group"], ours, theirs, 0.05)
+    assert given_up == ["group"] * bool(said)
+
+
+def test_an_aborted_group_is_freed_once(monkeypatch):
+    freed, aborted, made = [], [], ctypes.create_string_buffer(8)
+    destroy = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(freed.append)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, type(destroy)]
+    library = SimpleNamespace(ncclCommAbort=lambda pointer: aborted.append(pointer.value))
+    monkeypatch.setattr(ctypes, "CDLL", {"libnccl.so.2": library}.get)
+    for abort in (False, True):
+        group = new(ctypes.addressof(made), b"a name", destroy)
+        if abort:
+            vllm_weights.abort(group)
+        del group
+    assert len(freed) == 1 and aborted == [ctypes.addressof(made)]

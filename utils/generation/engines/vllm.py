@@ -39,11 +39,6 @@ class VllmEngine:
         self.how, self.actor, self.updates, self.version = setup.vllm, setup.actor, 0, ""
         self.longest = setup.longest
         on_cpu = next(setup.actor.module.parameters()).device.type == "cpu"
-        if on_cpu and self.how.rollout_devices:
-            raise SystemExit(
-                f"rollout_devices={self.how.rollout_devices} are GPUs, and the run is on a CPU; "
-                "leave it out"
-            )
         beside = self.how.rollout_devices or self.how.rollout_url
         kind = "file" if on_cpu else "nccl" if beside else "ipc"
         if kind == "ipc" and len(peers.leaders()) > 1:

@@ -291,8 +291,3 @@ def test_the_model_is_found_from_any_folder(build, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     engine, *_ = build(output_dir="out")
     assert engine.server.launch.model == str(tmp_path / "out/vllm")
-
-
-def test_gpus_are_refused_on_a_cpu(build):
-    with pytest.raises(SystemExit, match="rollout_devices=4,5 are GPUs.* leave it out"):
-        build(rollout_devices="4,5")
