@@ -25,6 +25,12 @@ def held_out(prompts: list[Prompt], texts: list[str], rollout, verdicts: list[fl
     return rows
 
 
+def as_table(rows: list[dict]) -> list[dict]:
+    """Rows of `held_out`, the turns of their prompts as text."""
+    said = ["\n\n".join(f"{t['role']}: {t['content']}" for t in row["prompt"]) for row in rows]
+    return [row | {"prompt": text} for row, text in zip(rows, said, strict=True)]
+
+
 def pieces(tokenizer, ids: list[int]) -> list[str]:
     """Each token's part of the text, special tokens too. Of tokens that only together make one
     character the last one has it, the others nothing."""

@@ -22,6 +22,7 @@ FLOORS = (
         "utils.pretrained",
         "utils.launch",
         "utils.provenance",
+        "utils.tracking",
     ),
     ("utils.distributed", "utils.data", "utils.rewards"),
     ("utils.kernels", "utils.models"),

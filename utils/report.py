@@ -1,4 +1,5 @@
-"""What a run says: console lines or a progress bar, metrics.jsonl, TensorBoard, closing table."""
+"""What a run says: console lines or a progress bar, metrics.jsonl, TensorBoard, trackers, closing
+table."""
 
 import json
 import math
@@ -26,6 +27,7 @@ class Report:
         self.total_steps = 0
         self.log_every = log_every
         self._file = self._board = self._bar = None
+        self.tracking = None  # utils/tracking.py's, which gets the same numbers
         if not self.main:
             return
         folder = Path(output_dir)
@@ -71,6 +73,8 @@ class Report:
             with whole_files.naming(self._events):
                 for name, value in metrics.items():
                     self._board.add_scalar(name, value, step)
+        if self.tracking is not None:
+            self.tracking.log(step, metrics)
         line = "  ".join(f"{k} {brief(metrics[k])}" for k in show if k in metrics)
         if self._bar is not None:
             self._bar.update(max(0, step - self._bar.n))
@@ -78,8 +82,13 @@ class Report:
         elif step % self.log_every == 0 or step in (1, self.total_steps):
             print(f"step {step:>4}/{self.total_steps}  {line}", flush=True)
 
+    def table(self, name: str, rows: list[dict]) -> None:
+        """Rows of the same plain values, for a tracker, with the next step that is recorded."""
+        if self.tracking is not None:
+            self.tracking.table(name, rows)
+
     def close(self) -> None:
-        for thing in (self._bar, self._board, self._file):
+        for thing in (self._bar, self._board, self._file, self.tracking):
             if thing is not None:
                 with whole_files.naming(self._events):
                     thing.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils import metrics, provenance
+from utils import metrics, provenance, tracking
 from utils import report as reporting
 from utils.checkpoints import manifest, model_folder, resuming
 from utils.checkpoints.checkpoints import Checkpoints, Saving
@@ -72,6 +72,10 @@ class Run:
             resumed_at=self.resumed_from and self.resumed_from.step,
         )
         self.say = self.report.say
+        if config.track and process_group.is_main():
+            resumed = self.resumed_from is not None
+            asked = config.track, config.output_dir, dataclasses.asdict(config), resumed
+            self.report.tracking = tracking.Tracking(*asked, self.say)
         self.settings = command_line.text_of(config, process_group.world_size())
         if process_group.is_main():
             command_line.save(config, config.output_dir, process_group.world_size())

@@ -11,6 +11,7 @@ takes, and the buffer. What is left to bound is the driver's own copy of the ker
 
 import collections
 import contextlib
+import warnings
 
 import torch
 
@@ -117,8 +118,15 @@ def _no_waiting():
     """While inside, an operation that would wait for the device raises RuntimeError before it does.
     It would break a capture for good; so torch can still end it in good order."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _wait("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _wait(before)
+
+
+def _wait(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        # It may miss a wait, torch says; the capture then fails by itself, which is dealt with.
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode(mode)

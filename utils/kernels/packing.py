@@ -24,8 +24,8 @@ NAME = "packed_rows"
 # forward and backward. They keep the scores, so only rows with up to so many of them (heads ×
 # tokens²; 8 MB) go that way.
 SCORES = 2**22
-# The keyword arguments of varlen_attn that we pass.
-SETTINGS = ("scale", "window_size", "enable_gqa")
+# The keyword arguments of varlen_attn that we pass, in every torch from 2.11.
+SETTINGS = ("scale", "window_size")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def attention(
 
         if key_places is not None:
             key, value = (x.index_select(2, key_places) for x in (key, value))
+        groups, shared = query.shape[1] // key.shape[1], {}
+        if _shares_heads(varlen_attn):
+            shared = {"enable_gqa": groups > 1}
+        elif groups > 1:  # torch 2.11 wants as many heads of keys as of queries
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         # A row that has more keys than queries has the queries at their end.
         output = varlen_attn(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
@@ -80,7 +85,7 @@ def attention(
             scale=scaling,
             # A token sees itself and what lies to its left, in a window of so many in all.
             window_size=(sliding_window - 1 if sliding_window else -1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **shared,
         )
         return output[None], None
     rows = zip(*(x.split(row_lengths, 2) for x in (query, key, value)), strict=True)
@@ -89,6 +94,11 @@ def attention(
         for row, tree in zip(rows, trees, strict=True)
     ]
     return torch.cat(outputs, 1), None
+
+
+@functools.cache
+def _shares_heads(varlen_attn) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _one_row(query, key, value, tree, scaling, window) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import tracking
 from utils.settings.fields import Settings, free, rounding, setting
 
 
@@ -233,6 +234,12 @@ class RunConfig(Settings):
     )
     overwrite: bool = free(False, "begin anew in a folder that holds a run, which is deleted")
     tensorboard: bool = free(True, "write TensorBoard files under OUTPUT/tensorboard")
+    track: str = free(
+        "",
+        "send metrics and sampled answers there as well",
+        ("", *tracking.TRACKERS),
+        check=tracking.check,
+    )
     max_bad_steps: int = free(
         5,
         "optimizer steps in a row skipped for loss or gradients not finite; one more ends the run",
