@@ -239,8 +239,9 @@ def send_all(transfer: Transfer, client: Client | None, module, version: str) ->
 
 
 def buckets_as_saved(module) -> Iterator[dict[str, torch.Tensor]]:
-    """Parameters and kept buffers by their names in a saved folder, which vLLM knows."""
-    for bucket in weights.whole_buckets(module):
+    """Parameters and kept buffers by their names in a saved folder, which vLLM knows; of a model
+    with adapters, with these merged into them."""
+    for bucket in weights.merged_buckets(module):
         yield revert_weight_conversion(module, bucket)
     kept = module.state_dict(keep_vars=True).keys()
     buffers = {name: b for name, b in module.named_buffers() if name in kept}

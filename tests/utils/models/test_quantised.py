@@ -16,9 +16,11 @@ from step3_ppo.config import PPOConfig
 from tests.helpers.jobs import ppo, reward, sft
 from tests.helpers.running import ROOT, assert_same_path, built_once, metrics_of, run_ranks
 from tests.helpers.same_end import assert_same_end
+from tests.utils.models.test_adapters import logits_of, moved
 from tests.utils.settings.test_command_line import NEEDED, problems_of
 from tests.whole.test_gpu import GPU
 from utils.distributed import zero
+from utils.generation import vllm_weights
 from utils.models import freezing, from_scratch, language_model, quantised
 from utils.models.adapters import Lora
 from utils.models.loading import Loading
@@ -147,6 +149,31 @@ def test_layers_multiply_by_the_nearest_values_of_few_bits(wide, device, dtype, 
     trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert freezing.counts(model) == f"{trained:,} weights are trained, {total:,} are frozen"
     assert "quantization" not in model.config.to_json_string()
+
+
+@installed
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_few_bits_goes_to_vllm_whole_and_merged(wide, bits):
+    """Layers with an adapter and layers without; to a plain model, which then computes as much."""
+    path, how = str(wide / "base_model"), Loading(**{f"load_in_{bits}bit": True})
+    lora = Lora(lora_rank=4, lora_target_modules=("q_proj", "down_proj"))
+    model = moved(language_model.load(how, path, dtype="fp32", lora=lora))
+    plain = language_model.load(Loading(), path, dtype="fp32")
+    sent = {k: w for b in vllm_weights.buckets_as_saved(model) for k, w in b.items()}
+    assert sent.keys() == dict(plain.named_parameters()).keys()
+    decode = in_nf4 if bits == 4 else in_8_bits
+    up, down = (getattr(model.model.layers[1].mlp, f"{name}_proj") for name in ("up", "down"))
+    expected = decode(down.base_layer)[0]
+    expected = expected + 16 / 4 * (
+        down.lora_B.default.weight.double() @ down.lora_A.default.weight.double()
+    )
+    for name, weight in (("up", decode(up)[0]), ("down", expected)):
+        found = sent[f"model.layers.1.mlp.{name}_proj.weight"]
+        torch.testing.assert_close(found.double(), weight, rtol=1e-5, atol=1e-6)
+    before = logits_of(plain)
+    plain.load_state_dict(sent, strict=False)
+    torch.testing.assert_close(logits_of(plain), logits_of(model), rtol=1e-4, atol=1e-4)
+    assert (logits_of(plain) - before).abs().max() > 0.1
 
 
 @installed
