@@ -1,7 +1,9 @@
-"""Does the planner tell the truth? Predicted peaks of memory beside measured ones.
+r"""Does the planner tell the truth? Predicted peaks of memory beside measured ones.
 
     python benchmarks/planner_check.py [--cases sft-20M-fp32-zero0 …] [--output planner_check.json]
     python benchmarks/planner_check.py --device cuda    # Qwen2.5's shapes, bytes by torch's count
+    python benchmarks/planner_check.py --device cuda --card_gb 24 \
+        --cases ppo-7B-bf16-zero0-shared-4bit-long      # in so much of a larger GPU
 
 Each case trains in processes of its own: real engines (zero.TrainEngine) around random models, two
 optimizer steps of SFT or two rollouts of PPO with all its models, rows at their full length.
@@ -26,14 +28,15 @@ sys.path.insert(0, str(ROOT))
 
 VOCABULARY = 8192
 SIZES = {  # hidden, intermediate, layers
-    "warmup": (32, 64, 2),
-    "20M": (512, 1376, 4),
+    "warmup": (64, 128, 2),
+    "20M": (512, 1408, 4),
     "60M": (768, 2048, 7),
     "90M": (896, 2432, 8),
     "100M": (960, 2560, 8),
     "150M": (1024, 2816, 10),
 }
 QWEN = {"q0.5B": "qwen2.5-0.5b", "q1.5B": "qwen2.5-1.5b"}  # workload.SHAPES
+LARGE = (*QWEN, "7B")  # the last is Llama-2's, docs/shapes/7b
 SETTINGS = {
     "sft": {"micro_batch_size": 4, "global_batch_size": 8, "max_length": 256},
     "ppo": {
@@ -53,8 +56,20 @@ MORE = {  # by a word of a case's name
     "4bit": {"lora_rank": 8, "load_in_4bit": True},
     "8bit": {"lora_rank": 8, "load_in_8bit": True},
     "nlpo": {"algorithm": "nlpo"},
+    # A row of docs/scaling.md, with answers of half the length.
+    "long": {
+        "lora_rank": 16,
+        "micro_batch_size": 2,
+        "global_batch_size": 4,
+        "prompts_per_rollout": 8,
+        "max_prompt_length": 1536,
+        "max_response_length": 512,
+        "gradient_checkpointing": True,
+        "release_decode_memory": True,
+        "ema_decay": 0.0,
+    },
 }
-# Of the Qwen shapes: long enough that what is not a weight counts.
+# Of the large shapes: long enough that what is not a weight counts.
 LONGER = {
     "sft": {"micro_batch_size": 8, "global_batch_size": 16, "max_length": 512},
     "ppo": SETTINGS["ppo"] | {"max_prompt_length": 128, "max_response_length": 128},
@@ -63,6 +78,9 @@ CASES_ON_GPU = [
     *(f"{step}-{size}-bf16-zero0" for size in QWEN for step in ("sft", "ppo")),
     "sft-q1.5B-bf16-zero0-checkpointing",
     "ppo-q0.5B-bf16-zero3",
+    # The second needs requirements-quantised.txt.
+    "ppo-q1.5B-bf16-zero0-shared",
+    "ppo-q1.5B-bf16-zero0-shared-4bit",
 ]
 CASES = [
     *(f"sft-{size}-{dtype}-zero0" for size in ("20M", "60M", "150M") for dtype in ("fp32", "bf16")),
@@ -95,35 +113,43 @@ def config_of(case: str, folder: Path):
     step, size, dtype, stage, *more = case.split("-")
     ranks = 2 if "2ranks" in more else 1
     model = str(folder / size)
-    given = (LONGER if size in QWEN else SETTINGS)[step] | {
+    given = (LONGER if size in LARGE else SETTINGS)[step] | {
         "output_dir": str(folder / "run"),
         "model_name_or_path": model,
         "zero_stage": int(stage.removeprefix("zero")),
         "dtype": dtype,
     }
+    if "shared" in more:  # four models as adapters on one base
+        given |= {"lora_rank": 8, "share_backbone": "actor,critic,reward"}
     for word in more:
         given |= MORE.get(word, {})
     if step == "ppo":
-        given["reward_model"] = str(folder / f"{size}-reward")
-    if "shared" in more:  # four models as adapters on one base
-        given |= {"lora_rank": 8, "share_backbone": "actor,critic,reward"}
-        given["reward_model"] = str(folder / f"{size}-adapter")
+        kind = "adapter" if "shared" in more else "reward"
+        given["reward_model"] = str(folder / f"{size}-{kind}")
     return step, size, dtype, ranks, (SFTConfig if step == "sft" else PPOConfig)(**given)
 
 
-def write_models(folder: Path, size: str, scorer: bool, adapter: bool = False) -> None:
-    """A random Llama of that size and, for PPO, a reward model, with one tokenizer; Qwen2.5's
-    shapes by name, in bf16. adapter: a reward model that stands on the Llama, too."""
+def write_models(folder: Path, size: str, kinds: set[str], device: str) -> None:
+    """A random Llama of that size with its tokenizer, Qwen2.5's shapes by name, the large ones in
+    bf16. kinds: `reward`: a reward model too; `adapter`: one that stands on the Llama."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        LlamaConfig,
+    )
 
     from benchmarks import workload
-    from utils.models import from_scratch
+    from utils.models import adapters, from_scratch
+    from utils.models.adapters import Lora
 
     words = [f"{a}{b} says {b}{a}." for a in "abcdefghij" for b in "klmnopqrst"]
     tokenizer = from_scratch.train_tokenizer(words * 3, 400)
     if size in QWEN:
         config = workload.model_config(workload.SHAPES[QWEN[size]])
+    elif size in LARGE:
+        config = AutoConfig.from_pretrained(ROOT / "docs/shapes/7b")
     else:
         hidden, intermediate, layers = SIZES[size]
         config = LlamaConfig(
@@ -137,24 +163,25 @@ def write_models(folder: Path, size: str, scorer: bool, adapter: bool = False) -
             bos_token_id=None,
         )
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    classes = {size: AutoModelForCausalLM}
-    if scorer:
-        config.num_labels, config.reward_read_at = 1, "stop"  # as step 2 saves them
-        classes[f"{size}-reward"] = AutoModelForSequenceClassification
-    dtype = torch.bfloat16 if size in QWEN else torch.float32
-    for name, auto_class in classes.items():
-        auto_class.from_config(config, dtype=dtype).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    if adapter:
-        from utils.checkpoints import model_folder
-        from utils.models import scalar_model
-        from utils.models.adapters import Lora
-        from utils.models.loading import Loading
+    dtype = torch.bfloat16 if size in LARGE else torch.float32
 
-        given = dict(dtype="fp32", tokenizer=tokenizer, head="normal", lora=Lora(lora_rank=8))
-        model = scalar_model.load(Loading(), str(folder / size), **given).classifier
-        written = model_folder.ModelFolder(model, tokenizer, "")
-        model_folder.save(folder / f"{size}-adapter", {".": written})
+    def write(auto_class, name: str) -> None:
+        with torch.device(device):
+            model = auto_class.from_config(config, dtype=dtype)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    write(AutoModelForCausalLM, size)
+    config.num_labels, config.reward_read_at = 1, "stop"  # as step 2 saves them
+    if "reward" in kinds:
+        write(AutoModelForSequenceClassification, f"{size}-reward")
+    if "adapter" in kinds:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            adapters.put_on(model, str(folder / size), Lora(lora_rank=8))
+        state = {name: torch.zeros(p.shape, dtype=dtype) for name, p in adapters.own_of(model)}
+        tokenizer.save_pretrained(folder / f"{size}-adapter")
+        adapters.save(model, state, folder / f"{size}-adapter")
 
 
 # In the process that is measured.
@@ -237,8 +264,9 @@ def train_ppo(config, dtype: str, device) -> None:
         train_on(models, experience, config, device, step, watch)
 
 
-def measure(case: str, folder: Path) -> None:
-    """Trains the warmup model, then the case's; rank 0 prints the bytes of the second's peak."""
+def measure(case: str, folder: Path, card_gb: float) -> None:
+    """Trains the warmup model, then the case's; rank 0 prints the bytes of the second's peak.
+    card_gb: of a smaller card, beyond which this GPU then gives no memory."""
     import torch
 
     from utils.distributed import process_group
@@ -248,6 +276,9 @@ def measure(case: str, folder: Path) -> None:
     device = process_group.init()
     step, size, dtype, _, config = config_of(case, folder)
     train = train_sft if step == "sft" else train_ppo
+    if card_gb:
+        there = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(card_gb * 1e9 / there, device)
     train(config_of(case.replace(size, "warmup"), folder)[-1], dtype, device)
     gc.collect()
     if device.type == "cuda":
@@ -269,7 +300,7 @@ def measure(case: str, folder: Path) -> None:
 # In the process that compares.
 
 
-def run_case(case: str, folder: Path, device: str) -> dict:
+def run_case(case: str, folder: Path, device: str, card_gb: float) -> dict:
     """{case, predicted, measured, ratio, phase}, bytes."""
     from utils.distributed import process_group
     from utils.planner import plan as planner
@@ -292,6 +323,7 @@ def run_case(case: str, folder: Path, device: str) -> dict:
             "MALLOC_TRIM_THRESHOLD_": "65536",
         }
         command = [sys.executable, __file__, "--measure", case, "--folder", str(folder)]
+        command += ["--card_gb", str(card_gb)]
         processes.append(
             subprocess.Popen(
                 command,
@@ -326,13 +358,14 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", help="default: all of the device")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--card_gb", type=float, default=0.0, help="a smaller GPU than there is")
     parser.add_argument("--output", default="planner_check.json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     cases = asked.cases or (CASES if asked.device == "cpu" else CASES_ON_GPU)
     if asked.measure:
-        measure(asked.measure, Path(asked.folder))
+        measure(asked.measure, Path(asked.folder), asked.card_gb)
         return
     from utils.distributed.program import quiet_libraries
 
@@ -340,18 +373,21 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for size in {case.split("-")[1] for case in cases} | {"warmup"}:
-            write_models(
-                folder,
-                size,
-                any(c.startswith(f"ppo-{size}-") for c in cases) or size == "warmup",
-                any(c.endswith("-shared") and size in (c.split("-")[1], "warmup") for c in cases),
-            )
+        sizes = {"warmup": set()}
+        for case in cases:
+            step, size, *words = case.split("-")
+            if step == "ppo":
+                for model in (size, "warmup"):
+                    kind = "adapter" if "shared" in words else "reward"
+                    sizes.setdefault(model, set()).add(kind)
+            sizes.setdefault(size, set())
+        for size, kinds in sizes.items():
+            write_models(folder, size, kinds, asked.device)
         print("| case | predicted, MB | measured, MB | ratio | predicted peak in | seconds |")
         print("| --- | --- | --- | --- | --- | --- |")
         for case in cases:
             started = time.time()
-            found = run_case(case, folder, asked.device)
+            found = run_case(case, folder, asked.device, asked.card_gb)
             results.append(found)
             predicted, measured = (found[x] / 1e6 for x in ("predicted", "measured"))
             print(

@@ -55,11 +55,6 @@ def of_rollouts(config) -> Iterator[str]:
             vllm_server.python_named(config.vllm_python)
         except UserError as error:
             yield str(error)
-    if config.rollout_engine == "vllm" and config.lora_rank:
-        yield (
-            f"lora_rank={config.lora_rank}: vLLM is sent whole weights, and adapters stay beside "
-            "theirs; set --rollout_engine native"
-        )
     by_layer = config.zero_stage == 3 and config.rollout_gather == "layer"
     if by_layer and config.decode in ("static", "graph"):
         yield (

@@ -64,6 +64,7 @@ def readers(config) -> dict[str, Reader]:
 
 def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     """of_scorers: what `readers` gave, where that was asked before."""
+    vllm_server.check_devices(config.rollout_devices, device)
     asked = config.reward_function, config.reward_weights, config.reward_function_timeout
     server = remote.Server(config.reward_url, asked[-1]) if config.reward_url else None
     reward_function = sums.load(*asked, server) if config.reward_sources() else None

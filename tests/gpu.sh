@@ -61,7 +61,7 @@ told() { # NAME SECONDS CODE
 chosen=(-m gpu tests)
 [ $walk = 0 ] || chosen=(-m "not gpu and not slow" tests/whole/test_gpu.py)
 cd "$ROOT" || exit
-part tests $((walk ? 600 : 300)) "$PYTHON" -m pytest -n 0 -rs "${chosen[@]}"
+part tests $((walk ? 600 : 300)) "$PYTHON" -m pytest -n $((walk ? 0 : 4)) -rs "${chosen[@]}"
 if grep -q '^SKIPPED' "$OUTPUT/tests.log"; then # a test that did not run has not passed
     told "tests: none skipped" 0 1
 fi
@@ -79,7 +79,7 @@ run() { # NAME ZERO_STAGE TOOLKIT [FLAG …]
     local name=$1 stage=$2 toolkit=$3 hide=()
     shift 3
     [ "$toolkit" = yes ] || hide=(bash tests/without_toolkit.sh)
-    part "$name" $((walk ? 1800 : 150)) "${hide[@]}" bash run_all.sh tiny --output_dir "$OUTPUT/$name" "${small[@]}" \
+    part "$name" $((walk ? 1800 : 200)) "${hide[@]}" bash run_all.sh tiny --output_dir "$OUTPUT/$name" "${small[@]}" \
         --zero_stage "$stage" "$@" || return
     "$PYTHON" tests/helpers/gpu_logs.py "$OUTPUT/$name.log" --zero_stage "$stage" \
         --tools "$tools" $([ $walk = 0 ] || echo --walk) | tee -a "$report"

@@ -18,7 +18,8 @@ from utils.generation import engines, weights
 from utils.generation import sampling as generation
 from utils.generation.engine import Request, Sampling, Setup, synced
 from utils.generation.engines.native import NativeEngine
-from utils.models import language_model, loading
+from utils.models import adapters, language_model, loading
+from utils.models.adapters import Lora
 
 PAD, STOP, VOCAB, NEW, LENGTHS = 0, 2, 96, 8, [7, 1, 4, 6]
 
@@ -254,6 +255,25 @@ def choice_of_engine(folder):
     except SystemExit as refusal:
         assert "repetition_penalty" in str(refusal) and "--rollout_engine native" in str(refusal)
         print("held: settings that change draws")
+
+
+def merged_adapters(folder):
+    """Under ZeRO-3 what goes to vLLM is what it is without."""
+    for variant in adapters.VARIANTS:
+        found = []
+        for stage in (0, 3):
+            model = big_llama()
+            adapters.put_on(model, "", Lora(60, lora_variant=variant))
+            generator = torch.Generator().manual_seed(4)
+            for _, p in adapters.own_of(model):
+                p.data += 0.1 * torch.randn(p.shape, generator=generator)
+            module = zero_gathers.engine_of(model, stage).module
+            sharded = {p.ds_tensor.numel() < p.ds_numel for p in module.parameters() if stage}
+            buckets = list(weights.merged_buckets(module))
+            found.append({name: w.clone() for bucket in buckets for name, w in bucket.items()})
+        assert sharded == {True} and found[0].keys() == found[1].keys()
+        assert all(torch.equal(w, found[1][name]) for name, w in found[0].items())
+    print("held: merged adapters")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ faults: names of what goes wrong once, and then no more; with "always" every tim
     stale   says that it has taken an update, and has not
     lost    a weight arrives with one bit turned
     cut     breaks answers off
+    awake   does not go to sleep
 """
 
 import copy
@@ -100,7 +101,10 @@ class StandIn:
     def get_world_size(self, _):
         return {"world_size": 1}
 
-    init_weight_transfer_engine = pause = resume = health
+    init_weight_transfer_engine = pause = resume = wake_up = health
+
+    def sleep(self, _):
+        return None if self.has("awake") else {}
 
     def start_weight_update(self, _):
         self.arrived, self.coming = {}, {}

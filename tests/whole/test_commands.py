@@ -52,7 +52,7 @@ CONFIGS = {
 }
 SET = "HuggingFaceH4/ultrafeedback_binarized"
 # The other recipes are those of the guides' commands.
-WALKED = {"tiny", "calculator", "scratch", "qwen2.5-0.5b"}
+WALKED = {"tiny", "best_of_n", "calculator", "scratch", "qwen2.5-0.5b"}
 NODES = sorted({path.stem for path in (ROOT / "recipes").iterdir()} - WALKED)
 SHARED = {"step1_sft/main.py", "step2_reward/main.py"}
 README = (ROOT / "README.md").read_text()

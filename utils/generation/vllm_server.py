@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.distributed import program, zero
+import torch
+
+from utils.distributed import process_group, program, zero
 from utils.errors import UserError
 from utils.generation.vllm_client import TOKEN, Client, ServerError
 from utils.settings import command_line, fields
@@ -173,6 +176,26 @@ def group_lives(process: subprocess.Popen) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def check_devices(devices: str, device: torch.device) -> None:
+    """SystemExit where --rollout_devices cannot be vLLM's alone. device: this rank's. A
+    collective, before anything is loaded: two processes that fill one GPU end late, or hang."""
+    if not devices:
+        return
+    if device.type == "cpu":
+        raise SystemExit(
+            f"rollout_devices={devices} are GPUs, and the run is on a CPU; leave it out"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = visible.split(",")[device.index].strip() if visible else str(device.index)
+    places = process_group.gather_objects((socket.gethostname(), own))
+    trained = {gpu for machine, gpu in places if machine == places[0][0]}
+    if shared := sorted(trained & {gpu.strip() for gpu in devices.split(",")}):
+        raise SystemExit(
+            f"rollout_devices={devices}: ranks of the training are on {', '.join(shared)} (and on "
+            f"{', '.join(sorted(trained))} in all); name others, or none for taking turns"
+        )
 
 
 REMEDY = f"make it as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"

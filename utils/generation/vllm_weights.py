@@ -7,7 +7,10 @@ walk through the buckets together, as ZeRO-3 gathers them; rank 0 speaks to the 
 
 import base64
 import contextlib
+import ctypes
+import functools
 import os
+import queue
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -126,44 +129,80 @@ class Nccl(Transfer):
             return
         from torch.cuda import nccl
 
-        world = 1 + client.world_size()
-        unique = nccl.unique_id()
+        world, unique = 1 + client.world_size(), nccl.unique_id()
         told = {"nccl_unique_id_b64": base64.b64encode(unique).decode(), "packed": False}
         told |= {"rank_offset": 1, "world_size": world}
-        with beside(client.post, "/init_weight_transfer_engine", {"init_info": told}):
-            self.group = nccl.init_rank(world, unique, 0)
+        device, groups = torch.cuda.current_device(), []
+
+        def join() -> None:
+            torch.cuda.set_device(device)  # each thread has its own
+            groups.append(nccl.init_rank(world, unique, 0))
             # vLLM's side does the same, to see that the group stands.
-            nccl.all_reduce([torch.zeros(1, device="cuda")], comms=[self.group])
+            nccl.all_reduce([torch.zeros(1, device="cuda")], comms=groups)
             torch.cuda.synchronize()
+
+        ask = functools.partial(client.post, "/init_weight_transfer_engine", {"init_info": told})
+        together(groups, join, ask, client.patience)
+        self.groups = groups
 
     def send(self, client: Client | None, bucket: dict[str, torch.Tensor]) -> None:
         if client is None:
             return
         from torch.cuda import nccl
 
-        with beside(update, client, describe(bucket)):
+        device = torch.cuda.current_device()
+        torch.cuda.synchronize()  # the bucket is whole before another thread reads it
+
+        def broadcast() -> None:
+            torch.cuda.set_device(device)
             for tensor in bucket.values():
-                nccl.broadcast([tensor.contiguous()], comms=[self.group])
+                nccl.broadcast([tensor.contiguous()], comms=self.groups)
             torch.cuda.synchronize()
 
+        ask = functools.partial(update, client, describe(bucket))
+        together(self.groups, broadcast, ask, client.patience)
 
-@contextlib.contextmanager
-def beside(function, *arguments) -> Iterator[None]:
-    """Runs while the block does, as both sides of a collective must. Its error is raised."""
-    problems = []
 
-    def run() -> None:
+def together(groups: list, ours, theirs, seconds: float) -> None:
+    """Runs our side of a collective beside theirs, a request that ends by itself. NCCL waits for
+    ever for a peer that is gone, and so does all that comes after it on the GPU. So where either
+    fails, or ours takes `seconds` more than theirs, `groups` are given up, with a ServerError."""
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run(side) -> None:
+        problem = None
         try:
-            function(*arguments)
+            side()
         except ServerError as error:
-            problems.append(error)
+            problem = error
+        except Exception as error:  # RuntimeError is NCCL's
+            problem = ServerError(f"{type(error).__name__} on the way to vLLM: {error}")
+        ended.put((side, problem))
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    yield
-    thread.join()
-    if problems:
-        raise problems[0]
+    for side in (ours, theirs):
+        threading.Thread(target=run, args=(side,), daemon=True).start()
+    first, problem = ended.get()
+    if problem is None:
+        try:
+            _, problem = ended.get(timeout=seconds if first is theirs else None)
+        except queue.Empty:
+            problem = ServerError(f"NCCL stands still: vLLM was done {seconds:g} s ago")
+    if problem is not None:
+        for group in groups:
+            abort(group)
+        raise problem
+
+
+def abort(group) -> None:
+    """Ends what waits on the GPU for a peer of `group`, a communicator of torch.cuda.nccl, which
+    has no call for it. Nothing may be asked of the group afterwards."""
+    name, pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+    name.restype, pointer.restype = ctypes.c_char_p, ctypes.c_void_p
+    capsule = ctypes.py_object(group)
+    communicator = ctypes.c_void_p(pointer(capsule, ctypes.c_char_p(name(capsule))))
+    # The abort frees the communicator, and the capsule must not do so again.
+    ctypes.pythonapi.PyCapsule_SetDestructor(capsule, None)
+    ctypes.CDLL("libnccl.so.2").ncclCommAbort(communicator)
 
 
 TRANSFERS = {"file": File, "ipc": CudaIpc, "nccl": Nccl}
@@ -200,8 +239,9 @@ def send_all(transfer: Transfer, client: Client | None, module, version: str) ->
 
 
 def buckets_as_saved(module) -> Iterator[dict[str, torch.Tensor]]:
-    """Parameters and kept buffers by their names in a saved folder, which vLLM knows."""
-    for bucket in weights.whole_buckets(module):
+    """Parameters and kept buffers by their names in a saved folder, which vLLM knows; of a model
+    with adapters, with these merged into them."""
+    for bucket in weights.merged_buckets(module):
         yield revert_weight_conversion(module, bucket)
     kept = module.state_dict(keep_vars=True).keys()
     buffers = {name: b for name, b in module.named_buffers() if name in kept}

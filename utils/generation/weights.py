@@ -103,17 +103,30 @@ def plain_twin(module: nn.Module) -> nn.Module:
 def _copy_weights(module: nn.Module, plain: nn.Module) -> None:
     """Whole weights of a ZeRO-3 `module` into `plain`."""
     targets = dict(plain.named_parameters())
-    for bucket in whole_buckets(module):
+    for bucket in whole_buckets(dict(module.named_parameters())):
         for name, whole in bucket.items():
             target = targets[name]
             target.data = whole.to(target.dtype)
 
 
-def whole_buckets(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Every parameter of `module` by name, whole, some BUCKET_BYTES at a time: under ZeRO-3 one
-    all-gather a bucket, on every rank. A bucket is of one dtype."""
-    named = {id(p): name for name, p in module.named_parameters()}
-    for bucket in _buckets(list(module.parameters())):
+def merged_buckets(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """`whole_buckets` of a model without adapters that computes what `module` does."""
+    weights = dict(module.named_parameters())
+    if adapters.settings_of(module) is None:
+        yield from whole_buckets(weights)
+        return
+    adapters.check_apart(module)
+    beside = {name: weights.pop(name) for name in [*weights] if ".lora_" in name}
+    own = {name: w for bucket in whole_buckets(beside) for name, w in bucket.items()}
+    for bucket in whole_buckets(weights):
+        yield adapters.merged(module, bucket, own)
+
+
+def whole_buckets(weights: dict[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+    """Parameters by name, whole, some BUCKET_BYTES at a time: under ZeRO-3 one all-gather a bucket,
+    on every rank. A bucket is of one dtype."""
+    named = {id(p): name for name, p in weights.items()}
+    for bucket in _buckets(list(weights.values())):
         if not hasattr(bucket[0], "ds_tensor"):
             yield {named[id(p)]: p.detach() for p in bucket}
             continue
@@ -128,7 +141,7 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters in their order, cut where BUCKET_BYTES are full or the dtype changes."""
     buckets, size = [], 0
     for p in parameters:
-        more = getattr(p, "ds_numel", p.numel()) * zero.local(p).element_size()
+        more = zero.size_of(p) * zero.local(p).element_size()
         if not buckets or size + more > BUCKET_BYTES or p.dtype != buckets[-1][0].dtype:
             buckets.append([])
             size = 0

@@ -21,6 +21,8 @@ from utils.pretrained import ADAPTED_CONFIG, adapter_file, base_of, refused
 from utils.seeding import undisturbed
 
 NAME, PREFIX, WEIGHTS = "default", "base_model.model.", "adapter_model.safetensors"
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of an adapter, the last of DoRA alone
+BASE = ".base_layer"  # what stands beside it
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
@@ -293,26 +295,65 @@ def _gather_for_dora(layer: nn.Module) -> None:
     deepspeed.zero.register_external_parameter(layer.lora_magnitude_vector[NAME], weight)
 
 
-def merged_weight(layer: nn.Module) -> torch.Tensor:
-    """The fp32 weight of one linear layer that computes what base and adapter do together."""
-    base, low, high = layer.get_base_layer(), layer.lora_A[NAME], layer.lora_B[NAME]
+def merged_weight(layer: nn.Module, weight, low, high, magnitude=None) -> torch.Tensor:
+    """The fp32 weight of one linear layer that computes what base and adapter do together. weight:
+    of the base. low (rank, in), high (out, rank); of DoRA magnitude (out,)."""
     flipped = layer.fan_in_fan_out  # GPT-2's Conv1D: (in, out)
-    weight = base.weight.float().T if flipped else base.weight.float()
-    weight = weight + layer.scaling[NAME] * (high.weight.float() @ low.weight.float())
-    if layer.use_dora[NAME]:
-        scale = layer.lora_magnitude_vector[NAME].weight.float() / weight.norm(dim=1)
-        weight = weight * scale[:, None]
+    weight = weight.float().T if flipped else weight.float()
+    weight = weight + layer.scaling[NAME] * (high.float() @ low.float())
+    if magnitude is not None:
+        weight = weight * (magnitude.float() / weight.norm(dim=1))[:, None]
     return weight.T if flipped else weight
+
+
+def parts_of(layer_name: str, weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What merged_weight takes of one layer's adapter, out of tensors by their names in a model."""
+    names = (f"{layer_name}.{part}.{NAME}.weight" for part in PARTS)
+    return [weights[name] for name in names if name in weights]
+
+
+def check_apart(model: nn.Module) -> None:
+    """SystemExit where an adapter's layer shares its weight with the embeddings, which a merge
+    would change too."""
+    shared, base = model.get_input_embeddings().weight, settings_of(model).base_model_name_or_path
+    for name, layer in layers_of(model).items():
+        if layer.get_base_layer().weight is shared:
+            raise SystemExit(
+                f"the adapter of {name} cannot be merged, as {base!r} ties that layer to its "
+                "embeddings; name a base with tie_word_embeddings=false in adapter_config.json"
+            )
+
+
+def merged(
+    model: nn.Module, bucket: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Whole weights of `model` by name, without those of adapters → the same weights of a model
+    that computes as much without adapters, by its names. Each is rounded once, to the dtype it has
+    or, where it is in few bits, that of the adapters. own: their whole weights by name."""
+    found, dtype = {}, next(iter(own.values())).dtype
+    for name, weight in bucket.items():
+        path, _, leaf = name.rpartition(".")
+        layer = path.removesuffix(BASE)
+        whole = weight
+        if not weight.is_floating_point():
+            whole = quantised.dequantised(model.get_submodule(path))
+        if layer != path and leaf == "weight":
+            whole = merged_weight(model.get_submodule(layer), whole, *parts_of(layer, own))
+        to = weight.dtype if weight.is_floating_point() else dtype
+        found[f"{layer}.{leaf}" if path else name] = whole.to(to)
+    return found
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Put the adapters into the weights of the base, each rounded once to its dtype. The model has
     no adapters afterwards, and all of it can be trained."""
+    check_apart(model)
+    own = dict(own_of(model))
     for name, layer in layers_of(model).items():
         base = layer.get_base_layer()
         with zero.gathered([base.weight]):
-            weight = merged_weight(layer)
+            weight = merged_weight(layer, base.weight, *parts_of(name, own))
         zero.fill(base.weight, weight)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, base)

@@ -5,9 +5,11 @@ Linear layers below the head are rounded as they are read; embeddings, norms and
 Folders name the base as it is on disk, in all its digits.
 """
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from utils.distributed import zero
@@ -65,6 +67,25 @@ def tidy(model: nn.Module) -> None:
         # In 8 bits its first pass would take the numbers from the weight, which twins share.
         if getattr(getattr(layer, "weight", None), "CB", None) is not None:
             layer.init_8bit_state()
+            # In eval mode on a CPU, and in no other, it would round what it reads to 8 bits.
+            if layer.weight.device.type == "cpu":
+                layer.training, layer.train = True, _stay
+
+
+def _stay(mode: bool = True) -> None:
+    """In place of a layer's `train`, which then changes nothing."""
+
+
+def dequantised(layer: nn.Module) -> torch.Tensor:
+    """The fp32 weight (out, in) that a layer in few bits stands for."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.state.CB.float() * (layer.state.SCB.float() / 127)[:, None]
+    from bitsandbytes.functional import dequantize_4bit
+
+    exact = copy.copy(state)
+    exact.dtype = torch.float32
+    return dequantize_4bit(layer.weight.data, exact)
 
 
 def states(model: nn.Module) -> Iterator[object]:

@@ -95,9 +95,10 @@ def load(
 def _fresh_head(weight: nn.Parameter, kind: str) -> None:
     shape = getattr(weight, "ds_shape", weight.shape)
     std = 0.0 if kind == "zero" else 1 / math.sqrt(shape[-1] + 1)
-    # On the CPU, whatever device the weight is on (a GPU under ZeRO-3): every stage and every rank
-    # draws the same numbers, so any rank's draw may fill its shard.
-    drawn = torch.empty(shape, dtype=weight.dtype).normal_(0.0, std)
+    # By a generator of its own on the CPU: under ZeRO-3 on a GPU the model was built there, and
+    # other numbers were drawn until now. Every stage and every rank draws the same head.
+    generator = torch.Generator().manual_seed((torch.initial_seed() + 1) % 2**63)
+    drawn = torch.empty(shape, dtype=weight.dtype).normal_(0.0, std, generator=generator)
     if not hasattr(weight, "ds_id"):
         weight.data.copy_(drawn)
         return

@@ -7,10 +7,13 @@ import socket
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import psutil
 import pytest
+import torch
 
+from utils.distributed import process_group
 from utils.distributed.process_group import free_port
 from utils.errors import UserError
 from utils.generation import vllm_server
@@ -101,6 +104,37 @@ def test_a_secret_goes_over_https_where_the_address_says_so():
         first = listener.accept()[0].recv(1000)
         asking.join()
     assert first[:1] == b"\x16" and b"secret" not in first, "no TLS handshake"
+
+
+@pytest.mark.parametrize(
+    "devices, visible, ranks, shared",
+    [
+        ("4,5", None, [("a", 0), ("a", 1)], ""),
+        ("1,2", None, [("a", 0), ("a", 1)], "1 "),
+        ("0, 1", "4,5", [("a", 0), ("a", 1)], ""),
+        ("5,6", "4,5", [("a", 0), ("a", 1)], "5 "),
+        ("1", None, [("a", 0), ("b", 1)], ""),  # another machine's
+    ],
+)
+def test_gpus_of_vllm_are_not_the_trainings(monkeypatch, devices, visible, ranks, shared):
+    visible_of = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    monkeypatch.setattr(os, "environ", visible_of)
+
+    def gather(place):
+        names = visible.split(",") if visible else "01"
+        assert place == (socket.gethostname(), names[0])
+        return [(machine, names[gpu]) for machine, gpu in ranks]
+
+    monkeypatch.setattr(process_group, "gather_objects", gather)
+    expected = pytest.raises(SystemExit, match=f"are on {shared}") if shared else nullcontext()
+    with expected:
+        vllm_server.check_devices(devices, torch.device("cuda:0"))
+
+
+def test_gpus_of_vllm_are_refused_on_a_cpu():
+    vllm_server.check_devices("", torch.device("cpu"))
+    with pytest.raises(SystemExit, match="rollout_devices=4,5 are GPUs.* leave it out"):
+        vllm_server.check_devices("4,5", torch.device("cpu"))
 
 
 def test_flags_and_environment_of_each_transfer(monkeypatch):

@@ -1,14 +1,24 @@
 """What goes over to vLLM: every weight by its name in a saved folder, through files that fit."""
 
+import contextlib
+import copy
+import ctypes
 import os
+import threading
+from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.utils.generation.test_sampling import tiny as model_of
+from tests.utils.models.test_adapters import IDS, logits_of, moved
 from utils.generation import vllm_weights
 from utils.generation.vllm_client import ServerError
+from utils.generation.weights import merged_buckets
+from utils.models import adapters
+from utils.models.adapters import Lora
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bloom", "Qwen3-MoE"])
@@ -24,6 +34,74 @@ def test_all_that_a_saved_folder_holds_is_sent(family, tmp_path, monkeypatch):
         sent |= bucket
     assert len(buckets) > 3 and sent.keys() == saved.keys()
     assert all(torch.equal(sent[name], weight) for name, weight in saved.items())
+
+
+def adapted(family, variant, dtype=torch.float32):
+    """A model with adapters that have moved, and the same one without any."""
+    plain = copy.deepcopy(model_of(family)).to(dtype)
+    model = copy.deepcopy(plain)
+    adapters.put_on(model, "", Lora(4, 6.0, lora_variant=variant))
+    return moved(model), plain
+
+
+def sent_of(model) -> dict[str, torch.Tensor]:
+    return {k: w for bucket in vllm_weights.buckets_as_saved(model) for k, w in bucket.items()}
+
+
+@pytest.mark.parametrize("variant", adapters.VARIANTS)
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen3-MoE"])
+def test_adapters_go_over_merged(family, variant, tmp_path, monkeypatch):
+    """To a model without any, which then computes as much; the trained one stays as it was."""
+    monkeypatch.setattr("utils.generation.weights.BUCKET_BYTES", 3000)
+    monkeypatch.setattr("tests.utils.models.test_adapters.IDS", IDS % 90)
+    model, plain = adapted(family, variant)
+    logits = logits_of(model)
+    sent = sent_of(model)
+    plain.save_pretrained(tmp_path)
+    assert sent.keys() == load_file(tmp_path / "model.safetensors").keys()
+    assert torch.equal(logits_of(model), logits)
+    assert (logits_of(plain) - logits).abs().max() > 0.1
+    own = dict(model.named_parameters())
+    weights = {name: w for bucket in merged_buckets(model) for name, w in bucket.items()}
+    assert weights.keys() == dict(plain.named_parameters()).keys()
+    assert sum(".lora_A." in name for name in own) == len(adapters.layers_of(model)) > 4
+    plain.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(logits_of(plain), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_weights_in_bf16_are_rounded_once():
+    model, _ = adapted("Llama", "lora", torch.bfloat16)
+    weights, sent, moved_by = dict(model.named_parameters()), sent_of(model), 0.0
+    for name in adapters.layers_of(model):
+        base, low, high = (
+            weights[f"{name}.{part}.weight"].double()
+            for part in ("base_layer", "lora_A.default", "lora_B.default")
+        )
+        exact, found = base + 6 / 4 * high @ low, sent[f"{name}.weight"]
+        assert found.dtype == torch.bfloat16
+        # But for what lies half-way between two of bf16's numbers, up to fp32's rounding.
+        assert (found == exact.bfloat16()).double().mean() > 0.999, name
+        moved_by = max(moved_by, (exact - base).abs().max().item())
+    assert moved_by > 0.1
+
+
+def test_an_adapter_on_the_head_goes_over_where_the_head_is_its_own():
+    for tied in (False, True):
+        model = copy.deepcopy(model_of("Llama"))
+        head = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.lm_head.weight = model.get_input_embeddings().weight if tied else head
+        config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+        peft.inject_adapter_in_model(config, model)
+        moved(model)
+        if tied:
+            with pytest.raises(SystemExit, match="adapter of lm_head cannot be merged.*ties"):
+                sent_of(model)
+            with pytest.raises(SystemExit, match="adapter of lm_head cannot be merged.*ties"):
+                adapters.merge(model)
+        else:
+            low, high = model.lm_head.lora_A.default.weight, model.lm_head.lora_B.default.weight
+            expected = head + 8 / 2 * high @ low  # peft's alpha is 8
+            torch.testing.assert_close(sent_of(model)["lm_head.weight"], expected)
 
 
 def test_a_file_is_in_shared_memory_where_it_fits(monkeypatch, tmp_path):
@@ -54,3 +132,44 @@ def test_what_did_not_arrive_is_named():
     for arrived, first in (({"a": "1"}, "b"), (sent | {"a": "7"}, "a"), (sent | {"c": "3"}, "c")):
         with pytest.raises(ServerError, match=f"1 of 2 .* worker 1 .*first {first}"):
             vllm_weights.compare(sent, [sent, arrived])
+
+
+def fails(what):
+    raise what
+
+
+FOREVER = threading.Event()
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, said",
+    [
+        (FOREVER.wait, lambda: fails(ServerError("it is gone")), "it is gone"),
+        (lambda: fails(RuntimeError("NCCL Error 5")), FOREVER.wait, "RuntimeError .*NCCL Error 5"),
+        (FOREVER.wait, int, "NCCL stands still: vLLM was done 0.05 s ago"),
+        (int, lambda: fails(ServerError("damaged")), "damaged"),
+        (int, int, ""),
+    ],
+)
+def test_no_side_of_a_collective_waits_for_ever(monkeypatch, ours, theirs, said):
+    given_up = []
+    monkeypatch.setattr(vllm_weights, "abort", given_up.append)
+    expected = pytest.raises(ServerError, match=said) if said else contextlib.nullcontext()
+    with expected:
+        vllm_weights.together(["group"], ours, theirs, 0.05)
+    assert given_up == ["group"] * bool(said)
+
+
+def test_an_aborted_group_is_freed_once(monkeypatch):
+    freed, aborted, made = [], [], ctypes.create_string_buffer(8)
+    destroy = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(freed.append)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, type(destroy)]
+    library = SimpleNamespace(ncclCommAbort=lambda pointer: aborted.append(pointer.value))
+    monkeypatch.setattr(ctypes, "CDLL", {"libnccl.so.2": library}.get)
+    for abort in (False, True):
+        group = new(ctypes.addressof(made), b"a name", destroy)
+        if abort:
+            vllm_weights.abort(group)
+        del group
+    assert len(freed) == 1 and aborted == [ctypes.addressof(made)]

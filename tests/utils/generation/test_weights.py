@@ -11,5 +11,7 @@ def test_modes_and_the_choice_of_gather(tiny):
 
 
 def test_ranks_that_stop_far_apart_finish_and_gather_once(tiny):
-    output = run_ranks([(WORKER, [tiny / "base_model", "uneven_rollouts"])], 2)
+    checks = ["uneven_rollouts", "merged_adapters"]
+    output = run_ranks([(WORKER, [tiny / "base_model", *checks])], 2)
     assert output.count("held: uneven rollouts") == 2, output
+    assert output.count("held: merged adapters") == 2, output

@@ -10,6 +10,7 @@ from tests.helpers.running import ROOT, assert_same_path, files_of, run_ranks
 from tests.helpers.same_end import assert_same_end, metrics_of
 from tests.helpers.small_models import config_of
 from tests.utils.models.test_adapters import LINEAR, load, logits_of
+from tests.whole.test_gpu import GPU
 from utils.data import chat_template
 from utils.models import adapters, language_model, scalar_model
 from utils.models.adapters import Lora
@@ -156,3 +157,34 @@ def test_every_step_from_folder_to_folder_on_any_ranks_and_stage(tiny, chain, tm
     for folder in ("sft", "dpo", "dpo/ema", "ppo/actor", "ppo/actor_ema", "again/actor"):
         model = load(first / folder)
         assert adapters.settings_of(model).base_model_name_or_path == base
+
+
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)],
+)
+def test_adapters_in_bf16_under_zero_0_and_3(tiny, tmp_path, device):
+    """All steps, on one base; a resumed run ends as one that was not stopped."""
+    jobs, at, bf16 = [], {}, (*RANK, "--dtype", "bf16", "--learning_rate", 1e-2)
+    for stage in (0, 3):
+        out, how = tmp_path / str(stage), (*bf16, "--zero_stage", stage, "--save_every", 1)
+        at[stage] = out
+        step3 = ppo(tiny, out / "sft", out / "reward", out / "ppo", *how, *SHARED)
+        cut = ppo(tiny, out / "sft", out / "reward", out / "cut", *how, *SHARED)
+        jobs += [
+            sft(tiny, out / "sft", *bf16, "--zero_stage", stage),
+            reward(tiny, out / "sft", out / "reward", *bf16, "--zero_stage", stage),
+            step3,
+            stopped(cut, 2),
+            (cut[0], [*cut[1], "--resume", "auto"]),
+        ]
+    said = run_ranks(jobs, 1, accelerator=device)
+    assert said.count("actor's base, critic's base unchanged") == 4
+    for stage, out in at.items():
+        assert_same_end(out / "cut", out / "ppo")
+        kl = [row["kl"] for row in metrics_of(out / "ppo")]
+        assert abs(kl[0]) < 1e-2 < kl[-1], (stage, kl)
+    for name in ("sft", "reward"):
+        # bf16 keeps three digits, and gradients of another stage are summed in another order.
+        zero0, zero3 = ([row["loss"] for row in metrics_of(out / name)] for out in at.values())
+        assert zero0 == pytest.approx(zero3, rel=3e-2, abs=3e-2)

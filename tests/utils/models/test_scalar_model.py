@@ -43,6 +43,12 @@ def test_heads_are_drawn_zeroed_or_refused(tiny):
     normal = load_scalar(tiny / "base_model", head="normal").classifier.score.weight
     assert normal.shape == (1, width)
     assert 0.6 < normal.std() * math.sqrt(width + 1) < 1.5
+    drawn = []
+    for seed, before in ((3, 0), (3, 5), (4, 0)):
+        torch.manual_seed(seed)
+        torch.randn(before)  # as where the model is built on another device, which draws there
+        drawn.append(load_scalar(tiny / "base_model", head="normal").classifier.score.weight)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     zero = load_scalar(tiny / "base_model", head="zero").classifier.score.weight
     assert (zero == 0).all()
     with pytest.raises(SystemExit, match="has no reward head"):

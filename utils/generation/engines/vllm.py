@@ -39,11 +39,6 @@ class VllmEngine:
         self.how, self.actor, self.updates, self.version = setup.vllm, setup.actor, 0, ""
         self.longest = setup.longest
         on_cpu = next(setup.actor.module.parameters()).device.type == "cpu"
-        if on_cpu and self.how.rollout_devices:
-            raise SystemExit(
-                f"rollout_devices={self.how.rollout_devices} are GPUs, and the run is on a CPU; "
-                "leave it out"
-            )
         beside = self.how.rollout_devices or self.how.rollout_url
         kind = "file" if on_cpu else "nccl" if beside else "ipc"
         if kind == "ipc" and len(peers.leaders()) > 1:
@@ -68,6 +63,7 @@ class VllmEngine:
 
     def _start(self, setup: Setup | None = None, kind: str = "") -> None:
         """Rank 0 starts or finds the server, and all ranks get to know it. A collective."""
+        self._make_room()
         found, problem = None, ""
         if process_group.is_main():
             try:
@@ -164,6 +160,9 @@ class VllmEngine:
         self.updates += 1
         self.version = f"{self.updates}.{steps_of(self.actor)}"
 
+        if self.asleep:
+            self._make_room()
+
         def wake(what: str):
             return lambda client: client and self.asleep and client.post(f"/wake_up?tags={what}")
 
@@ -174,6 +173,12 @@ class VllmEngine:
         problem = problem or self._agreed(wake("kv_cache"))
         self.asleep = self.asleep and bool(problem)
         return problem
+
+    def _make_room(self) -> None:
+        """Memory that torch keeps for later on this rank's GPU is none that vLLM could have."""
+        if self.sleeps:
+            torch.cuda.empty_cache()
+            process_group.barrier()  # it takes memory on the GPUs of all ranks at once
 
     def begin(self, request: Request, sampling: Sampling) -> None:
         """Start to answer, with the weights sent last; `generate` of the same request, on this and
@@ -200,7 +205,10 @@ class VllmEngine:
     def release(self) -> None:
         if self.sleeps and not self.asleep:
             # Level 2: the weights come anew before the next answers anyway.
-            self.asleep = not self._agreed(lambda client: client and client.post("/sleep?level=2"))
+            problem = self._agreed(lambda client: client and client.post("/sleep?level=2"))
+            self.asleep = not problem
+            if problem:
+                process_group.say(f"vLLM keeps its memory while the training goes on: {problem}")
 
 
 class Ahead(threading.Thread):

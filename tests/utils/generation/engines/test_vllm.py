@@ -8,6 +8,7 @@ import torch
 from tests.helpers.vllm_stand_in import StandIn, untrained
 from tests.utils.generation.test_sampling import LENGTHS, NEW, PAD, left_padded
 from tests.utils.generation.test_sampling import tiny as model_of
+from tests.utils.models.test_adapters import moved as moved_adapters
 from utils.distributed.process_group import StopRun
 from utils.generation import sampling as generation
 from utils.generation import vllm_server
@@ -15,6 +16,7 @@ from utils.generation.engine import Request, Sampling, Setup, Untrained, synced
 from utils.generation.engines import vllm
 from utils.generation.engines.native import NativeEngine
 from utils.generation.vllm_client import ServerError
+from utils.models import adapters
 
 HOW = dict(vllm_python="python", rollout_url="", rollout_devices="", rollout_memory=0.4)
 HOW |= dict(rollout_timeout=60.0, trust_remote_code=False)
@@ -102,6 +104,45 @@ def test_answers_follow_the_actors_weights(build):
     order = [path for path in server.asked if "generate" not in path and path != "/metrics"]
     once = ["/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update"]
     assert order == ["/init_weight_transfer_engine", *4 * [*once, "/collective_rpc", "/resume"]]
+
+
+def test_adapters_are_merged_on_their_way(build):
+    """The server's model has none. The actor keeps its own beside the base."""
+    engine, _, (server,) = build()
+    module = untrained(model_of("Llama"))
+    adapters.put_on(module, "", adapters.Lora(4, lora_variant="dora"))
+    actor, asked, answers = Untrained(module), request(noise=False), []
+    for seed in (1, 2):
+        moved_adapters(module, seed)
+        before = {name: p.clone() for name, p in module.named_parameters()}
+        answers.append(answer(engine, actor, asked).response_ids)
+        expected = answer(NativeEngine(), actor, asked)
+        assert torch.equal(answers[-1], expected.response_ids)
+        drawn = answer(engine, actor, request())
+        known = by_the_model(module, request(), drawn)
+        torch.testing.assert_close(drawn.logprobs.double(), known, rtol=0, atol=2e-5)
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert not torch.equal(*answers), "the adapters say nothing"
+
+
+def test_on_the_trainers_gpus_it_sleeps_and_finds_room_when_it_wakes(build, monkeypatch, capsys):
+    engine, actor, servers = build()
+    engine.sleeps = True
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: servers[-1].asked.append("room"))
+    told = ("room", "/wake_up?tags=weights", "/resume", "/wake_up?tags=kv_cache", "/sleep?level=2")
+    for due in (("/resume", "/sleep?level=2"), told):
+        servers[-1].asked.clear()
+        answer(engine, actor, request())
+        engine.release()  # asleep already
+        assert tuple(path for path in servers[-1].asked if path in told) == due
+    servers[-1].faults |= {"awake", "die"}
+    answer(engine, actor, request())
+    assert len(servers) == 2 and servers[0].asked[-1] == "room", "a new one needs room too"
+    assert "keeps its memory while the training goes on" not in capsys.readouterr().out
+    servers[-1].faults |= {"awake"}
+    answer(engine, actor, request())
+    assert "keeps its memory while the training goes on" in capsys.readouterr().out
+    assert not engine.asleep
 
 
 def test_seeds_are_of_the_rows(build):
@@ -250,8 +291,3 @@ def test_the_model_is_found_from_any_folder(build, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     engine, *_ = build(output_dir="out")
     assert engine.server.launch.model == str(tmp_path / "out/vllm")
-
-
-def test_gpus_are_refused_on_a_cpu(build):
-    with pytest.raises(SystemExit, match="rollout_devices=4,5 are GPUs.* leave it out"):
-        build(rollout_devices="4,5")

@@ -53,9 +53,20 @@ def ppo(tiny, policy, out, *flags):
     return job("step3_ppo/main.py", settings, *flags)
 
 
-@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
-def test_ten_rollouts_and_updates(policy, tiny, tmp_path, ranks, stage):
-    output = run_ranks([ppo(tiny, policy, tmp_path / "run", "--zero_stage", stage)], ranks)
+LORA = ("--lora_rank", 8, "--learning_rate", 1e-2)
+DORA = (*LORA, "--lora_variant", "dora", "--lora_target_modules", "q_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    "ranks, stage, flags",
+    [(1, 0, ()), (2, 3, ()), (1, 0, (*LORA, "--load_in_4bit")), (2, 3, DORA)],
+    ids=["zero0", "zero3", "zero0-qlora", "zero3-dora"],
+)
+def test_ten_rollouts_and_updates(policy, tiny, tmp_path, ranks, stage, flags):
+    if "--load_in_4bit" in flags:
+        pytest.importorskip("bitsandbytes", reason="requirements-quantised.txt is not installed")
+    run = ppo(tiny, policy, tmp_path / "run", "--zero_stage", stage, *flags)
+    output = run_ranks([run], ranks)
     greedy = re.findall(r"greedy tokens equal up to (\S+) nats", output)
     assert len(greedy) == 2 and all(float(gap) < 1e-4 for gap in greedy), output
     gaps = metrics_of(tmp_path / "run", "engine_gap")
