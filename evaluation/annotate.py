@@ -7,7 +7,9 @@ disk before the page answers. `rankings.jsonl` is what step 2 reads, a line for 
 prompt.
 """
 
+import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import math
@@ -197,7 +199,7 @@ def places(ranks: list[int]) -> list[float]:
 def load(path: str) -> list[dict]:
     """Rows with a prompt of turns and two or more answers. DataError with every problem."""
     found, problems = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -222,14 +224,33 @@ def load(path: str) -> list[dict]:
     return found
 
 
+@contextlib.contextmanager
+def only_writer(file: Path) -> Iterator[None]:
+    """UserError where another process writes the same rankings: each would undo the other's."""
+    lock = file.with_name(f".{file.name}.lock")
+    with whole_files.naming(lock, "--output_file"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = open(lock, "a")
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another annotate.py writes {file} and holds {lock}: rank on its page, end it, or "
+                "give another --output_file"
+            ) from None
+        yield
+
+
 def main() -> None:
     config = command_line.parse(AnnotateConfig, __doc__)
     from evaluation import annotate_page
 
     rows = load(config.answers)
     fingerprint = hashlib.sha256(Path(config.answers).read_bytes()).hexdigest()
-    kept = Annotations(rows, Path(config.output_file), config.seed, fingerprint)
-    annotate_page.serve(config, kept)
+    file = Path(config.output_file)
+    with only_writer(file):
+        annotate_page.serve(config, Annotations(rows, file, config.seed, fingerprint))
 
 
 if __name__ == "__main__":

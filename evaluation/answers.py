@@ -60,14 +60,44 @@ def write_to_rank(path: Path, results: Results) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+# What each record of the file holds that is read again.
+KINDS = {"checkpoint": str, "where": str, "turn": int, "prompt": str}
+KINDS |= {"answer": str, "tokens": int, "finished": bool}
+
+
+def records_of(path: str) -> dict[tuple, dict]:
+    """(checkpoint, where, turn, prompt) → what the file says of it. DataError with every line that
+    `write` cannot have written."""
+    found, problems = {}, []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: not JSON: {error}")
+            continue
+        if not isinstance(record, dict):
+            problems.append(f"{path}:{number}: not a JSON object")
+            continue
+        wrong = [
+            f"{name} is {record.get(name)!r:.40}, not {kind.__name__}" if name in record else name
+            for name, kind in KINDS.items()
+            if type(record.get(name)) is not kind
+        ]
+        if wrong:
+            problems.append(f"{path}:{number}: without {', '.join(wrong)}")
+        else:
+            found[tuple(record[name] for name in list(KINDS)[:4])] = record
+    if problems:
+        raise DataError(problems, title="no answers.jsonl of prompt_eval.py:")
+    return found
+
+
 def read(path: str, asked: list[Question], checkpoints: list[str]) -> Results:
     """What `write` has written, the answers of these checkpoints to these questions. Raises
     DataError with those that are not there."""
-    found = {}
-    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
-        record = json.loads(line)
-        key = record["checkpoint"], record["where"], record["turn"], record["prompt"]
-        found[key] = record
+    found = records_of(path)
     results: Results = {}
     missing = []
     for checkpoint in checkpoints:

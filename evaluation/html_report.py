@@ -5,7 +5,9 @@ python evaluation/html_report.py --output_dir output/tiny
 python evaluation/html_report.py --compare output/a output/b --output_file comparison.html
 """
 
+import contextlib
 import datetime
+import os
 import re
 import sys
 import time
@@ -38,6 +40,7 @@ OF_DATA = re.compile(
     r"rows kept|left out|comparisons to train on|\(s\) of \d+|cut at|rows, .*kept in"
 )
 OF_MEMORY = re.compile(r"plan: (.*)")
+QUIET = 60.0  # minutes without a change in the folder of a run, which is then taken for dead
 NUMBERS = ("reward", "value", "advantage", "kl")  # of tokens
 
 
@@ -215,6 +218,17 @@ def is_over(run: RunFolder) -> bool:
     )
 
 
+def last_change(folders: list[Path], page: Path) -> float:
+    """When anything but the page was written below the folders of runs: seconds since the epoch."""
+    walked = (found for folder in folders for found in os.walk(folder))
+    newest = 0.0
+    for path in (Path(root, name) for root, _, names in walked for name in names):
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that makes room for a newer one
+            if path.resolve() != page.resolve():
+                newest = max(newest, path.stat().st_mtime)
+    return newest
+
+
 def shown_of(run: RunFolder) -> dict:
     """What the page says of one run."""
     told = {id(step): (step, *health.of_step(step)) for step in run.steps}
@@ -267,12 +281,17 @@ def write(folders: list[Path], file: Path, refresh: float = 0.0) -> bool:
 def main() -> None:
     config = command_line.parse(ReportConfig, __doc__)
     program.quiet_libraries()
-    over = False
+    over, began = False, time.time()
     while not over:
         # run_all.sh starts this before its first step.
         if not config.report_every or all(map(run_folder.is_run, config.folders())):
             over = write(config.folders(), config.file(), config.report_every)
         if not config.report_every:
+            break
+        changed = max(began, last_change(config.folders(), config.file()))
+        quiet = (time.time() - changed) / 60
+        if not over and quiet > max(QUIET, 3 * config.report_every):
+            print(f"nothing was written for {quiet:.0f} minutes, so the run has broken off")
             break
         time.sleep(60 * config.report_every * (not over))
     print(f"written: {config.file()}")

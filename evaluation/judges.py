@@ -120,6 +120,7 @@ def by_endpoint(config, asked, games):
         "prompt_tokens": judge.prompt_tokens,
         "completion_tokens": judge.completion_tokens,
         "orders_agree": sum(known) / len(known) if known else None,
+        "refused": [f"{len(judge.refused)} questions: {r}" for r in judge.refused[:1]],
     }
     if config.judge_prices:
         tokens = judge.prompt_tokens, judge.completion_tokens

@@ -183,9 +183,12 @@ def main() -> None:
     tokenizer = chat_template.load_tokenizer(
         config.reward_model, config.trust_remote_code, config.date
     )
+    reader, model, device = load_model(config, config.reward_model)
+    if reader.max_length < config.max_length:
+        print(f"max_length {config.max_length} → {reader.max_length}, the reward model's positions")
+        config = dataclasses.replace(config, max_length=reader.max_length)
     ranked, rows = load(config, tokenizer)
     categories = categories_of(config, rows)
-    reader, model, device = load_model(config, config.reward_model)
     groups = (
         [r.answers for r in ranked] if reader.read_at == "stop" else as_text_reads(reader, rows)
     )

@@ -56,7 +56,9 @@ class WinRateConfig(prompt_eval.PromptEvalConfig):
         "package.module:name or FILE.py:name of callables (prompts, responses, rows) → scores",
         only_with="judge=reward_function",
     )
-    reward_function_timeout: float = free(60.0, "seconds each may take for all answers; 0: any")
+    reward_function_timeout: float = free(
+        60.0, "seconds each may take for all answers; 0: any", only_with="judge=reward_function"
+    )
     rankings: list[str] = setting(
         [],
         "people's choices, as step 2 reads them: rows of prompt, responses, and ranks or scores",
@@ -65,17 +67,24 @@ class WinRateConfig(prompt_eval.PromptEvalConfig):
     judge_url: str = setting(
         "", "where /chat/completions is, as http://localhost:8000/v1", only_with=ENDPOINT
     )
-    judge_model: str = setting("", "name of the model that the endpoint shall use")
-    judge_timeout: float = setting(120.0, "seconds a verdict, with all tries; 0: any")
-    judge_parallel: int = setting(8, "verdicts asked for at once", at_least=1)
+    judge_model: str = setting(
+        "", "name of the model that the endpoint shall use", only_with=ENDPOINT
+    )
+    judge_timeout: float = setting(
+        120.0, "seconds a verdict, with all tries; 0: any", only_with=ENDPOINT
+    )
+    judge_parallel: int = setting(8, "verdicts asked for at once", at_least=1, only_with=ENDPOINT)
     judge_options: str = setting(
         "",
         "JSON of what else a request says; null leaves a field out: "
         '{"max_tokens": null, "max_completion_tokens": 2000}',
         check=judges.json_object,
+        only_with=ENDPOINT,
     )
     judge_prices: list[float] = setting(
-        [], "price of a million tokens read and of a million written, for the cost"
+        [],
+        "price of a million tokens read and of a million written, for the cost",
+        only_with=ENDPOINT,
     )
 
     def contradictions(self, world_size: int) -> Iterator[str]:
@@ -91,6 +100,11 @@ class WinRateConfig(prompt_eval.PromptEvalConfig):
         for name in needed.get(self.judge, []):
             if not getattr(self, name):
                 yield f"judge={self.judge} needs --{name}, which is empty"
+        if self.tie_margin and self.judge in ("people", "endpoint"):
+            yield (
+                f"tie_margin={self.tie_margin} is of scores, and judge={self.judge} gives none; "
+                "leave it out, or choose another --judge"
+            )
         if len(self.judge_prices) not in (0, 2):
             yield f"judge_prices={self.judge_prices}: give --judge_prices two numbers"
         if self.answers and not Path(self.answers).is_file():

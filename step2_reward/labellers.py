@@ -82,7 +82,8 @@ def by_judge(config, prompts, answers: list[list[Sampled]], reward) -> list[list
 
     labels = _asked_on_rank_0(config, prompts, answers, shares)
     process_group.say(
-        f"judge: {unread[1]} pairs in both orders, {unread[0]} without a verdict; "
+        f"judge: {unread[1]} pairs in both orders, {unread[0]} without a verdict "
+        f"({len(reward.refused)} questions refused); "
         f"{reward.prompt_tokens} tokens read, {reward.completion_tokens} written"
     )
     return labels

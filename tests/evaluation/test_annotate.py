@@ -228,6 +228,28 @@ def test_answers_that_cannot_be_ranked_are_all_named(tmp_path):
         annotate.load(str(path))
 
 
+def test_two_processes_do_not_write_the_same_rankings(tmp_path, monkeypatch):
+    answers, file = write_answers(tmp_path / "to_rank.jsonl", 2), tmp_path / "new/rankings.jsonl"
+    served = []
+    monkeypatch.setattr("evaluation.annotate_page.serve", lambda *_: served.append(start()))
+
+    def start():
+        flags = ["--answers", str(answers), "--output_file", str(file)]
+        monkeypatch.setattr("sys.argv", ["annotate.py", *flags])
+        config = annotate.AnnotateConfig(answers=str(answers), output_file=str(file))
+        monkeypatch.setattr(annotate.command_line, "parse", lambda *_: config)
+        if served or file.parent.exists():  # the second one, while the first serves
+            with pytest.raises(UserError, match=r"another annotate.py writes .*rankings.jsonl"):
+                annotate.main()
+            return
+        annotate.main()
+
+    start()
+    assert served == [None]
+    with annotate.only_writer(file):
+        pass  # free again
+
+
 def test_annotate_lists_its_problems():
     message = problems_of("--answers", "/no/file", "--port", "-1", of=annotate.AnnotateConfig)
     assert "/no/file is no file" in message and "port=-1" in message

@@ -82,6 +82,25 @@ def test_what_is_written_is_read_again(tmp_path):
         answers.read(str(path), asked, [one, "base"])
 
 
+def test_a_file_of_other_content_is_refused_with_its_lines_and_keys(tmp_path):
+    asked, results = two_turns()
+    path = tmp_path / "answers.jsonl"
+    answers.write(path, asked, results, scored=True)
+    line = path.read_bytes().split(b"\n")[0]
+    record = json.loads(line)
+    del record["where"], record["tokens"]
+    lines = [line, b"", b"{", b"[1]", json.dumps(record | {"turn": "1"}).encode(), b"\xff"]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        answers.read(str(path), asked, list(results))
+    problems = [str(p).removeprefix(f"{path}:") for p in caught.value.problems]
+    assert [p[0] for p in problems] == list("3456")
+    assert "without where, turn is '1', not int, tokens" in problems[2]
+    path.write_bytes(line)  # without the line end
+    with pytest.raises(DataError, match="holds no answer of"):
+        answers.read(str(path), asked, list(results))
+
+
 def test_mt_bench_reads_both_turns(tmp_path):
     asked, results = two_turns()
     answers.for_mt_bench(tmp_path, asked, results)

@@ -2,7 +2,9 @@
 
 import html
 import json
+import os
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -151,6 +153,35 @@ def test_a_page_is_written_once_or_until_the_run_is_over(run, tmp_path, monkeypa
     html_report.main()
     assert seen[:2] == [30.0, 30.0] and len(seen) == 3
     assert "not over yet" not in target.read_text() and str(target) in capsys.readouterr().out
+
+
+def test_a_run_that_broke_off_is_not_waited_for(run, tmp_path, monkeypatch, capsys):
+    run_folders.ppo(tmp_path / "step3_ppo", finished=False)
+    waits, log = [], tmp_path / "step3_ppo/log.txt"
+    log.touch()
+
+    def now():
+        return start + 60 * sum(waits)
+
+    def slept(seconds):
+        waits.append(seconds / 60)
+        if len(waits) < 3:
+            os.utime(log, (now(), now()))
+
+    def written(folders, file, refresh):
+        file.touch()
+        os.utime(file, (now(), now()))
+        return False
+
+    start = time.time()
+    monkeypatch.setattr("time.sleep", slept)
+    monkeypatch.setattr("time.time", now)
+    monkeypatch.setattr(html_report, "write", written)
+    flags = ["--output_dir", str(tmp_path), "--report_every", "10"]
+    monkeypatch.setattr("sys.argv", ["html_report.py", *flags])
+    html_report.main()
+    assert len(waits) == 2 + 7, "an hour after the last change, which is not the page"
+    assert "nothing was written for 70 minutes" in capsys.readouterr().out
 
 
 def test_a_page_made_while_the_run_ends_is_made_again(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from tests.helpers.evaluated_models import blocks_of, problems_of
 from utils.confidence import interval_by_prompt
 from utils.data.comparisons import Comparison, Ranked
 from utils.data.rows import DataError
+from utils.models import scorer
 
 policy, reward_model = evaluated_models.policy, evaluated_models.reward_model
 NASTY = "```\n<script>x</script>\x1b[2J\u202egnp"
@@ -230,6 +231,29 @@ def test_what_step_2_holds_out_is_scored_to_the_same_numbers(
     for name in ("accuracy", "accuracy_low", "accuracy_high", "accuracy_longer_answer", "pairs"):
         assert overall[name] == pytest.approx(result[name]), name
     assert "always the longer answer" in capsys.readouterr().out
+
+
+def test_rows_are_cut_to_the_models_positions(reward_model, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "filtered.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": f"{n} is " * 2000, "chosen": f"yes {n}", "rejected": "no"}) + "\n"
+            for n in range(3)
+        )
+    )
+    flags = ["--reward_model", reward_model, "--held_out_data", str(file), "--dtype", "fp32"]
+    flags += ["--output_dir", str(tmp_path), "--max_length", "4096"]
+    monkeypatch.setattr("sys.argv", ["reward_report.py", *flags])
+    lengths, group_scores = [], scorer.group_scores
+
+    def measured(forward, groups, device):
+        lengths.extend(len(ids) for group in groups for ids in group)
+        return group_scores(forward, groups, device)
+
+    monkeypatch.setattr(scorer, "group_scores", measured)
+    reward_report.main()
+    assert "max_length 4096 → 512, the reward model's positions" in capsys.readouterr().out
+    assert len(lengths) == 6 and 500 < max(lengths) <= 512
 
 
 def test_every_problem_is_in_one_message(policy):

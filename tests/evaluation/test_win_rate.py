@@ -216,6 +216,26 @@ def test_an_endpoint_judges_the_second_against_the_first_and_its_cost_is_counted
     assert "cost 0.0408; 0 replies now" in win_rate.as_text(again)
 
 
+def test_what_an_endpoint_refuses_is_left_out_and_told(serve, tmp_path):
+    questions, results = of_sums(0.0, 1.0, prompts=4)
+    results["a"][2][0] = answered("a", ["9" * 500] * 4, questions)[2][0]
+    url, _ = serve(lambda a, b: (400, {}) if "9" * 500 in (a, b) else "[[C]]")
+    how = dict(judge_url=url, judge_model="m", output_dir=str(tmp_path))
+    summary, _, points = judged(configured("endpoint", **how), questions, results)
+    assert points == [0.5, 0.5, None, 0.5] and summary["not_judged"] == 1
+    assert "2 questions: judge http" in win_rate.as_text(summary)
+
+
+def test_settings_that_the_judge_does_not_read_are_refused(policy):
+    flags = "--judge people --rankings r.jsonl --tie_margin 1 --judge_model m --judge_timeout 3"
+    flags += " --judge_parallel 2 --judge_prices 1 2 --judge_options {} --reward_function_timeout 9"
+    message = problems_of("--checkpoints", policy, policy, *flags.split(), of=WinRateConfig)
+    for name in ("model", "timeout", "parallel", "prices", "options"):
+        assert f"judge_{name}=" in message, name
+    assert message.count("is read only with --judge endpoint") == 5
+    assert "only with --judge reward_function" in message and "judge=people gives none" in message
+
+
 def test_files_and_tables_show_text_as_text(tmp_path):
     questions, results = of_sums(0.2, 0.9)
     nasty = "out/\u202e$x_1$<b>\x1b[2J"

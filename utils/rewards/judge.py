@@ -29,6 +29,8 @@ SYSTEM = (
     '"[[B]]" if assistant B is better, and "[[C]]" for a tie.'
 )
 POINTS = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the conversation shown as A
+TOO_LONG = 400  # the HTTP status, among other faults of a request
+FEW = 16
 REQUEST = {"temperature": 0, "max_tokens": 512}
 Talk = tuple[dict, ...]  # turns, the assistant's last
 
@@ -51,7 +53,8 @@ class Judge:
 
     prompt_tokens, completion_tokens: of all replies that were used, each once, by the endpoint's
     count.
-    asked: how many of them were asked for now.
+    asked: how many of them were asked for now. refused: what was said of each question that was
+    answered with HTTP 400, as one too long for the model is.
     """
 
     url: str
@@ -63,16 +66,20 @@ class Judge:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     asked: int = 0
+    refused: list[str] = field(default_factory=list)
+    known: dict[str, dict] | None = field(default=None, repr=False)  # question → reply
+    used: set[str] = field(default_factory=set, repr=False)  # replies whose tokens are counted
 
     def verdicts(
         self, pairs: Sequence[tuple[Talk, Talk]], say: Callable[[str], None]
     ) -> list[Verdict]:
         """Of each pair of conversations. Equal ones are a tie, without asking. Raises FunctionError
-        with what the endpoint did; the replies up to then are kept."""
+        with what the endpoint did; the replies up to then are kept. A pair of which the endpoint
+        refuses a question alone has no verdict."""
         differ = [(a, b) for a, b in pairs if a != b]
         requests = [self.request(*pair) for a, b in differ for pair in ((a, b), (b, a))]
         replies = self._replies(requests, say)
-        points = iter([read(reply["said"]) for reply in replies])
+        points = iter([reply and read(reply["said"]) for reply in replies])
         return [
             both_orders(next(points), next(points)) if a != b else Verdict(0.5, None)
             for a, b in pairs
@@ -85,9 +92,11 @@ class Judge:
         whole = {"model": self.model, "messages": turns} | REQUEST | self.options
         return {name: value for name, value in whole.items() if value is not None}
 
-    def _replies(self, requests: list[dict], say) -> list[dict]:
+    def _replies(self, requests: list[dict], say) -> list[dict | None]:
         keys = [hashlib.sha256(json.dumps(r).encode()).hexdigest() for r in requests]
-        known = self._known()
+        if self.known is None:
+            self.known = self._kept()
+        known, refused = self.known, []
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in known}
         if requests:
             say(f"judge {self.model}: {len(missing)} questions, {len(keys)} with those answered")
@@ -98,7 +107,13 @@ class Judge:
                 for done in as_completed(asked):
                     if done.cancelled():
                         continue
-                    if failed := done.exception():
+                    failed = done.exception()
+                    if isinstance(failed, remote.Refused) and failed.status == TOO_LONG:
+                        refused.append(str(failed))
+                        # Not for its length, where so many are refused and none is answered.
+                        if known or len(refused) < min(FEW, len(missing)):
+                            continue
+                    if failed:
                         failure = failure or failed
                         for other in asked:  # those under way are waited for and kept
                             other.cancel()
@@ -114,12 +129,16 @@ class Judge:
                 pool.shutdown(wait=False, cancel_futures=True)
         if failure is not None:
             raise failure
-        for key in dict.fromkeys(keys):  # a question that stands there twice was paid for once
+        if refused:
+            self.refused += refused
+            say(f"{len(refused)} questions have no reply, their pairs no verdict: {refused[0]}")
+        for key in (known.keys() & set(keys)) - self.used:
+            self.used.add(key)
             self.prompt_tokens += known[key]["prompt_tokens"]
             self.completion_tokens += known[key]["completion_tokens"]
-        return [known[key] for key in keys]
+        return [known.get(key) for key in keys]
 
-    def _known(self) -> dict[str, dict]:
+    def _kept(self) -> dict[str, dict]:
         """The replies of earlier runs, without a line that a kill left unfinished."""
         if self.kept is None or not self.kept.exists():
             return {}

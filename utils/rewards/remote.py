@@ -37,6 +37,14 @@ def token(variable: str = TOKEN) -> str:
     return found
 
 
+class Refused(FunctionError):
+    """The server will not answer this request, however often it is asked."""
+
+    def __init__(self, text: str, status: int):
+        super().__init__(text)
+        self.status = status
+
+
 class NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would take the token to another address."""
 
@@ -81,7 +89,7 @@ def post(url: str, asked: object, timeout: float, secret: str, who: str, failed:
             said = said.replace(secret, "…") if secret else said
             problem = f"HTTP {error.code} {error.reason}: {said}"
             if error.code < 500 and error.code not in AGAIN:
-                raise FunctionError(f"{who} refused: {problem}") from None
+                raise Refused(f"{who} refused: {problem}", error.code) from None
             asked_for = error.headers.get("Retry-After", "")
             wait = max(pause, float(asked_for)) if asked_for.isdecimal() else pause
         # ValueError: what came is no JSON, as when a server breaks off.
