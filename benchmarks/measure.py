@@ -38,8 +38,12 @@ class System:
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         port = str(process_group.free_port())
+        paths = [str(ROOT)]
+        if self.python == sys.executable and os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])  # ours may come from there, TRL's never
         for rank in range(self.ranks):
-            environment = os.environ | trl_environment.VARIABLES | {"PYTHONPATH": str(ROOT)}
+            environment = os.environ | trl_environment.VARIABLES
+            environment |= {"PYTHONPATH": os.pathsep.join(paths)}
             if self.device == "cpu":
                 environment |= trl_environment.ON_CPU | {"OMP_NUM_THREADS": "1"}
             if self.ranks > 1:

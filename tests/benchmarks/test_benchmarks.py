@@ -292,3 +292,12 @@ def test_a_second_start_finds_the_rows_of_the_first(tmp_path):
     assert first["tokens_per_row"] == second["tokens_per_row"] == pytest.approx(120, rel=0.2)
     assert second["core_seconds"] < 0.8 * first["core_seconds"] and alone["rows_per_second"] > 0
     assert "of the tokenizer's own speed" in told and not any(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("python, kept", [(sys.executable, True), ("trl/bin/python", False)])
+def test_a_side_finds_our_packages_and_trl_only_its_own(monkeypatch, tmp_path, python, kept):
+    asked = []
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(measure.subprocess, "Popen", lambda command, env, **_: asked.append(env))
+    measure.System("ours", "m:f", {}, tmp_path, [0], python=python).start()
+    assert asked[0]["PYTHONPATH"].split(":") == [str(measure.ROOT), "elsewhere"][: 1 + kept]

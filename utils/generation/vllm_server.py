@@ -108,6 +108,9 @@ class Launch:
         if self.cache_bytes:
             # With logprobs its sampler would compile a function with g++ at the first answer.
             found["TORCH_COMPILE_DISABLE"] = "1"
+        if self.dtype == "float32":
+            # Its attention in fp32 is Triton's, which would round what it multiplies to TF32.
+            found["TRITON_F32_DEFAULT"] = "ieee"
         if self.devices:
             found["CUDA_VISIBLE_DEVICES"] = self.devices
         return found
@@ -158,7 +161,8 @@ class Server:
         """Ends every process of it, whatever state they are in."""
         if self.process is None:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        dead = self.process.poll() is not None  # and those that it left wait for nobody
+        for number in (signal.SIGTERM, signal.SIGKILL)[dead:]:
             try:
                 os.killpg(self.process.pid, number)
             except ProcessLookupError:

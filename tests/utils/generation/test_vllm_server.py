@@ -57,12 +57,16 @@ def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch):
     assert one.log.read_text().startswith("starts with secret None")
     group = [one.process.pid, *(c.pid for c in psutil.Process(one.process.pid).children())]
     assert len(group) == 2
+    sent, kill = [], os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *which: sent.append(which[1]) or kill(*which))
     os.kill(one.process.pid, signal.SIGKILL)  # its child lives on
+    one.process.wait()
     one.start()
     assert not psutil.pid_exists(group[1]) and one.process.pid != group[0]
+    assert signal.SIGTERM not in sent, "a child without its leader may take the whole time to end"
     pid = one.process.pid
     one.stop()
-    assert not psutil.pid_exists(pid)
+    assert not psutil.pid_exists(pid) and signal.SIGTERM in sent
     one.stop()
 
 
@@ -147,7 +151,9 @@ def test_flags_and_environment_of_each_transfer(monkeypatch):
     assert said["--logprobs-mode"] == "processed_logprobs" and "--enforce-eager" in words
     assert said["--weight-transfer-config"] == '{"backend": "counted_file"}'
     assert "secret" not in words and environment["ROLLOUT_TOKEN"] == "secret"
-    assert "MASTER_PORT" not in environment
+    assert "MASTER_PORT" not in environment and environment["TRITON_F32_DEFAULT"] == "ieee"
+    in_bf16 = dataclasses.replace(LAUNCH, dtype="bfloat16").environment("secret")
+    assert "TRITON_F32_DEFAULT" not in in_bf16
     apart = dataclasses.replace(LAUNCH, transfer="nccl", devices="4,5", memory=0.8)
     said = dict(zip(apart.command("p"), apart.command("p")[1:], strict=False))
     assert said["--tensor-parallel-size"] == "2" and said["--gpu-memory-utilization"] == "0.8"
