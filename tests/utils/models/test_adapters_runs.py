@@ -86,6 +86,9 @@ def test_models_on_one_base_hold_its_weights_once(tiny, chain, tmp_path):
     assert (logits_of(actor) != logits_of(reference)).any()
     assert (logits_of(load(path)) == logits_of(reference)).all()
     assert adapters.shares(actor, reference) and not adapters.shares(actor, alone)
+    # What the config says later on, as how packed rows attend, must reach every layer.
+    for model in (actor, reference, critic, alone):
+        assert all(getattr(m, "config", model.config) is model.config for m in model.modules())
     assert sorted({n.rpartition(".")[2] for n in adapters.layers_of(critic)}) == LINEAR
 
 
@@ -163,7 +166,7 @@ def test_every_step_from_folder_to_folder_on_any_ranks_and_stage(tiny, chain, tm
     "device",
     [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)],
 )
-def test_adapters_in_bf16_under_zero_0_and_3(tiny, tmp_path, device):
+def test_adapters_in_bf16_under_zero_0_and_3(tiny, chain, tmp_path, device):
     """All steps, on one base; a resumed run ends as one that was not stopped."""
     jobs, at, bf16 = [], {}, (*RANK, "--dtype", "bf16", "--learning_rate", 1e-2)
     for stage in (0, 3):
