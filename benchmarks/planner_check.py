@@ -56,9 +56,8 @@ MORE = {  # by a word of a case's name
     "4bit": {"lora_rank": 8, "load_in_4bit": True},
     "8bit": {"lora_rank": 8, "load_in_8bit": True},
     "nlpo": {"algorithm": "nlpo"},
-    # A row of docs/scaling.md, with answers of half the length.
+    # A row of docs/scaling.md, with answers of half the length and adapters of rank 8.
     "long": {
-        "lora_rank": 16,
         "micro_batch_size": 2,
         "global_batch_size": 4,
         "prompts_per_rollout": 8,

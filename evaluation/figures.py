@@ -50,6 +50,8 @@ FIGURES = {
         Figure("time of a rollout", "s", ("seconds_generate", "seconds_score", "seconds_train")),
     ),
     "preference": (
+        Figure("proxy and gold", "", ("eval/margin", "eval/verifier", "eval/judge"), over_kl=True),
+        Figure("answers that end by themselves", "share", ("eval/eos_share",)),
         Figure("loss", "", ("loss", "eval/loss")),
         Figure("accuracy", "share of pairs", ("accuracy", "eval/accuracy")),
         Figure("implied rewards", "", ("chosen_reward", "rejected_reward")),
@@ -67,9 +69,9 @@ def thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple
 
 def over_kl(step: Step, name: str) -> list[tuple[float, float]]:
     """(√KL, the metric) of each evaluation, in the order of training; KL by its unbiased estimate
-    that is never below 0."""
-    rows = [m for m in step.metrics if m.get("eval/kl_k3") is not None]
-    return [(math.sqrt(m["eval/kl_k3"]), m[name]) for m in rows if m.get(name) is not None]
+    that is never below 0, or where that is not there by the other one."""
+    rows = [(m.get("eval/kl_k3", m.get("eval/kl_k1")), m.get(name)) for m in step.metrics]
+    return [(math.sqrt(max(kl, 0.0)), x) for kl, x in rows if kl is not None and x is not None]
 
 
 def curves(figure: Figure, steps: list[tuple[str, Step]]) -> list[tuple[str, str, list]]:

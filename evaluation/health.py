@@ -260,8 +260,11 @@ def of_step(step: Step) -> tuple[Finding, list[Finding]]:
         told = {TELLS[f.name] for f in found if f and f.name in TELLS}
         found += of_warnings(step, given, now, told)
     elif step.kind == "preference":
-        found += [of_reward_model(step), of_loss(step), of_self_check(step)]
-        found += of_warnings(step, *replayed(step))
+        given, now = replayed(step)
+        found += [of_reward_model(step), of_loss(step), of_self_check(step), of_stops(step)]
+        found += [of_gold(step, now)] if gold_of(step) else []
+        told = {TELLS[f.name] for f in found if f and f.name in TELLS}
+        found += of_warnings(step, given, now, told)
     elif step.kind == "reward":
         found.append(of_reward_model(step))
     else:

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 
 import torch
 
+from evaluation import run_folder
 from step2_reward.collect import CollectConfig, sample_answers
+from step3_ppo import samples
 from utils import whole_files
 from utils.checkpoints import resuming
 from utils.data import batches, chat_template, splits, tables, toy_tasks
@@ -82,8 +84,8 @@ def load_prompts(config, tokenizer, reader: Reader | None) -> list[prompt_data.P
 
 
 @torch.no_grad()
-def log_probabilities(model, prompts, answers, config, device) -> list[float]:
-    """log p(answer | prompt) at the sampling temperature, in nats, on every rank.
+def log_probabilities(model, prompts, answers, config, device) -> list[list[float]]:
+    """log p(answer | prompt) at the sampling temperature, in nats a token, on every rank.
 
     answers: token ids, through the stop token where there is one.
     """
@@ -100,7 +102,7 @@ def log_probabilities(model, prompts, answers, config, device) -> list[float]:
             model, ids, mask, wanted, temperature=config.temperature
         )
         parts = logprobs.double().split(wanted.sum(1).tolist())
-        found |= {i: part.sum().item() for i, part in zip(chosen, parts, strict=True)}
+        found |= {i: part.tolist() for i, part in zip(chosen, parts, strict=True)}
     everywhere = process_group.gather_objects(found)
     found = {i: value for part in everywhere for i, value in part.items()}
     return [found[i] for i in range(len(prompts))]
@@ -119,7 +121,7 @@ def each_prompts(config, device) -> dict[str, dict[str, list[float]]]:
     prompts = load_prompts(config, tokenizer, reader)
     sampling = dataclasses.replace(config, answers_per_prompt=1)
     reference = language_model.load(how, first, dtype=dtype).to(device).eval()
-    found = {}
+    found, before = {}, []
     for name, folder in policies.items():
         own = chat_template.load_tokenizer(folder, config.trust_remote_code, config.date)
         if differ := scorer.differences(tokenizer, own):
@@ -132,7 +134,10 @@ def each_prompts(config, device) -> dict[str, dict[str, list[float]]]:
             log_probabilities(each, prompts, ids, config, device) for each in (model, reference)
         )
         asked = list(zip(prompts, answers, strict=True))
-        values = {"kl": [p - q for p, q in zip(own, other, strict=True)]}
+        moved = [
+            [p - q for p, q in zip(*both, strict=True)] for both in zip(own, other, strict=True)
+        ]
+        values = {"kl": list(map(sum, moved))}
         values["response_length"] = [float(len(answer.ids)) for answer in answers]
         values["eos_share"] = [float(answer.finished) for answer in answers]
         if judge is not None:
@@ -142,8 +147,42 @@ def each_prompts(config, device) -> dict[str, dict[str, list[float]]]:
         if all(toy_tasks.is_task(p.row) for p in prompts):
             values["verifier"] = [float(toy_tasks.verify(p.row, a.text)) for p, a in asked]
         found[name] = values
+        rows = shown_answers(asked, values)
+        before = before or rows
+        keep_for_page(Path(folder), tokenizer, before, rows, asked, moved, values)
         process_group.say(f"{name}: {len(prompts)} answers, score {_mean(values.get('score'))}")
     return found
+
+
+def shown_answers(asked, values: dict[str, list[float]]) -> list[dict]:
+    """The first answers as samples.json has them. asked: (prompt, answer). values: by measure."""
+    rows = []
+    for i, (prompt, answer) in enumerate(asked[: samples.ANSWERS]):
+        row = {"prompt": list(prompt.messages), "answer": answer.text}
+        row |= {"finished": answer.finished, "tokens": len(answer.ids)}
+        rows.append(row | {n: values[n][i] for n in ("score", "verifier") if n in values})
+    return rows
+
+
+def keep_for_page(folder: Path, tokenizer, before, after, asked, moved, values) -> None:
+    """samples.json and tokens.json, which a method without rollouts has none of, into its folder.
+    moved: log p − log q to the first policy of each answer's tokens."""
+    step = run_folder.read_step(folder)
+    answers_itself = step is None or step.kind == "ppo" or getattr(step.config, "prompt_data", ())
+    if answers_itself or before is after:
+        return
+    scores = values.get("score") or values["kl"]
+    order = sorted(range(len(asked)), key=scores.__getitem__)
+    rows = []
+    for i in samples.spread(order):
+        prompt, answer = asked[i]
+        ids = list(answer.ids)[: samples.TOKENS]
+        row = {"prompt": list(prompt.messages), "finished": answer.finished}
+        row |= {"length": len(answer.ids), "pieces": samples.pieces(tokenizer, ids)}
+        row |= {"score": values["score"][i]} if "score" in values else {}
+        rows.append(row | {"kl": [round(x, 5) for x in moved[i][: samples.TOKENS]]})
+    samples.write(str(folder), "samples.json", {"before": before, "after": after})
+    samples.write(str(folder), "tokens.json", {"step": None, "action_level": "token", "rows": rows})
 
 
 def _mean(values: list[float] | None) -> str:

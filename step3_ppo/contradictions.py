@@ -111,7 +111,7 @@ def of_algorithm(config) -> Iterator[str]:
             f"{config.rollout_engine} does not know; set --rollout_engine native"
         )
     if config.load_in_4bit or config.load_in_8bit:
-        wants = {"algorithm": ("nlpo",), "rollout_engine": ("vllm", "deepspeed")}
+        wants = {"algorithm": ("nlpo",), "rollout_engine": ("deepspeed",)}
         for name in (n for n, values in wants.items() if getattr(config, n) in values):
             yield (
                 f"{name}={getattr(config, name)} copies the policy's weights, and those of "

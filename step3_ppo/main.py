@@ -64,7 +64,7 @@ def evaluate(models, prompts, config, device, report, when: str, facts: dict) ->
         metrics["eval/verifier"] = sum(verdicts) / len(verdicts)
     facts[f"answers_{moment}"] = samples.held_out(prompts, texts, rollout, verdicts)
     samples.write_answers(config.output_dir, facts)
-    report.table("answers", samples.as_table(facts[f"answers_{moment}"]))
+    report.table("answers", reporting.answers_as_table(facts[f"answers_{moment}"]))
     lines = []
     for i, prompt in enumerate(prompts[: config.sample_answers]):
         said = [turn["content"] for turn in (prompt.messages[-1], *rollout.earlier[i])] + [texts[i]]

@@ -64,7 +64,7 @@ def readers(config) -> dict[str, Reader]:
 
 def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     """of_scorers: what `readers` gave, where that was asked before."""
-    vllm_server.check_devices(config.rollout_devices, device)
+    vllm_server.check_places(config.pick(vllm_server.Settings), config.rollout_ahead, device)
     asked = config.reward_function, config.reward_weights, config.reward_function_timeout
     server = remote.Server(config.reward_url, asked[-1]) if config.reward_url else None
     reward_function = sums.load(*asked, server) if config.reward_sources() else None
@@ -171,11 +171,6 @@ def _rollout_engine(config, tokenizer, actor, critic) -> RolloutEngine:
         vllm=config.pick(vllm_server.Settings),
     )
     engine = engines.build(config.rollout_engine, setup)
-    if config.rollout_ahead and engine.sleeps:
-        raise SystemExit(
-            f"rollout_ahead={config.rollout_ahead}: vLLM and the training take turns on the same "
-            "GPUs; set --rollout_devices to some of vLLM's own, or leave it out"
-        )
     if config.logprobs_from == "decode" and not engine.returns_entropies:
         raise SystemExit(
             f"logprobs_from=decode: the {engine.name} engine does not return log-probabilities and "

@@ -25,12 +25,6 @@ def held_out(prompts: list[Prompt], texts: list[str], rollout, verdicts: list[fl
     return rows
 
 
-def as_table(rows: list[dict]) -> list[dict]:
-    """Rows of `held_out`, the turns of their prompts as text."""
-    said = ["\n\n".join(f"{t['role']}: {t['content']}" for t in row["prompt"]) for row in rows]
-    return [row | {"prompt": text} for row, text in zip(rows, said, strict=True)]
-
-
 def pieces(tokenizer, ids: list[int]) -> list[str]:
     """Each token's part of the text, special tokens too. Of tokens that only together make one
     character the last one has it, the others nothing."""
@@ -47,6 +41,12 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return found
 
 
+def spread(order: list[int]) -> list[int]:
+    """ROLLOUTS of a list, the first and the last among them, at even distances."""
+    count = min(ROLLOUTS, len(order))
+    return [order[round(k * (len(order) - 1) / max(count - 1, 1))] for k in range(count)]
+
+
 def token_by_token(tokenizer, experience: Experience, prompts: list[Prompt]) -> list[dict]:
     """Answers of a rollout, from the lowest score to the highest at even distances, with each
     token's reward, value, advantage (as the loss has it) and log p − log q to the reference.
@@ -55,9 +55,7 @@ def token_by_token(tokenizer, experience: Experience, prompts: list[Prompt]) -> 
     its numbers stand at each of its tokens.
     """
     rollout = experience.rollout
-    order = rollout.scores.argsort(stable=True).tolist()
-    count = min(ROLLOUTS, len(order))
-    chosen = [order[round(k * (len(order) - 1) / max(count - 1, 1))] for k in range(count)]
+    chosen = spread(rollout.scores.argsort(stable=True).tolist())
     numbers = {
         "reward": experience.rewards,
         "value": experience.values,

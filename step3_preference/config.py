@@ -39,6 +39,16 @@ class PreferenceConfig(RunConfig):
         needed=True,
     )
     reference_model: str = setting("", "what log-ratios are to (default: the start model)")
+    prompt_data: list[str] = free(
+        [],
+        "prompts, of which the policy answers those held out at each evaluation, for the embedded "
+        "task's program or --judge_model to judge; none: it answers none",
+    )
+    judge_model: str = free(
+        "", "a reward model that only judges these answers", only_with="prompt_data"
+    )
+    max_prompt_length: int = free(512, "tokens of these prompts", at_least=1)
+    max_response_length: int = free(512, "tokens of these answers at most", at_least=1)
     max_length: int = setting(1024, "tokens of prompt and answer (see --long_prompts)", at_least=8)
     epochs: float = setting(1.0, "passes over the data (see --max_steps)", above=0, at_most=1e6)
     pairs: str = setting(

@@ -71,22 +71,29 @@ def of_reference(config, parts: dict[str, Sequence], tokenizer, run) -> dict[str
     # Rank 0's look at the file decides for all.
     found = process_group.gather_objects(process_group.is_main() and _key_in(file) == key)[0]
     if not found:
-        stage = 3 if config.zero_stage == 3 else 0
-        loading = dict(dtype=run.dtype, zero_stage=stage)
-        model = language_model.load(config.pick(Loading), path, tokenizer=tokenizer, **loading)
-        model = zero.frozen(model, **loading, device=run.device, offload=config.offload)
-        budget = config.micro_batch_size, config.micro_batch_tokens
-        computed = {name: of_all(model, rows, run.device, budget) for name, rows in parts.items()}
-        del model
-        gc.collect()  # an engine's parts refer to each other
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        computed = by_reference(config, parts, tokenizer, run)
         if process_group.is_main():
             _write(file, key, computed)
         process_group.barrier()
     run.say(f"log-probabilities of the reference {path}: {'read from' if found else 'in'} {file}")
     with np.load(file, allow_pickle=False) as kept:
         return {name: _rows(kept[name], rows) for name, rows in parts.items()}
+
+
+def by_reference(config, parts: dict[str, Sequence], tokenizer, run) -> dict[str, list]:
+    """{name: log-probabilities of these rows} by the reference, which is loaded for it and gone
+    afterwards."""
+    path = config.reference_model or config.model_name_or_path
+    loading = dict(dtype=run.dtype, zero_stage=3 if config.zero_stage == 3 else 0)
+    model = language_model.load(config.pick(Loading), path, tokenizer=tokenizer, **loading)
+    model = zero.frozen(model, **loading, device=run.device, offload=config.offload)
+    budget = config.micro_batch_size, config.micro_batch_tokens
+    computed = {name: of_all(model, rows, run.device, budget) for name, rows in parts.items()}
+    del model
+    gc.collect()  # an engine's parts refer to each other
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return computed
 
 
 def _rows(values: np.ndarray, rows: Sequence[Answers]) -> list[list[float]]:

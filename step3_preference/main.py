@@ -4,7 +4,6 @@ deepspeed step3_preference/main.py --model_name_or_path SFT --preference_data DA
     --output_dir FOLDER
 """
 
-import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from step3_preference import logprobs, losses
 from step3_preference.checks import SelfCheck
 from step3_preference.config import PreferenceConfig
+from step3_preference.gold import HeldOutAnswers
 from step3_preference.losses import LOSSES, Logprobs
 from step3_preference.watch import Watch
 from utils import metrics
@@ -34,7 +34,8 @@ from utils.models.loading import Loading
 from utils.run import Run
 from utils.settings import command_line
 
-SHOWN = ("loss", "accuracy", "margin", "eval/accuracy", "learning_rate", "grad_norm", "seconds")
+SHOWN = ("loss", "accuracy", "margin", "eval/accuracy", "eval/verifier", "eval/judge")
+SHOWN += ("learning_rate", "grad_norm", "seconds")
 
 REWARD = "implied reward β·s of the {} answers, s as the loss has it (a log-ratio for dpo)"
 metrics.register(
@@ -63,6 +64,29 @@ metrics.register(
         "well above `eval/accuracy_longer_answer`: answers will grow",
     ),
     Metric("eval/pairs", "", "how many pairs were held out"),
+    Metric(
+        "eval/verifier",
+        "share",
+        "of the policy's answers to held-out `--prompt_data`, by the embedded task's program",
+        "falls while `eval/margin` rises: over-optimised",
+    ),
+    Metric(
+        "eval/judge",
+        "score",
+        "mean score of these answers by `--judge_model`",
+        "falls while `eval/margin` rises: over-optimised",
+    ),
+    Metric("eval/judge_std", "score", "its standard deviation over the answers"),
+    Metric(
+        "eval/kl_k1", "nats a response", "log p − log q of these answers, mean: KL to the reference"
+    ),
+    Metric("eval/response_length", "tokens", "mean length of these answers, stop token included"),
+    Metric(
+        "eval/eos_share",
+        "share",
+        "of these answers, that ended with the stop token",
+        "near 0: raise `--max_response_length`, or `--sft_coef`",
+    ),
 )
 
 
@@ -175,7 +199,10 @@ def main() -> None:
     device, method, how = run.device, LOSSES[config.loss], config.how()
 
     # Data, the reference's log-probabilities, model, engine.
-    tokenizer = run.load_tokenizer(config.max_length, "--max_length")
+    sampled = (config.max_prompt_length + config.max_response_length) * bool(config.prompt_data)
+    flags = "--max_prompt_length, --max_response_length"
+    tokenizer = run.load_tokenizer(sampled, flags) if sampled > config.max_length else None
+    tokenizer = tokenizer or run.load_tokenizer(config.max_length, "--max_length")
     views = preferences.load(
         config.preference_data,
         tokenizer,
@@ -207,7 +234,11 @@ def main() -> None:
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     ema = EMA(engine.module, config.ema_decay) if config.ema_decay else None
     budget = config.micro_batch_size, config.micro_batch_tokens
-    measure = functools.partial(evaluate, engine, held, config, device)
+    own = HeldOutAnswers(config, tokenizer, run, engine) if config.prompt_data else None
+
+    def measure(moment: str) -> dict[str, float]:
+        found = evaluate(engine, held, config, device)
+        return found | (own.measure(moment) if own else {})
 
     folders = {".": ModelFolder(engine.module, tokenizer, run.settings)}
     engines = {"model": engine}
@@ -218,9 +249,12 @@ def main() -> None:
     done = run.restore(folders, engines, train.rows.fingerprint(), watch=watch)
     check = SelfCheck(config, run, tokenizer, engine, train, held)
     check.before_the_first_step(done)
-    before = run.once("before", measure)
+    before = run.once("before", lambda: measure("before"))
+    after = {}
     if run.resumed_from is None:
         watch.warn(0, before)
+        if own:
+            run.report.log(0, before, SHOWN)
 
     with run:
         for step in range(done, steps):
@@ -241,13 +275,13 @@ def main() -> None:
             measured |= losses.means(sums.over(1)) | ({"kl": z0} if train.mismatched else {})
             measured["seconds"] = time.time() - tick
             check.after_a_step(chosen, z0, measured)
-            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < steps:
-                measured |= measure()
+            if step + 1 == steps or (config.eval_every and (step + 1) % config.eval_every == 0):
+                after = measure("after")
+                measured |= after
             watch.warn(step + 1, measured)
             run.after_step(step + 1, measured, SHOWN)
 
-    after = measure()
-    watch.warn(steps, after)
+    after = after or measure("after")  # of a run that is resumed behind its last step
     run.save()
     result = result_of(before, after) | {"steps": steps}
     run.finish(result, f"{told(result)}; saved {config.output_dir}")

@@ -105,6 +105,24 @@ def held_out_loss_rises(watch: Watch) -> str:
     )
 
 
+@warning("the score rises and the judge falls")
+def margin_rises_while_the_judge_falls(watch: Watch) -> str:
+    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
+    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
+        seen = [m for m in watch.evaluations if (deviation or name) in m]
+        if len(seen) < 2:
+            continue
+        best, now = max(seen, key=lambda m: m[name]), seen[-1]
+        spread = best[deviation] if deviation else 1.0
+        if now["eval/margin"] > best["eval/margin"] and now[name] < best[name] - 0.04 * spread:
+            return (
+                f"held-out margin {best['eval/margin']:.3f} → {now['eval/margin']:.3f} while "
+                f"{name.removeprefix('eval/')} {best[name]:.3f} → {now[name]:.3f}: over-optimised. "
+                f"--keep_best {name}:max, fewer --epochs, a higher --beta"
+            )
+    return ""
+
+
 @warning("longer answers are preferred")
 def prefers_longer(watch: Watch) -> str:
     now = watch.evaluations[-1] if watch.evaluations else {}

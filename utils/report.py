@@ -94,6 +94,12 @@ class Report:
                     thing.close()
 
 
+def answers_as_table(rows: list[dict]) -> list[dict]:
+    """Rows of samples.json, the turns of their prompts as text."""
+    said = ["\n\n".join(f"{t['role']}: {t['content']}" for t in row["prompt"]) for row in rows]
+    return [row | {"prompt": text} for row, text in zip(rows, said, strict=True)]
+
+
 def keep_lines_through(path: Path, step: int) -> None:
     """Drop the lines of later steps from a metrics file, and one that a kill left unfinished."""
     kept = []

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluation import methods
+from evaluation import html_report, methods
+from step1_sft.config import SFTConfig
+from step3_ppo import samples
 from tests.helpers.running import run_ranks
 from utils.data import chat_template
 from utils.settings import command_line
@@ -36,7 +39,11 @@ def held(tiny, tmp_path_factory):
 def found(tiny, chain, held, tmp_path_factory):
     """Each prompt's values, in this process; and what was sampled."""
     out = tmp_path_factory.mktemp("out") / "methods.json"
-    argv = words(tiny, chain, held, out, "--temperature", "0.8")
+    folder = out.parent / "step3_best_of_n"
+    shutil.copytree(tiny / "base_model", folder)
+    command_line.save(SFTConfig(output_dir=str(folder)), folder, 1)
+    policies = ["--policies", f"sft={chain / 'sft'}", f"base={folder}"]
+    argv = words(tiny, chain, held, out, "--temperature", "0.8", *policies)
     config = command_line.build(methods.MethodsConfig, argv, 1)
     sampled, real = [], methods.sample_answers
 
@@ -46,7 +53,8 @@ def found(tiny, chain, held, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods, "sample_answers", sample)
-        return SimpleNamespace(values=methods.each_prompts(config, CPU), sampled=sampled)
+        values = methods.each_prompts(config, CPU)
+    return SimpleNamespace(values=values, sampled=sampled, folder=folder)
 
 
 def test_the_distance_is_of_the_sampled_ids_by_plain_transformers(tiny, chain, held, found):
@@ -72,6 +80,29 @@ def test_the_distance_is_of_the_sampled_ids_by_plain_transformers(tiny, chain, h
     assert found.values["base"]["response_length"] == lengths
     stops = [answer.ids[-1] == tokenizer.eos_token_id for (answer,) in found.sampled[0]]
     assert found.values["sft"]["eos_share"] == stops and sum(stops) > 0
+
+
+def test_the_page_has_answers_and_tokens_of_a_method_without_rollouts(chain, held, found):
+    kept = json.loads((found.folder / "samples.json").read_text())
+    rows = [json.loads(line) for line in held.read_text().splitlines()]
+    for moment, of, name in (("before", 0, "sft"), ("after", 1, "base")):
+        texts = [answer.text for (answer,) in found.sampled[of]]
+        assert [row["answer"] for row in kept[moment]] == texts[: samples.ANSWERS]
+        scores = found.values[name]["score"]
+        assert [row["score"] for row in kept[moment]] == scores[: samples.ANSWERS]
+        assert kept[moment][3]["prompt"][-1]["content"] == rows[3]["prompt"]
+    tokens = json.loads((found.folder / "tokens.json").read_text())
+    scores = found.values["base"]["score"]
+    shown = [row["score"] for row in tokens["rows"]]
+    assert shown == sorted(shown) and (shown[0], shown[-1]) == (min(scores), max(scores))
+    for row in tokens["rows"]:
+        i = scores.index(row["score"])
+        assert sum(row["kl"]) == pytest.approx(found.values["base"]["kl"][i], abs=1e-3)
+        assert len(row["kl"]) == len(row["pieces"]) == len(found.sampled[1][i][0].ids)
+    page = " ".join(html_report.render([found.folder.parent]).split())
+    assert "Best_Of_N" in page or "BEST_OF_N, held-out prompts" in page
+    assert "before</b>" in page and "after</b>" in page and "verifier" in page
+    assert not (chain / "sft/samples.json").exists(), "the first policy has no before"
 
 
 def test_means_have_errors_and_changes_are_paired(found):

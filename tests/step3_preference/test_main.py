@@ -6,11 +6,13 @@ import math
 import pytest
 from safetensors.torch import load_file
 
+from step3_preference.gold import KEPT
 from step3_preference.losses import LOSSES
 from tests.helpers.jobs import preference
 from tests.helpers.running import CLOSE, assert_same_path, built_once, metrics_of, run_ranks
 from tests.helpers.same_end import assert_same_end
 from tests.utils.checkpoints.test_checkpoints import stopped
+from utils.data import toy_tasks
 
 # Every way to divide the same rows: (ranks, flags).
 WAYS = {
@@ -42,9 +44,21 @@ def walked(tiny, chain, tmp_path_factory):
     def build(root):
         write_comparisons(tiny, root / "comparisons.jsonl")
         data = ["--preference_data", root / "comparisons.jsonl"]
+        prompts = (tiny / "data/prompts.jsonl").read_text().splitlines(keepends=True)
+        (root / "prompts.jsonl").write_text("".join(prompts[:50]))
+        own = ["--prompt_data", root / "prompts.jsonl", "--judge_model", chain / "reward"]
+        own += ["--max_prompt_length", 48, "--max_response_length", 8]
         for ranks in (1, 2):
             jobs = [
-                preference(tiny, chain / "sft", root / f"{loss} {name}", *data, *flags, *more)
+                preference(
+                    tiny,
+                    chain / "sft",
+                    root / f"{loss} {name}",
+                    *data,
+                    *flags,
+                    *more,
+                    *(own if loss == "dpo" else ()),
+                )
                 for name, (n, flags) in WAYS.items()
                 for loss, more in FLAGS.items()
                 if n == ranks
@@ -73,6 +87,38 @@ def test_one_path_on_any_ranks_stages_and_micro_batches(walked, loss):
     results = [json.loads((f / "result.json").read_text()) for f in walked[loss].values()]
     for name in ("loss_after", "accuracy_after", "margin_after"):
         assert [r[name] for r in results] == pytest.approx([results[0][name]] * 4, **CLOSE), name
+
+
+def test_own_answers_are_judged_alike_on_any_ranks(walked, tiny, chain):
+    from tests.evaluation.test_prompt_eval import BIAS, scored_by_transformers
+
+    folders = walked["dpo"].values()
+    results = [json.loads((f / "result.json").read_text()) for f in folders]
+    for name in ("kl_k1", "judge", "judge_std", "verifier", "eos_share", "response_length"):
+        after = [r[f"{name}_after"] for r in results]
+        assert after == pytest.approx([after[0]] * len(WAYS), **CLOSE), name
+    assert results[0]["kl_k1_before"] == pytest.approx(0, abs=1e-4), "reference and policy are one"
+    lines = (tiny / "data/prompts.jsonl").read_text().splitlines()
+    data = {row["prompt"]: row for row in map(json.loads, lines)}
+    kept = json.loads((walked["dpo"]["plain"] / "samples.json").read_text())
+    assert kept["before"] != kept["after"] and 4 < len(kept["after"]) < KEPT
+    for moment, rows in kept.items():
+        talks = [[*r["prompt"], {"role": "assistant", "content": r["answer"]}] for r in rows]
+        finished = [r["finished"] for r in rows]
+        bias = json.loads((chain / "reward/config.json").read_text())["reward_bias"]
+        judged = [
+            scored_by_transformers(str(chain / "reward"), talk, done) + BIAS - bias
+            for talk, done in zip(talks, finished, strict=True)
+        ]
+        assert [r["score"] for r in rows] == pytest.approx(judged, abs=2e-4)
+        right = [toy_tasks.verify(data[r["prompt"][0]["content"]], r["answer"]) for r in rows]
+        mean = {"judge": judged, "verifier": right, "eos_share": finished}
+        mean["response_length"] = [r["tokens"] for r in rows]
+        for name, values in mean.items():
+            found = results[0][f"{name}_{moment}"]
+            assert found == pytest.approx(sum(values) / len(values), abs=1e-4), name
+    steps = [m["step"] for m in map(json.loads, open(walked["dpo"]["plain"] / "metrics.jsonl"))]
+    assert steps == list(range(len(steps))), "before training too"
 
 
 def test_the_average_follows_the_weights(walked):

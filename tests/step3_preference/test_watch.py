@@ -30,8 +30,15 @@ def evaluated(losses, prefers=0.5, longer=0.5, pairs=60):
     return "dpo", [*history, SOUND | {"loss": 0.69}, *trained]
 
 
+def judged(margins, verdicts, name="eval/verifier", **more):
+    shown = zip(margins, verdicts, strict=True)
+    seen = [{"eval/loss": 0.5, "eval/margin": m, name: v, **more} for m, v in shown]
+    return "dpo", [SOUND | m for m in seen]
+
+
 # Chosen answers had −16 nats under the reference: 0.2 of that is 3.2, at β 0.1 a reward of −0.32.
 BEFORE = {"chosen_logprob": -19.3, "rejected_reward": -0.9}
+FALLS, STAYS = (0.6, 0.7, 0.65), (0.6, 0.7, 0.67)
 CASES = [
     (
         "both log-probabilities fall",
@@ -74,6 +81,16 @@ CASES = [
         "longer answers are preferred",
         evaluated([0.69, 0.5], prefers=0.71, longer=0.6),
         evaluated([0.69, 0.5], prefers=0.71, longer=0.6, pairs=49),
+    ),
+    (
+        "the score rises and the judge falls",
+        judged((0.0, 1.0, 2.0), FALLS),
+        judged((0.0, 1.0, 2.0), STAYS),
+    ),
+    (
+        "the score rises and the judge falls",
+        judged((0.0, 1.0, 2.0), FALLS, "eval/judge", **{"eval/judge_std": 1.0}),
+        judged((0.0, 2.0, 1.0), FALLS, "eval/judge", **{"eval/judge_std": 1.0}),
     ),
 ]
 

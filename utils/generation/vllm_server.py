@@ -182,9 +182,16 @@ def group_lives(process: subprocess.Popen) -> bool:
     return True
 
 
-def check_devices(devices: str, device: torch.device) -> None:
-    """SystemExit where --rollout_devices cannot be vLLM's alone. device: this rank's. A
-    collective, before anything is loaded: two processes that fill one GPU end late, or hang."""
+def check_places(how: Settings, ahead: int, device: torch.device) -> None:
+    """SystemExit where vLLM cannot be where it is to be. ahead: --rollout_ahead; device: this
+    rank's. A collective, before anything is loaded: two processes that fill one GPU end late, or
+    hang."""
+    devices = how.rollout_devices
+    if ahead and device.type != "cpu" and not (devices or how.rollout_url):
+        raise SystemExit(
+            f"rollout_ahead={ahead}: vLLM and the training take turns on the same GPUs; set "
+            "--rollout_devices to some of vLLM's own, or leave it out"
+        )
     if not devices:
         return
     if device.type == "cpu":

@@ -380,6 +380,10 @@ def standing_on(bare: nn.Module, auto_class, *, dtype: torch.dtype, config=None,
     with torch.device("meta"):
         classifier = make(config, **settings)
     setattr(classifier, classifier.base_model_prefix, model.base_model)
+    for module in classifier.modules():
+        if getattr(module, "config", None) is model.config:
+            # One config for all, as of a model that is read: what is set on it reaches the layers.
+            module.config = classifier.config
     width, device = bare.get_input_embeddings().embedding_dim, next(bare.parameters()).device
     classifier.score = nn.Linear(width, 1, bias=False, dtype=dtype, device=device)
     classifier.head_was_missing = True

@@ -15,6 +15,8 @@ SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 PLAIN_BUCKET = int(5e8)  # of the gradient reduction without a ZeRO optimizer (fixed in DeepSpeed)
 # Of each logit of an earlier policy: it, the likeliest first, their places (int64), sums, twice.
 NUCLEUS = 4 + 4 + 8 + 4 + 4
+# What vLLM keeps of a GPU while it sleeps, at level 1 and 2 (0.25 on an H100: 1.7 GiB, measured).
+ASLEEP = 18 * 10**8
 SUB_GROUP = int(1e9)  # numbers that ZeRO-3 steps on at once
 
 
@@ -158,6 +160,23 @@ def training_peak(
         activations.held * (1 - model.late) + model.gradients + model.buckets + model.reducing,
     )
     return {"train": model.gathered + round(backward), "step": model.gradients + model.step}
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """A server of vLLM's on each of its cards. share: of a card's memory, which it fills. least:
+    bytes without which it does not start. in_turns: on the cards of the training?"""
+
+    share: float
+    least: int
+    in_turns: bool
+
+
+def vllm(shape: Shape, cards: int, length: int, dtype: str, share: float, in_turns: bool) -> Vllm:
+    """Whole weights, adapters merged into them, and the keys and values of one row, over `cards`.
+    The rest of its share it fills with those of more rows."""
+    least = SIZE[dtype] * (shape.parameters + shape.cache * length) // cards
+    return Vllm(share, least, in_turns)
 
 
 def generating(shape: Shape, rows: int, length: int, dtype: str) -> dict[str, int]:

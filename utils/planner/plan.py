@@ -13,6 +13,7 @@ import torch
 
 from utils.distributed import host_memory, process_group, zero
 from utils.distributed.optimizers import OPTIMIZERS
+from utils.generation.weights import BUCKET_BYTES
 from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
 from utils.planner import memory, shapes, time
@@ -34,6 +35,7 @@ class Plan:
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     host: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(default_factory=dict)
+    vllm: memory.Vllm | None = None  # on GPUs; on a CPU it is a part like others
 
     @property
     def worst(self) -> str:
@@ -111,6 +113,48 @@ def _logits(shape: Shape, rows: int, work: Workload, dtype: str, device: str, tr
 
 def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: int) -> None:
     """The phases generate and score; the KV cache stays."""
+    if work.rollout_engine == "vllm":
+        _add_vllm(result, work, dtype, ranks)
+    else:
+        _add_decoding(result, models, work, dtype, ranks)
+    most, rows = 0, work.micro_batch_rows()
+    for name, shape in result.shapes.items():
+        run = _activations(shape, rows, work.length, dtype, work)
+        head = _logits(shape, rows, work, dtype, result.device, training=False)
+        weights = models[name].gathered
+        if name == work.roles[0].name and work.rollout_engine != "vllm":
+            weights = _gathered(models, work, shape, dtype)
+        most = max(most, weights + max(run.inference, head))
+    result.phases["score"] = result.kept + most
+
+
+def _gathered(models: dict, work: Workload, shape: Shape, dtype: str) -> int:
+    """Bytes of the policy's whole weights while it samples and scores."""
+    if work.zero_stage == 3 and work.rollout_gather != "layer":
+        return memory.SIZE[dtype] * shape.parameters
+    return models[work.roles[0].name].gathered
+
+
+def _add_vllm(result: Plan, work: Workload, dtype: str, ranks: int) -> None:
+    """The phase generate: a bucket of weights, as it is, merged and packed, on its way to vLLM. A
+    server of the run's own, too: on a CPU it takes the same memory, and never sleeps."""
+    shape, size = result.shapes[work.roles[0].name], memory.SIZE[dtype]
+    weights = size * shape.parameters
+    if work.starts_vllm() and result.device == "cpu":
+        decoding = memory.generating(shape, work.rollout_rows, work.decoded_length(), dtype)
+        server = {"weights": weights, "KV cache": decoding["KV cache"]}
+        result.parts["vLLM"] = {part: n // ranks for part, n in server.items()}
+    elif work.starts_vllm():
+        in_turns, cards = not work.rollout_devices, len(work.rollout_devices.split(","))
+        most = work.decoded_length(), dtype, work.rollout_memory
+        result.vllm = memory.vllm(shape, ranks if in_turns else cards, *most, in_turns)
+        if in_turns:
+            result.parts["vLLM"] = {"asleep": memory.ASLEEP}
+    result.phases["generate"] = result.kept + 3 * min(weights, BUCKET_BYTES)
+
+
+def _add_decoding(result: Plan, models: dict, work: Workload, dtype: str, ranks: int) -> None:
+    """The phase generate, by our own decode loop."""
     policy = work.roles[0].name
     shape, rows, size = result.shapes[policy], work.rows_decoded(ranks), memory.SIZE[dtype]
     length = work.decoded_length()
@@ -123,22 +167,13 @@ def _add_rollout(result: Plan, models: dict, work: Workload, dtype: str, ranks: 
         decoding["sampling"] += rows * shape.vocabulary * (size + memory.NUCLEUS)
     if not work.release_decode_memory:
         result.parts["rollout"] = {"KV cache": decoding.pop("KV cache")}
-    gathered = models[policy].gathered
-    if work.zero_stage == 3 and work.rollout_gather != "layer":
-        gathered = size * shape.parameters
+    gathered = _gathered(models, work, shape, dtype)
     prefill = rows * _activations(shape, 1, length - work.predicted, dtype, work).inference
     # The weights of matrix products, packed for the CPU's kernels.
     packed = size * (shape.multiplied - shape.in_few_bits) if result.device == "cpu" else 0
     cache = decoding.get("KV cache", 0)
     most = max(prefill, decoding["sampling"])
     result.phases["generate"] = result.kept + gathered + packed + cache + most
-    most, rows = 0, work.micro_batch_rows()
-    for name, shape in result.shapes.items():
-        run = _activations(shape, rows, work.length, dtype, work)
-        head = _logits(shape, rows, work, dtype, result.device, training=False)
-        weights = gathered if name == policy else models[name].gathered
-        most = max(most, weights + max(run.inference, head))
-    result.phases["score"] = result.kept + most
 
 
 def seconds(
@@ -185,8 +220,27 @@ class Machine:
     host: float
 
     def holds(self, plan: Plan) -> bool:
-        fits = plan.peak <= self.memory * USABLE[self.device]
+        fits = plan.peak <= self.memory * USABLE[self.device] and not self.vllm_problem(plan)
         return fits and (self.device == "cpu" or plan.host_bytes <= self.host * USABLE["cpu"])
+
+    def vllm_problem(self, plan: Plan) -> str:
+        """Why vLLM has no room; empty where it has, or there is none. Its cards are like ours."""
+        if plan.vllm is None:
+            return ""
+        share, least = plan.vllm.share * self.memory, plan.vllm.least
+        beside = plan.phases["generate"] - plan.parts.get("vLLM", {}).get("asleep", 0)
+        asked = f"vLLM fills {share / GB:.1f} GB of a card (--rollout_memory {plan.vllm.share:g})"
+        if least > share:
+            return (
+                f"{asked}, and weights with the keys and values of one row take {least / GB:.1f} "
+                "GB; raise --rollout_memory, or split the model over more --rollout_devices"
+            )
+        if plan.vllm.in_turns and beside + share > self.memory * USABLE[self.device]:
+            return (
+                f"{asked} while the training keeps {beside / GB:.1f} GB there; lower "
+                "--rollout_memory, or give vLLM cards of its own (--rollout_devices)"
+            )
+        return ""
 
 
 def here(device: torch.device, ranks: int) -> Machine:
@@ -274,6 +328,8 @@ def summary(work: Workload, dtype: str, machine: Machine) -> list[str]:
     line += f"; free: {machine.memory / GB:.1f} GB"
     if machine.holds(planned):
         return [line + ": fits"]
+    if problem := machine.vllm_problem(planned):
+        return [line, f"plan: WARNING: {problem}"]
     change = cheapest_change(work, dtype, machine)
     mend = (
         "no change of micro batch, checkpointing, ZeRO, offload or 16 × the ranks makes it fit"

@@ -54,6 +54,10 @@ class Workload:
     earlier_policy: bool = False  # does a whole copy say what may be drawn (NLPO)?
     release_decode_memory: bool = False
     rollout_gather: str = "auto"
+    rollout_engine: str = "auto"
+    rollout_url: str = ""
+    rollout_devices: str = ""
+    rollout_memory: float = 0.0
     offload_frozen: bool = False
     ppo_epochs: int = 1
     ema_decay: float = 0.0
@@ -65,6 +69,10 @@ class Workload:
         if own >= 0:
             return own
         return self.zero_stage if role.trained or self.zero_stage == 3 else 0
+
+    def starts_vllm(self) -> bool:
+        """Does a server of this run's own sample?"""
+        return self.rollout_engine == "vllm" and not self.rollout_url
 
     def micro_batch_rows(self) -> int:
         """Rows of a micro-batch, all of full length."""

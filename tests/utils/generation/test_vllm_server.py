@@ -110,6 +110,11 @@ def test_a_secret_goes_over_https_where_the_address_says_so():
     assert first[:1] == b"\x16" and b"secret" not in first, "no TLS handshake"
 
 
+def settings(**how) -> vllm_server.Settings:
+    empty = {field.name: "" for field in dataclasses.fields(vllm_server.Settings)}
+    return vllm_server.Settings(**empty | how)
+
+
 @pytest.mark.parametrize(
     "devices, visible, ranks, shared",
     [
@@ -132,13 +137,18 @@ def test_gpus_of_vllm_are_not_the_trainings(monkeypatch, devices, visible, ranks
     monkeypatch.setattr(process_group, "gather_objects", gather)
     expected = pytest.raises(SystemExit, match=f"are on {shared}") if shared else nullcontext()
     with expected:
-        vllm_server.check_devices(devices, torch.device("cuda:0"))
+        vllm_server.check_places(settings(rollout_devices=devices), 1, torch.device("cuda:0"))
 
 
-def test_gpus_of_vllm_are_refused_on_a_cpu():
-    vllm_server.check_devices("", torch.device("cpu"))
+def test_a_place_that_cannot_be_is_refused():
+    vllm_server.check_places(settings(), 1, torch.device("cpu"))
     with pytest.raises(SystemExit, match="rollout_devices=4,5 are GPUs.* leave it out"):
-        vllm_server.check_devices("4,5", torch.device("cpu"))
+        vllm_server.check_places(settings(rollout_devices="4,5"), 0, torch.device("cpu"))
+    on_gpu = torch.device("cuda:0")
+    vllm_server.check_places(settings(), 0, on_gpu)
+    vllm_server.check_places(settings(rollout_url="http://other:1"), 1, on_gpu)
+    with pytest.raises(SystemExit, match="rollout_ahead=1: .* take turns on the same GPUs"):
+        vllm_server.check_places(settings(), 1, on_gpu)
 
 
 def test_flags_and_environment_of_each_transfer(monkeypatch):

@@ -86,6 +86,9 @@ def test_models_on_one_base_hold_its_weights_once(tiny, chain, tmp_path):
     assert (logits_of(actor) != logits_of(reference)).any()
     assert (logits_of(load(path)) == logits_of(reference)).all()
     assert adapters.shares(actor, reference) and not adapters.shares(actor, alone)
+    # What the config says later on, as how packed rows attend, must reach every layer.
+    for model in (actor, reference, critic, alone):
+        assert all(getattr(m, "config", model.config) is model.config for m in model.modules())
     assert sorted({n.rpartition(".")[2] for n in adapters.layers_of(critic)}) == LINEAR
 
 
@@ -163,7 +166,7 @@ def test_every_step_from_folder_to_folder_on_any_ranks_and_stage(tiny, chain, tm
     "device",
     [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)],
 )
-def test_adapters_in_bf16_under_zero_0_and_3(tiny, tmp_path, device):
+def test_adapters_in_bf16_under_zero_0_and_3(tiny, chain, tmp_path, device):
     """All steps, on one base; a resumed run ends as one that was not stopped."""
     jobs, at, bf16 = [], {}, (*RANK, "--dtype", "bf16", "--learning_rate", 1e-2)
     for stage in (0, 3):
@@ -179,12 +182,31 @@ def test_adapters_in_bf16_under_zero_0_and_3(tiny, tmp_path, device):
             (cut[0], [*cut[1], "--resume", "auto"]),
         ]
     said = run_ranks(jobs, 1, accelerator=device)
-    assert said.count("actor's base, critic's base unchanged") == 4
+    assert said.count("actor's base, critic's base unchanged") == 6
     for stage, out in at.items():
         assert_same_end(out / "cut", out / "ppo")
-        kl = [row["kl"] for row in metrics_of(out / "ppo")]
+        kl = [row["kl"] for row in metrics_of(out / "ppo") if "kl" in row]
         assert abs(kl[0]) < 1e-2 < kl[-1], (stage, kl)
     for name in ("sft", "reward"):
         # bf16 keeps three digits, and gradients of another stage are summed in another order.
         zero0, zero3 = ([row["loss"] for row in metrics_of(out / name)] for out in at.values())
         assert zero0 == pytest.approx(zero3, rel=3e-2, abs=3e-2)
+
+
+@pytest.mark.slow
+def test_nlpo_and_trpo_train_adapters_in_bf16(tiny, chain, tmp_path):
+    """One copies the policy with its adapters, the other takes steps of theirs back."""
+    jobs = [reward(tiny, chain / "sft", tmp_path / "reward", *RANK, "--dtype", "bf16")]
+    for method, flags in {"nlpo": (), "trpo": ("--ppo_epochs", 1)}.items():
+        for stage in (0, 3):
+            how = (*RANK, *SHARED, "--dtype", "bf16", "--zero_stage", stage, "--algorithm", method)
+            out = tmp_path / f"{method}{stage}"
+            jobs.append(ppo(tiny, chain / "sft", tmp_path / "reward", out, *how, *flags))
+    run_ranks(jobs, 1)
+    for method in ("nlpo", "trpo"):
+        runs = [metrics_of(tmp_path / f"{method}{stage}") for stage in (0, 3)]
+        kl = [[row["kl"] for row in run if "kl" in row] for run in runs]
+        assert kl[0][0] == pytest.approx(kl[1][0], rel=1e-2, abs=1e-3), kl
+        assert all(abs(one[-1] - one[0]) > 1e-4 for one in kl), kl
+        moved = load_file(tmp_path / f"{method}3/actor/adapter_model.safetensors")
+        assert all(t.isfinite().all() and t.abs().max() > 0 for t in moved.values())

@@ -11,8 +11,8 @@ from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 from tests.helpers.llama_shape import LLAMA
 from tests.helpers.running import ROOT
+from utils.planner import memory, shapes
 from utils.planner import plan as planner
-from utils.planner import shapes
 from utils.planner.workload import Workload
 
 
@@ -138,6 +138,47 @@ def test_an_earlier_policy_and_replies_are_counted(folder):
     alone = ppo(folder, max_prompt_length=30, max_response_length=50)
     caches = [planner.plan(w, "fp32", 1, "cpu").parts["rollout"] for w in (talks, alone)]
     assert [c["KV cache"] for c in caches] == [c * caches[1]["KV cache"] // 80 for c in (130, 80)]
+
+
+def test_vllm_in_turns_on_cards_of_its_own_and_on_a_cpu(folder):
+    """With a base in 4 bits it is sent whole weights all the same."""
+
+    def planned(device="cuda", ranks=1, **more):
+        work = ppo(folder, lora_rank=4, load_in_4bit=True, max_response_length=300, **more)
+        return work, planner.plan(work, "bf16", ranks, device)
+
+    engine = {"rollout_engine": "vllm"}
+    _, native = planned()
+    work, found = planned(**engine)
+    n, cache, length = found.shapes["actor"].parameters, 2 * found.shapes["actor"].cache, 512 + 300
+    least = found.vllm.least
+    assert least == 2 * n + cache * length
+    assert "rollout" in native.parts and "rollout" not in found.parts
+    own = sum(sum(part.values()) for name, part in native.parts.items() if name != "rollout")
+    assert found.kept == own + memory.ASLEEP
+    beside = found.phases["generate"] - memory.ASLEEP
+    for size, share, said in (
+        (100 * found.peak, 0.9 * least / (100 * found.peak), "and weights with the keys and va"),
+        (10 * beside, 0.9, f"while the training keeps {beside / planner.GB:.1f} GB there; lower"),
+        (13 * beside, 0.8, ""),
+    ):
+        machine = planner.Machine("cuda", 1, size, 10**12)
+        tried = dataclasses.replace(work, rollout_memory=share)
+        problem = machine.vllm_problem(planner.plan(tried, "bf16", 1, "cuda"))
+        assert said in problem and bool(problem) == bool(said), problem
+    machine = planner.Machine("cuda", 1, 100 * found.peak, 10**12)
+    for share, told in ((1e-6, "WARNING: vLLM fills 0.0 GB of a card"), (0.5, ": fits")):
+        tried = dataclasses.replace(work, rollout_memory=share)
+        assert told in planner.summary(tried, "bf16", machine)[-1]
+    _, apart = planned(**engine, rollout_devices="4,5")
+    assert apart.kept == own and apart.vllm.least == least // 2
+    machine = planner.Machine("cuda", 1, 10 * beside, 10**12)
+    full = dataclasses.replace(apart.vllm, share=0.9)
+    assert not machine.vllm_problem(dataclasses.replace(apart, vllm=full)), "on other cards"
+    _, elsewhere = planned(**engine, rollout_url="http://127.0.0.1:1")
+    assert elsewhere.kept == own and elsewhere.vllm is None
+    _, cpu = planned("cpu", 2, **engine)
+    assert cpu.parts["vLLM"] == {"weights": n, "KV cache": cache * work.rollout_rows * length // 2}
 
 
 @pytest.mark.slow
