@@ -39,6 +39,11 @@ FIGURES = {
     ),
     "ppo": (
         Figure("score", "score", ("score", "eval/score")),
+        Figure(
+            "parts of the score",
+            "score",
+            ("score_model", "score_function", "eval/score_model", "eval/score_function"),
+        ),
         Figure("a judge that training did not see", "", ("eval/verifier", "eval/judge")),
         Figure("proxy and gold", "", ("eval/score", "eval/verifier", "eval/judge"), over_kl=True),
         Figure("KL to the reference", "nats an answer", ("kl_k1", "kl_k3", "eval/kl_k1")),
@@ -119,6 +124,8 @@ def draw(figure: Figure, steps: list[tuple[str, Step]]) -> str:
                 axis.plot(*best, "*", markersize=11, color=colour)
                 axis.annotate("keep", best, xytext=(0, 7), textcoords="offset points", fontsize=8)
         left.set(xlabel="√KL" if figure.over_kl else "step", ylabel=figure.unit)
+        if not figure.over_kl:
+            left.xaxis.get_major_locator().set_params(integer=True)
         if figure.over_kl:
             left.set(ylabel=metrics[0])
             right.set(ylabel=", ".join(metrics[1:]))

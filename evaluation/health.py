@@ -65,6 +65,53 @@ def gold_of(step: Step) -> str:
     return next((n for n in ("verifier", "judge") if step.values(f"eval/{n}")), "")
 
 
+def gold_fell(step: Step, warnings: dict[str, str]) -> bool:
+    """Did the answers become worse by what training did not see?"""
+    name = gold_of(step)
+    values = both(step, name) if name else None
+    spread = step.values("eval/judge_std")[0][1] if name == "judge" else 1.0
+    fell = values is not None and values[1] - values[0] <= -0.02 * spread
+    return fell or TELLS[OVER_OPTIMISED] in warnings
+
+
+def parts_of(step: Step) -> dict[str, tuple[float, float]]:
+    """The held-out score before and after of model and functions, where both give a part."""
+    names = {"reward model": "score_model", "reward function": "score_function"}
+    found = {part: both(step, name) for part, name in names.items()}
+    return found if step.config.reward_model and all(found.values()) else {}
+
+
+def moved_most(step: Step) -> str:
+    """Which part of the reward the change of the score comes from."""
+    parts = parts_of(step)
+    if parts:
+        return max(parts, key=lambda part: abs(parts[part][1] - parts[part][0]))
+    return "reward model" if step.config.reward_model else "reward function"
+
+
+def pays_for(step: Step) -> str:
+    """What the reward seems to pay for, where the length of answers or empty ones tell it."""
+    length, text = both(step, "response_length"), ""
+    if length and not 0.6 <= length[1] / max(length[0], 1e-9) <= 1 / 0.6:
+        how = "shrink" if length[1] < length[0] else "grow"
+        text = f" Answers {how} from {length[0]:.1f} to {length[1]:.1f} tokens: look at what the "
+        text += f"{moved_most(step)} pays for."
+    rows = [row for rows in step.answers().values() for row in rows if "score" in row]
+    nothing = [row["score"] for row in rows if not row["answer"].strip()]
+    other = [row["score"] for row in rows if row["answer"].strip()]
+    if nothing and other and max(nothing) > (mean := sum(other) / len(other)):
+        text += f" An empty answer scores {max(nothing):.2f}, others on average {mean:.2f}."
+    return text
+
+
+def repeats(answers: list[dict]) -> bool:
+    """Are those that were cut off mostly the same few words again and again?"""
+    said = [row["answer"].split() for row in answers if not row["finished"]]
+    said = [words for words in said if len(words) >= 8]
+    shares = [len(set(words)) / len(words) for words in said]
+    return bool(shares) and sum(share < 0.3 for share in shares) > len(shares) / 2
+
+
 def state_of(step: Step) -> Finding:
     total, done = step.config.max_steps, step.steps_done()
     unit = "rollouts" if step.kind == "ppo" else "steps"
@@ -82,16 +129,21 @@ def state_of(step: Step) -> Finding:
     return Finding(NOTE, "not finished", f"{text} Last line of the log: {last[:200] or 'none'}")
 
 
-def of_score(step: Step) -> Finding | None:
+def of_score(step: Step, worse: bool = False) -> Finding | None:
+    """worse: the answers are, by what training did not see."""
     values = both(step, "score")
     if values is None:
         return Finding(NOTE, "score", "No held-out score after training is recorded yet.")
     change, error = values[1] - values[0], step.result.get("score_se_change")
     shown = f"{change:+.3f}" + (f" ± {error:.3f}" if error else "")
     text = f"Held-out score {values[0]:.3f} → {values[1]:.3f} ({shown})."
+    parts = [f"{part} {a:.3f} → {b:.3f}" for part, (a, b) in parts_of(step).items()]
+    text += f" Of it: {', '.join(parts)}." if parts else ""
     if abs(change) <= 2 * (error or 0):
         return Finding(DOUBT, "score unchanged", f"{text} No more than chance would give.")
-    return Finding(GOOD if change > 0 else BAD, "score " + ("rose" if change > 0 else "fell"), text)
+    if change > 0:
+        return Finding(NOTE if worse else GOOD, "score rose", text)
+    return Finding(BAD, "score fell", text)
 
 
 def of_gold(step: Step, warnings: dict[str, str]) -> Finding:
@@ -106,12 +158,19 @@ def of_gold(step: Step, warnings: dict[str, str]) -> Finding:
         )
     seen = step.values(f"eval/{name}")
     best = max(seen, key=lambda point: point[1])
-    text = f"By the {name}, which training did not see: {values[0]:.3f} → {values[1]:.3f}."
+    prompts = step.result.get("held_out_prompts")
+    of = f", on {prompts} held-out prompts" if prompts else ""
+    text = f"By the {name}, which training did not see{of}: {values[0]:.3f} → {values[1]:.3f} "
+    text += "(before: as this step began)."
     if best[1] > values[1]:
         text += f" Best after {best[0]} ({best[1]:.3f})."
     if "the score rises and the judge falls" in warnings:
-        keep = f" Keep the checkpoint nearest to {best[0]}, or train with less."
-        return Finding(BAD, OVER_OPTIMISED, f"{text} The score rises while this falls.{keep}")
+        why = pays_for(step)
+        keep = f" Keep the checkpoint nearest to {best[0]}" + ("." if why else ", or train less.")
+        since = "The score rises while this falls from its best."
+        if parts_of(step):
+            since += f" The {moved_most(step)} made most of the score's change."
+        return Finding(BAD, OVER_OPTIMISED, f"{text} {since}{why}{keep}")
     spread = step.values("eval/judge_std")[0][1] if name == "judge" else 1.0
     change = (values[1] - values[0]) / spread
     if abs(change) < 0.02:
@@ -127,6 +186,9 @@ def of_stops(step: Step) -> Finding | None:
     mend = (
         "; the others were cut at --max_response_length. Raise it, or set --missing_eos_penalty 1"
     )
+    if values[1] < 0.9 and repeats(step.answers().get("after", [])):
+        mend = "; the others repeat a few words until they are cut: longer ones would not help. "
+        mend += "The policy is broken: look at the reward, raise --kl_coef"
     if values[1] < 0.5:
         return Finding(BAD, NEVER_STOPS if values[1] < 0.2 else "mostly cut", text + mend + ".")
     if values[1] < 0.9:
@@ -142,8 +204,8 @@ def of_kl(step: Step) -> Finding | None:
     text = f"{kl:.2f} nats an answer from the reference policy"
     if kl > limit:
         return Finding(
-            BAD, FAR, f"{text}, beyond --kl_limit {limit:g}: the reward model "
-            "was never asked about such answers."
+            BAD, FAR, f"{text}, beyond --kl_limit {limit:g}: its answers are "
+            "unlike any that it began with, and what rewards them may be wrong there."
         )  # fmt: skip
     level = DOUBT if kl > limit / 2 else GOOD
     return Finding(level, "KL", f"{text}; the limit is {limit:g}.")
@@ -156,7 +218,8 @@ def alike(answers: list[str]) -> float:
     return sum(same) / len(same) if same else 0.0
 
 
-def of_variety(step: Step) -> Finding | None:
+def of_variety(step: Step, worse: bool = False) -> Finding | None:
+    """worse: the answers are, by what training did not see."""
     entropy = step.values("entropy")
     if not entropy:
         return None
@@ -175,7 +238,8 @@ def of_variety(step: Step) -> Finding | None:
             BAD, COLLAPSED, f"{text}: whatever it is asked, the policy says the same. Raise "
             "--kl_coef, lower --learning_rate."
         )  # fmt: skip
-    return Finding(DOUBT if now < 0.3 * first else GOOD, "variety", f"{text}.")
+    well = NOTE if worse else GOOD
+    return Finding(DOUBT if now < 0.3 * first else well, "variety", f"{text}.")
 
 
 def of_length(step: Step) -> Finding | None:
@@ -255,7 +319,9 @@ def of_step(step: Step) -> tuple[Finding, list[Finding]]:
     found: list[Finding | None] = [state_of(step), of_skipped(step)]
     if step.kind == "ppo":
         given, now = replayed(step)
-        found += [of_variety(step), of_stops(step), of_gold(step, now), of_score(step)]
+        worse = gold_fell(step, now)
+        found += [of_variety(step, worse), of_stops(step), of_gold(step, now)]
+        found += [of_score(step, worse)]
         found += [of_kl(step), of_length(step), of_self_check(step)]
         told = {TELLS[f.name] for f in found if f and f.name in TELLS}
         found += of_warnings(step, given, now, told)

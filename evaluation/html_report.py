@@ -182,11 +182,22 @@ def measured(step: Step) -> list[tuple[str, str, str, Metric]]:
     ]
 
 
-def story(step: Step) -> dict:
+def scored_by(step: Step) -> list[tuple[str, str]]:
+    """(kind, its name) of whatever gave step 3 its rewards."""
+    if step.kind != "ppo":
+        return []
+    named = [("reward model", step.config.reward_model)]
+    named += [("reward function", name) for name in step.config.reward_function]
+    return [(k, n) for k, n in (*named, ("reward server", step.config.reward_url)) if n]
+
+
+def story(run: RunFolder, step: Step) -> dict:
     """Settings, data and machine of a step."""
     return {
         "title": step.title,
         "folder": step.folder,
+        "differences": run.differences(step),
+        "scored_by": scored_by(step),
         "settings": step.changed_settings(),
         "environment": {n: v for n, v in step.environment().items() if v not in ("", None)},
         "data": [line for line in dict.fromkeys(step.log) if OF_DATA.search(line)][:20],
@@ -236,12 +247,14 @@ def shown_of(run: RunFolder) -> dict:
     return {
         "name": run.name,
         "asked": run.asked,
+        "against": "the recipe" if run.recipe() else "the defaults",
+        "verified": "verifier" in run.summary,
         "policies": [told[id(step)] for step in policies],
         "others": [told[id(s)] for s in reversed(run.steps) if not any(s is p for p in policies)],
         "over": is_over(run),
         "seconds": run.seconds(),
         "table": summary.table_of(run.summary) if run.summary else "",
-        "steps": [story(step) for step in run.steps],
+        "steps": [story(run, step) for step in run.steps],
         "evaluated": evaluated.of_run(run.folder),
     }
 

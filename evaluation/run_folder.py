@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from pipeline import METHODS
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from step3_preference.config import PreferenceConfig
 from utils.errors import UserError
 from utils.settings import files
+from utils.settings.fields import value_of
 
 # The first line of config.yaml names the class of its settings.
 CONFIGS = {c.__name__: c for c in (SFTConfig, RewardConfig, PPOConfig, PreferenceConfig)}
 ORDER = ("sft", "reward", "preference", "ppo")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+# What run_all.sh sets for each step by itself, and no recipe.
+OF_THE_RUN = "output_dir date resume overwrite algorithm loss".split()
 # A line of the self-check, see utils/verdicts.py.
 VERDICT = re.compile(r"  (FAULT|DOUBT|passed)  (.+?): (.*)")
 
@@ -137,6 +142,34 @@ class RunFolder:
     def asked(self) -> dict:
         """Recipe and flags of run_all.sh."""
         return read_json(self.folder / "run.json")
+
+    def recipe(self) -> list[str]:
+        """The files that run_all.sh read: recipe, then --config; none where one is gone."""
+        found = [str(RECIPES / f"{self.asked['recipe']}.yaml")] if self.asked else []
+        found += self.asked.get("configs", [])
+        return found if all(Path(path).is_file() for path in found) else []
+
+    def differences(self, step: Step) -> list[tuple[str, object, object]]:
+        """(name, value, expected) of the settings that differ from the recipe, or from the defaults
+        where there is none; without what run_all.sh sets and paths below the run's own folder."""
+        made = type(step.config)
+        fields = {f.name: f for f in dataclasses.fields(made)}
+        sections = METHODS[step.method].sections(step.number)[1:] if step.method else ()
+        said = {}
+        for path in self.recipe():
+            for _, values in files.layers(files.with_sections(path, sections), *made.sections):
+                said |= {n: value_of(fields[n], v) for n, v in values.items() if n in fields}
+        expected = made(**made.completed(said))
+        output = self.asked.get("flags", {}).get("output_dir", [])  # which may have been moved
+        own = tuple(f"{place}/" for place in (*output, self.folder))
+
+        def of_the_run(value) -> bool:
+            paths = value if isinstance(value, list) else [value]
+            return bool(paths) and all(str(path).startswith(own) for path in paths)
+
+        both = [(n, getattr(step.config, n), getattr(expected, n)) for n in fields]
+        changed = [(n, v, e) for n, v, e in both if v != e and n not in OF_THE_RUN]
+        return [row for row in changed if not of_the_run(row[1])]
 
     def policies(self) -> list[Step]:
         """The steps that made a policy at the end: the last round of each method, or SFT."""

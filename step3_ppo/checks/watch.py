@@ -138,9 +138,10 @@ def length_collapses_or_spikes(watch: Watch) -> str:
     if now is None or first / 3 <= now <= 3 * first:
         return ""
     return (
-        f"{first:.1f} tokens in the first rollout, {now:.1f} in the last three: the reward model "
-        "likely pays for length itself. Compare its accuracy with that of always choosing the "
-        "longer answer (step 2 prints both); raise --kl_coef, or balance the comparisons"
+        f"{first:.1f} tokens in the first rollout, {now:.1f} in the last three: the reward likely "
+        "pays for length itself. Look at what a reward function pays for; compare a reward model's "
+        "accuracy with that of always choosing the longer answer (step 2 prints both); raise "
+        "--kl_coef, or balance the comparisons"
     )
 
 

@@ -1,6 +1,7 @@
 """The curves of a run's page."""
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -47,3 +48,12 @@ def test_proxy_and_gold_are_drawn_over_the_root_of_the_kl(tmp_path):
     assert figures.draw(proxy, [("a", step)]) == "", "a proxy without gold shows nothing"
     (gold,) = [figure for figure in figures.FIGURES["ppo"] if figure.over_kl]
     assert figures.draw(gold, [("a", step)]).count(">keep</text>") == 1
+
+
+def test_steps_are_whole_numbers(tmp_path):
+    (step,) = run_folder.read(run_folders.ppo(tmp_path / "x")).steps
+    step.metrics = step.metrics[:3]  # at steps 0, 1 and 2 an axis would have halves
+    svg = figures.draw(figures.Figure("entropy", "", ("entropy",)), [("a", step)])
+    axis = svg.partition('id="matplotlib.axis_1"')[2].partition('id="matplotlib.axis_2"')[0]
+    ticks = [x for x in re.findall(r"<text[^>]*>([^<]*)</text>", axis) if x != "step"]
+    assert ticks and all("." not in tick for tick in ticks)

@@ -110,3 +110,46 @@ def test_a_reward_model_must_be_better_than_the_longer_answer(tmp_path, low, lev
     result = {"accuracy": 0.75, "accuracy_low": low, "accuracy_high": 0.8, "seconds": 60.0}
     (tmp_path / "r/result.json").write_text(json.dumps(result | {"accuracy_longer_answer": 0.7}))
     assert told(tmp_path / "r")[0].level == level
+
+
+def scored_by_both(folder, function, **changed):
+    """A run whose score is a reward model's, which moves by 1, and a function's."""
+    parts = {"score_model": (0.0, 1.0), "score_function": function}
+    run_folders.ppo(folder, verifier=(0.6, 0.2), **parts, **changed)
+    config = run_folder.read(folder).steps[0].config
+    config.reward_model = "r"
+    command_line.save(config, folder, 1)
+    return {f.name: f for f in told(folder)[1]}
+
+
+@pytest.mark.parametrize("function, most", [((0, 9), "function"), ((0, 0.5), "model")])
+def test_the_part_of_the_reward_that_moved_is_named(tmp_path, function, most):
+    found = scored_by_both(tmp_path / "x", function, response_length=(8.0, 4.0))
+    text = found["over-optimised"].text
+    assert f"The reward {most} made most of the score's change" in text
+    assert f"shrink from 8.0 to 4.0 tokens: look at what the reward {most} pays for" in text
+    assert "train less" not in text
+    assert f"reward function 0.000 → {function[1]:.3f}" in found["score rose"].text
+
+
+def test_nothing_is_green_of_a_policy_whose_answers_became_worse(tmp_path):
+    found = scored_by_both(tmp_path / "x", (0, 9))
+    assert found["score rose"].level == found["variety"].level == health.NOTE
+    assert "train less" in found["over-optimised"].text, "the length tells nothing"
+
+
+def test_an_empty_answer_that_scores_above_the_others_is_told(tmp_path):
+    folder = run_folders.ppo(tmp_path / "x", verifier=(0.6, 0.2))
+    for said, told_of in ((["a", "b", ""], True), (["", "b", "c"], False)):  # scores 0, 1, 2
+        change(folder / "samples.json", before=[], after=run_folders.answers(said, 0.0))
+        (found,) = [f for f in told(folder)[1] if f.name == "over-optimised"]
+        assert ("An empty answer scores 2.00, others on average 0.50" in found.text) == told_of
+
+
+def test_repetitions_are_not_mended_by_longer_answers(tmp_path):
+    folder = run_folders.ppo(tmp_path / "x", eos_share=(0.9, 0.1))
+    for text, broken in (("bird " * 20, True), ("one two three four five six seven eight", False)):
+        change(folder / "samples.json", after=run_folders.answers([text] * 3, 0.0))
+        (found,) = [f for f in told(folder)[1] if f.name == "never stops"]
+        assert ("look at the reward" in found.text) == broken
+        assert ("Raise it" in found.text) != broken

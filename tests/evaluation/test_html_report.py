@@ -202,3 +202,17 @@ def test_what_cannot_be_shown_is_said():
     assert "no such folder" in problems_of("--output_dir", "/no/where", of=html_report.ReportConfig)
     both = problems_of("--compare", "/", "/no/where", of=html_report.ReportConfig)
     assert "/no/where is no folder" in both
+
+
+def test_the_open_part_names_what_scored_and_an_empty_answer_is_marked(tmp_path):
+    folder = run_folders.ppo(tmp_path / "step3_ppo")
+    config = run_folder.read(folder).steps[0].config
+    config.reward_model, config.reward_function, config.kl_coef = "a/model", ["my.py:longer"], 0.0
+    command_line.save(config, folder, 1)
+    both = {m: run_folders.answers([text], 0.0) for m, text in (("before", "a"), ("after", ""))}
+    (folder / "samples.json").write_text(json.dumps(both))
+    flat = " ".join(Page(html_report.render([tmp_path])).text.split())
+    opened = flat.rpartition("What was run")[2].partition("Machine and versions")[0]
+    assert "scored by the reward model a/model and the reward function my.py:longer" in opened
+    assert "--kl_coef 0.0 (not 0.05)" in opened
+    assert flat.count("(empty)") == 1

@@ -7,6 +7,7 @@ import pytest
 from evaluation import run_folder
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
 from tests.helpers import run_folders
 from utils.errors import UserError
 from utils.settings import command_line
@@ -67,3 +68,24 @@ def test_settings_of_an_older_version_are_read_without_what_is_gone(tmp_path):
 def test_a_method_of_demonstrations_is_named_by_its_folder(tmp_path):
     step(tmp_path / "step3_best_of_n", SFTConfig())
     assert run_folder.read(tmp_path).steps[0].title == "step 3: BEST_OF_N"
+
+
+def test_a_step_that_was_run_again_by_hand_differs_from_the_recipe(tmp_path):
+    asked = {"recipe": "tiny", "configs": [], "flags": {"output_dir": [str(tmp_path)]}}
+    (tmp_path / "run.json").write_text(json.dumps(asked))
+    recipe = str(run_folder.RECIPES / "tiny.yaml")
+    flags = ["--config", f"{recipe}:later_ppo", "--model_name_or_path", f"{tmp_path}/step1_sft"]
+    flags += ["--reward_model", f"{tmp_path}/step2_reward", "--output_dir", str(tmp_path)]
+    flags += ["--prompt_data", f"{tmp_path}/data/prompts.jsonl", "--seed", "7", "--kl_coef", "0"]
+    config = command_line.build(PPOConfig, flags, 1)
+    for place in ("round1", "."):
+        (tmp_path / place / "step3_ppo").mkdir(parents=True)
+        command_line.save(config, tmp_path / place / "step3_ppo", 1)
+    run = run_folder.read(tmp_path)
+    first, second = (run.differences(step) for step in run.steps)
+    assert sorted(second) == [("kl_coef", 0.0, 0.1), ("seed", 7, 42)], "of later_ppo, all else"
+    assert sorted(first) == sorted([*second, ("max_steps", 32, 25), ("eval_every", 8, 5)])
+    asked["configs"] = ["gone.yaml"]
+    (tmp_path / "run.json").write_text(json.dumps(asked))
+    names = {name: other for name, _, other in run_folder.read(tmp_path).differences(run.steps[0])}
+    assert names["kl_coef"] == PPOConfig().kl_coef, "by the defaults, where no recipe is there"
