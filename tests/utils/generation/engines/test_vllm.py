@@ -137,7 +137,8 @@ def test_on_the_trainers_gpus_it_sleeps_and_finds_room_when_it_wakes(build, monk
         assert tuple(path for path in servers[-1].asked if path in told) == due
     servers[-1].faults |= {"awake", "die"}
     answer(engine, actor, request())
-    assert len(servers) == 2 and servers[0].asked[-1] == "room", "a new one needs room too"
+    # For waking, for waking again, and for the new one; late requests may come after it.
+    assert len(servers) == 2 and servers[0].asked.count("room") == 3, "a new one needs room too"
     assert "keeps its memory while the training goes on" not in capsys.readouterr().out
     servers[-1].faults |= {"awake"}
     answer(engine, actor, request())
