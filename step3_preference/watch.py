@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from step3_preference import losses
 from step3_preference.losses import LOSSES
+from utils import metrics
 
 FEW = 50  # pairs, whose shares are too noisy
 STEPS = 10  # over which a mean is taken
@@ -107,20 +108,15 @@ def held_out_loss_rises(watch: Watch) -> str:
 
 @warning("the score rises and the judge falls")
 def margin_rises_while_the_judge_falls(watch: Watch) -> str:
-    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
-    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
-        seen = [m for m in watch.evaluations if (deviation or name) in m]
-        if len(seen) < 2:
-            continue
-        best, now = max(seen, key=lambda m: m[name]), seen[-1]
-        spread = best[deviation] if deviation else 1.0
-        if now["eval/margin"] > best["eval/margin"] and now[name] < best[name] - 0.04 * spread:
-            return (
-                f"held-out margin {best['eval/margin']:.3f} → {now['eval/margin']:.3f} while "
-                f"{name.removeprefix('eval/')} {best[name]:.3f} → {now[name]:.3f}: over-optimised. "
-                f"--keep_best {name}:max, fewer --epochs, a higher --beta"
-            )
-    return ""
+    found = metrics.over_optimised(watch.evaluations, "eval/margin")
+    if found is None:
+        return ""
+    name, best, now = found
+    return (
+        f"held-out margin {best['eval/margin']:.3f} → {now['eval/margin']:.3f} while "
+        f"{name.removeprefix('eval/')} {best[name]:.3f} → {now[name]:.3f}: over-optimised. "
+        f"--keep_best {name}:max, fewer --epochs, a higher --beta"
+    )
 
 
 @warning("longer answers are preferred")

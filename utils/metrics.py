@@ -101,3 +101,18 @@ register(
     ),
     Metric("seconds", "s", "of this step, without its evaluation"),
 )
+
+
+def over_optimised(evaluations: list[dict], proxy: str) -> tuple[str, dict, dict] | None:
+    """The first of verifier and judge that fell from its best evaluation to the last one while
+    `proxy` rose, with both evaluations; None where neither did."""
+    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
+    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
+        seen = [m for m in evaluations if (deviation or name) in m]
+        if len(seen) < 2:
+            continue
+        best, now = max(seen, key=lambda m: m[name]), seen[-1]
+        spread = best[deviation] if deviation else 1.0
+        if now[proxy] > best[proxy] and now[name] < best[name] - 0.04 * spread:
+            return name, best, now
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils import whole_files
+from utils import metrics, whole_files
 from utils.distributed import process_group
 
 MOST_DUMPS = 10  # a run that goes on skipping would fill the disk
@@ -211,18 +211,13 @@ def entropy_collapses(watch: Watch) -> str:
 
 @warning("the score rises and the judge falls")
 def proxy_rises_while_the_judge_falls(watch: Watch) -> str:
-    # What a fall is measured by: a verifier gives 0 to 1, a judge's scores may span anything.
-    for name, deviation in (("eval/verifier", ""), ("eval/judge", "eval/judge_std")):
-        seen = [m for m in watch.evaluations if (deviation or name) in m]
-        if len(seen) < 2:
-            continue
-        best, now = max(seen, key=lambda m: m[name]), seen[-1]
-        spread = best[deviation] if deviation else 1.0
-        if now["eval/score"] > best["eval/score"] and now[name] < best[name] - 0.04 * spread:
-            return (
-                f"held-out score {best['eval/score']:.3f} → {now['eval/score']:.3f} while "
-                f"{name.removeprefix('eval/')} {best[name]:.3f} → {now[name]:.3f}: the reward "
-                "model is over-optimised. Stop earlier (--max_steps, --stop_at_kl), raise "
-                "--kl_coef, or train it on new comparisons of this policy (--rounds)"
-            )
-    return ""
+    found = metrics.over_optimised(watch.evaluations, "eval/score")
+    if found is None:
+        return ""
+    name, best, now = found
+    return (
+        f"held-out score {best['eval/score']:.3f} → {now['eval/score']:.3f} while "
+        f"{name.removeprefix('eval/')} {best[name]:.3f} → {now[name]:.3f}: the reward "
+        "model is over-optimised. Stop earlier (--max_steps, --stop_at_kl), raise "
+        "--kl_coef, or train it on new comparisons of this policy (--rounds)"
+    )
