@@ -1,6 +1,7 @@
 """Counts from a config against real models and what autograd saves."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -80,18 +81,17 @@ FROZEN = {
 }
 
 
-LORA = Lora(lora_rank=4)
+ADAPTED, LORA = "all but adapters", Lora(lora_rank=4)
 
 
-@pytest.mark.parametrize("checkpointed", [None, 0, 1, 3])
 @pytest.mark.parametrize(
-    "frozen, dtype",
+    "frozen, checkpointed, dtype",
     [
-        *((frozen, torch.float32) for frozen in (*FROZEN, "all but adapters")),
-        ("all but adapters", torch.bfloat16),
+        *itertools.product([*FROZEN, ADAPTED], [None, 0, 1, 3], [torch.float32]),
+        (ADAPTED, None, torch.bfloat16),
     ],
 )
-def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, dtype, checkpointed):
+def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed, dtype):
     """Beside the whole model, with all its layers, on real tensors."""
     model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=dtype).train()
     for p in model.parameters():
