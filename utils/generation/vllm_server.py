@@ -8,6 +8,7 @@ run, or on another machine (`--rollout_url`). docs/vllm.md says how the environm
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -48,9 +49,10 @@ class Settings:
 @dataclass(frozen=True)
 class Launch:
     """How a server is started. model: a folder or hub name; weights: are its own to be loaded?
-    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them; empty: the first `cards` that there
-    are. It fills each up to the share `memory`, with its part of every layer. cache_bytes: keys and
-    values, on a CPU. transfer: see vllm_weights."""
+    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them, or a CPU's cores, as `cores_of` has
+    them; empty: the first `cards` that there are. It fills each up to the share `memory`, with its
+    part of every layer. cache_bytes: keys and values of each part, on a CPU. transfer: see
+    vllm_weights."""
 
     python: str
     model: str
@@ -68,8 +70,12 @@ class Launch:
     host: str = "127.0.0.1"
     port: int = 0
 
+    @property
+    def parts(self) -> int:
+        """Workers that each hold their part of every layer."""
+        return len(self.devices.split(",")) if self.devices else self.cards
+
     def command(self, name: str) -> list[str]:
-        cards = len(self.devices.split(",")) if self.devices else self.cards
         words = [self.python, "-m", "utils.generation.vllm_worker"]
         flags = {
             "model": self.model,
@@ -79,7 +85,7 @@ class Launch:
             "dtype": self.dtype,
             "max-model-len": self.max_length,
             "max-num-seqs": self.rows,
-            "tensor-parallel-size": cards,
+            "tensor-parallel-size": self.parts,
             "load-format": "auto" if self.weights else "dummy",
             # Sampling is what the request says, and not what the model's folder says.
             "generation-config": "vllm",
@@ -111,7 +117,9 @@ class Launch:
         if self.dtype == "float32":
             # Its attention in fp32 is Triton's, which would round what it multiplies to TF32.
             found["TRITON_F32_DEFAULT"] = "ieee"
-        if self.devices:
+        if self.devices and self.cache_bytes:
+            found["VLLM_CPU_OMP_THREADS_BIND"] = self.devices.replace(",", "|")
+        elif self.devices:
             found["CUDA_VISIBLE_DEVICES"] = self.devices
         return found
 
@@ -195,9 +203,15 @@ def check_places(how: Settings, ahead: int, device: torch.device) -> None:
     if not devices:
         return
     if device.type == "cpu":
-        raise SystemExit(
-            f"rollout_devices={devices} are GPUs, and the run is on a CPU; leave it out"
-        )
+        groups, allowed = cores_of(devices), os.sched_getaffinity(0)
+        named = set().union(*groups)
+        if not all(groups) or not named <= allowed or len(named) < sum(map(len, groups)):
+            raise SystemExit(
+                f"rollout_devices={devices}: on a CPU these are cores, for each worker of vLLM one "
+                "or a range, none of them twice, as 0-3,4-7; this process may use "
+                f"{', '.join(map(str, sorted(allowed)))}. Name some of these, or leave it out"
+            )
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     own = visible.split(",")[device.index].strip() if visible else str(device.index)
     places = process_group.gather_objects((socket.gethostname(), own))
@@ -207,6 +221,12 @@ def check_places(how: Settings, ahead: int, device: torch.device) -> None:
             f"rollout_devices={devices}: ranks of the training are on {', '.join(shared)} (and on "
             f"{', '.join(sorted(trained))} in all); name others, or none for taking turns"
         )
+
+
+def cores_of(devices: str) -> list[set[int]]:
+    """The cores of each worker: "0-2,5" → [{0, 1, 2}, {5}]; empty where the text is no such."""
+    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in devices.split(",")]
+    return [set(range(int(m[1]), int(m[2] or m[1]) + 1)) if m else set() for m in found]
 
 
 REMEDY = f"make it as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"
