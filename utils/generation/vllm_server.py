@@ -23,6 +23,7 @@ import torch
 from utils.distributed import process_group, program, zero
 from utils.errors import UserError
 from utils.generation.vllm_client import TOKEN, Client, ServerError
+from utils.generation.vllm_weights import SHARED_MEMORY
 from utils.settings import command_line, fields
 from utils.settings.fields import setting
 
@@ -130,6 +131,7 @@ class Server:
     def __init__(self, launch: Launch, name: str, token: str, log: Path):
         self.launch, self.name, self.token, self.log = launch, name, token, log
         self.process: subprocess.Popen | None = None
+        self.shared: set[str] = set()  # its files in shared memory
 
     def start(self) -> None:
         """Raises ServerError where it ends before it is ready, or is not within the time."""
@@ -156,6 +158,7 @@ class Server:
                     f"vLLM's server was not ready after {SECONDS_TO_START} s; {self.last_lines()}"
                 )
             time.sleep(0.1)
+        self.shared = mapped_by(self.process.pid)
 
     @property
     def url(self) -> str:
@@ -179,6 +182,10 @@ class Server:
             while group_lives(self.process) and time.monotonic() < end:
                 time.sleep(0.1)
         self.process = None
+        # One that was killed leaves them there, and between workers on a CPU vLLM always does.
+        for file in self.shared:
+            Path(file).unlink(missing_ok=True)
+        self.shared = set()
 
 
 def group_lives(process: subprocess.Popen) -> bool:
@@ -188,6 +195,19 @@ def group_lives(process: subprocess.Popen) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def mapped_by(group: int) -> set[str]:
+    """Files in shared memory that processes of a group have mapped."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if os.getpgid(int(maps.parent.name)) == group:
+                words = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+                found |= {w[5] for w in words if len(w) > 5 and w[5].startswith(SHARED_MEMORY)}
+        except OSError:  # it has ended
+            continue
+    return {name for name in found if not name.endswith(" (deleted)")}
 
 
 def check_places(how: Settings, ahead: int, device: torch.device) -> None:

@@ -22,7 +22,11 @@ from utils.generation.vllm_server import Launch, Server, python_of
 
 LAUNCH = Launch("python", "folder", "float32", max_length=64, rows=8, transfer="file", port=1)
 SERVES = """
-import http.server, os, subprocess, sys
+import http.server, mmap, os, subprocess, sys
+if len(sys.argv) > 2:
+    with open(sys.argv[2], "w+b") as shared:
+        shared.truncate(4096)
+        kept = mmap.mmap(shared.fileno(), 4096)
 print("starts with", os.environ["ROLLOUT_TOKEN"], os.environ.get("RANK"), flush=True)
 child = subprocess.Popen(["sleep", "60"])
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -38,9 +42,9 @@ def server(monkeypatch, tmp_path):
     """server(program text) → one that runs it."""
     made = []
 
-    def make(text):
+    def make(text, *more):
         launch = dataclasses.replace(LAUNCH, port=free_port())
-        words = [sys.executable, "-c", text, str(launch.port)]
+        words = [sys.executable, "-c", text, str(launch.port), *more]
         monkeypatch.setattr(Launch, "command", lambda self, name: words)
         made.append(Server(launch, "policy-1", "secret", tmp_path / "vllm/log.txt"))
         return made[-1]
@@ -50,10 +54,16 @@ def server(monkeypatch, tmp_path):
         one.stop()
 
 
-def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch):
+def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "3")
-    one = server(SERVES)
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(vllm_server, "SHARED_MEMORY", f"{folder}/")
+    shared, others = folder / "psm_1", folder / "psm_2"
+    others.touch()
+    one = server(SERVES, str(shared))
     one.start()
+    assert shared.exists()
     assert one.log.read_text().startswith("starts with secret None")
     group = [one.process.pid, *(c.pid for c in psutil.Process(one.process.pid).children())]
     assert len(group) == 2
@@ -61,6 +71,8 @@ def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch):
     monkeypatch.setattr(os, "killpg", lambda *which: sent.append(which[1]) or kill(*which))
     os.kill(one.process.pid, signal.SIGKILL)  # its child lives on
     one.process.wait()
+    one.stop()
+    assert not shared.exists() and others.exists()
     one.start()
     assert not psutil.pid_exists(group[1]) and one.process.pid != group[0]
     assert signal.SIGTERM not in sent, "a child without its leader may take the whole time to end"

@@ -138,7 +138,10 @@ def engine_of(tmp_path):
 
     yield make
     for engine in started:
+        shared = engine.server.shared
+        assert any("vllm_dist" in name for name in shared), "what the two workers share"
         engine.server.stop()
+        assert not any(os.path.exists(name) for name in shared), shared
 
 
 def gap(engine, model) -> float:
@@ -184,6 +187,7 @@ def test_one_of_two_workers_that_fails_is_named_and_all_start_again(
     monkeypatch.setattr(
         vllm.process_group, "say", lambda text: (said.append(text), named.append(time.monotonic()))
     )
+    shared = engine.server.shared
     old[1].send_signal(number)
     began = time.monotonic()
     if moment == "weights":
@@ -193,6 +197,7 @@ def test_one_of_two_workers_that_fails_is_named_and_all_start_again(
     (text,), (when,) = said, named
     assert "started again" in text and when - began < HOW["rollout_timeout"] + 15, text
     assert not any(process.is_running() for process in old) and len(workers_of(engine)) == 2
+    assert not any(os.path.exists(name) for name in shared), "it takes memory until the next boot"
 
 
 def test_weights_reach_both_workers_by_the_code_for_nccl(engine_of, monkeypatch, capsys):
