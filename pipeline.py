@@ -283,6 +283,9 @@ class Plan:
                 flags["reference_model"] = self.sft
             if method.step != "ppo":
                 flags |= data
+                if method.step == "preference" and self.given.embedded:
+                    # The verifier judges its answers to those that it holds out of both files.
+                    flags["prompt_data"] = self.prompts
             else:
                 if number > 1:
                     reward = folder / f"step2_reward{method.suffix}"

@@ -1,29 +1,18 @@
 """The page of annotate.py: one prompt at a time, its answers without their names."""
 
+import html
 import math
+from pathlib import Path
 
 from evaluation import web
-from evaluation.annotate import LONGEST_NAME, Annotations
+from evaluation.annotate import LONGEST_NAME, Annotations, Judgement
 from utils.terminal import visible
 
-# A digit ranks the first answer that has no rank yet; Enter goes on. Not while somebody types.
-KEYS = """<script>
-addEventListener("keydown", (event) => {
-  const typing = event.target.matches("textarea, input:not([type=radio])");
-  if (typing || event.ctrlKey || event.altKey || event.metaKey) return;
-  const answers = [...document.querySelectorAll("[id^=rank]")].filter((e) => e.offsetParent);
-  const open = answers.find((e) => !e.querySelector("input:checked"));
-  const choice = open && [...open.querySelectorAll("input")][Number(event.key) - 1];
-  if (/^[1-9]$/.test(event.key) && choice) { event.preventDefault(); choice.click(); }
-  if (event.key === "Enter" && !event.target.matches("button")) {
-    event.preventDefault();
-    document.querySelector("#next").click();
-  }
-});
-</script>"""
+TEMPLATES = Path(__file__).parent / "templates"
 HOW = (
-    "1 is the best; equal ranks are a tie. Keys: a digit ranks the first answer without a rank, "
-    "Enter goes on. Each click is saved."
+    "Drag the answers into their order, the best on top (with a finger at ⠿), or give ranks: 1 is "
+    "the best; equal ranks are a tie. Keys: a digit ranks the first answer without a rank, Enter "
+    "goes on. Each change is saved."
 )
 
 
@@ -41,14 +30,28 @@ def status(kept: Annotations, person: str, row: int) -> str:
     return visible(text)
 
 
+def to_drag(texts: list[str], order: list[int], judgement: Judgement) -> str:
+    """HTML: the answers by their ranks; equal ones, and then those without, as they are shown."""
+    rows = []
+    for place, answer in enumerate(order):
+        rank = judgement.ranks[answer]
+        text = html.escape(visible(texts[answer]))
+        item = f'<li data-place="{place}" data-rank="{rank or ""}">'
+        item += '<span class="handle" aria-hidden="true">⠿</span>'
+        rows.append(
+            (rank or len(order) + 1, f"{item}<b>answer {place + 1}</b><bdi>{text}</bdi></li>")
+        )
+    return f"<ol>{''.join(item for _, item in sorted(rows, key=lambda row: row[0]))}</ol>"
+
+
 def shown(kept: Annotations, most: int, person: str, row: int) -> list:
-    """What each output becomes: row, status, work, prompt, and of each of `most` places answer,
-    rank and rating."""
+    """What each output becomes: row, status, work, prompt, the list, and of each of `most` places
+    answer, rank and rating."""
     gradio = web.library()
     order, judgement = kept.order(person, row), kept.of(person, row)
     texts = kept.rows[row]["responses"]
     found = [row, status(kept, person, row), gradio.Column(visible=True)]
-    found.append(visible(said(kept.rows[row]["prompt"])))
+    found += [visible(said(kept.rows[row]["prompt"])), to_drag(texts, order, judgement)]
     for place in range(most):
         here = place < len(order)
         answer = order[place] if here else 0
@@ -98,6 +101,7 @@ def build(kept: Annotations):
         told = gradio.Textbox(HOW, label="status", interactive=False, elem_id="status")
         with gradio.Column(visible=False) as work:
             prompt = gradio.Textbox(label="prompt", interactive=False, elem_id="prompt")
+            dragging = gradio.HTML(elem_id="order", js_on_load=None)
             places = []
             for place in range(most):
                 with gradio.Column(variant="panel") as panel:
@@ -116,19 +120,25 @@ def build(kept: Annotations):
                 leave = gradio.Button("skip: none can be ranked", elem_id="skip")
                 on = gradio.Button("next", variant="primary", elem_id="next")
             gradio.Textbox(HOW, show_label=False, interactive=False, container=False)
-        outputs = [row, told, work, prompt, *(part for parts in places for part in parts)]
+        outputs = [row, told, work, prompt, dragging, *(part for parts in places for part in parts)]
+        # One after the other as they came: a click is of the prompt that was there when it was
+        # made. Each counts: by default gradio drops one that comes while the one before it runs.
+        in_turn = {"concurrency_id": "page", "concurrency_limit": 1}
         for event in (start.click, name.submit):
-            event(begin, [name], [person, *outputs])
+            event(begin, [name], [person, *outputs], **in_turn)
         for place, (_, _, rank, rating) in enumerate(places):
             here = gradio.State(place)
             for part, column in ((rank, "ranks"), (rating, "ratings")):
-                part.input(changed(column), [person, row, here, part], [told])
-        leave.click(skip, [person, row], outputs)
-        on.click(lambda p, r: at(p, kept.next_row(p, r)), [person, row], outputs)
-        back.click(lambda p, r: at(p, max(r - 1, 0)), [person, row], outputs)
+                inputs = [person, row, here, part]
+                part.input(changed(column), inputs, [told], trigger_mode="multiple", **in_turn)
+        leave.click(skip, [person, row], outputs, **in_turn)
+        on.click(lambda p, r: at(p, kept.next_row(p, r)), [person, row], outputs, **in_turn)
+        back.click(lambda p, r: at(p, max(r - 1, 0)), [person, row], outputs, **in_turn)
     return page
 
 
 def serve(config, kept: Annotations) -> None:
     print(f"rankings: {kept.file}; every click: {kept.clicks}", flush=True)
-    web.serve(build(kept), config, theme=web.theme(), head=KEYS)
+    script, style = ((TEMPLATES / f"annotate.{kind}").read_text() for kind in ("js", "css"))
+    head = f'<script type="module">{script}</script>'
+    web.serve(build(kept), config, theme=web.theme(), head=head, css=style)

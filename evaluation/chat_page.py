@@ -31,22 +31,29 @@ def build(config, speakers):
         return Talk(config, speakers)
 
     def shown(talk: Talk, told: str = "", asked: str = "", answers: dict | None = None) -> tuple:
-        """What each output becomes: state, text field, remark, and a conversation a column."""
+        """What each output becomes: state, remark, and a conversation a column."""
         columns = []
         for k, messages in enumerate(talk.messages):
             more = [bubble("user", asked)] if asked else []
             more += [bubble("assistant", answers[k])] if answers and k in answers else []
             columns.append(bubbles(messages) + more)
-        return talk, "", gradio.Textbox(visible(told), visible=bool(told)), *columns
+        return talk, gradio.Textbox(visible(told), visible=bool(told)), *columns
 
     def say(line: str, temperature: float, talk: Talk | None):
         talk, line = talk or fresh(), line.strip()
         talk.temperature = temperature
+        command = line.partition(" ")[0]
         # A visitor must not choose files of this machine.
-        elsewhere = line.partition(" ")[0] in ("/save", "/temp")
+        elsewhere = command in ("/save", "/temp")
         told = "the slider and the button below do that" if elsewhere else said(talk, line)
+        # The field is emptied here alone: the next line may be typed while an answer comes. What
+        # could not be sent stays there.
+        as_it_is = gradio.skip()
+        yield (
+            as_it_is if told and command not in COMMANDS else "",
+            *shown(talk, told, "" if told else line),
+        )
         if told or not line:
-            yield shown(talk, told)
             return
         answers: dict[int, str] = {}
         before = [list(messages) for messages in talk.messages]
@@ -54,10 +61,10 @@ def build(config, speakers):
             for k, text in talk.answer(line):
                 answers[k] = text
                 now = Talk(config, speakers, messages=before)
-                yield talk, *shown(now, "", line, answers)[1:]
-            yield shown(talk)
+                yield as_it_is, talk, *shown(now, "", line, answers)[1:]
+            yield as_it_is, *shown(talk)
         except TooLong as problem:
-            yield shown(talk, f"{problem}; reset starts afresh")
+            yield as_it_is, *shown(talk, f"{problem}; reset starts afresh. You said: {line}")
 
     def begin(system: str, talk: Talk | None):
         talk = talk or fresh()
@@ -90,8 +97,10 @@ def build(config, speakers):
             reset = gradio.Button("reset", elem_id="reset")
             keep = gradio.Button("save", elem_id="save")
         file = gradio.File(label="conversations", visible=False, elem_id="file")
-        outputs = [talk, line, remark, *columns]
-        line.submit(say, [line, temperature, talk], outputs)
+        outputs = [talk, remark, *columns]
+        # A line that is sent while an answer comes waits in its field until that is whole.
+        asked = [line, temperature, talk]
+        line.submit(say, asked, [line, *outputs], trigger_mode="always_last")
         for event in (reset.click, system.submit, *(c.clear for c in columns)):
             event(begin, [system, talk], outputs)
         keep.click(save, [talk], [file])

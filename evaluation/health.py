@@ -74,16 +74,9 @@ def gold_fell(step: Step, warnings: dict[str, str]) -> bool:
     return fell or TELLS[OVER_OPTIMISED] in warnings
 
 
-def parts_of(step: Step) -> dict[str, tuple[float, float]]:
-    """The held-out score before and after of model and functions, where both give a part."""
-    names = {"reward model": "score_model", "reward function": "score_function"}
-    found = {part: both(step, name) for part, name in names.items()}
-    return found if step.config.reward_model and all(found.values()) else {}
-
-
 def moved_most(step: Step) -> str:
     """Which part of the reward the change of the score comes from."""
-    parts = parts_of(step)
+    parts = step.parts()
     if parts:
         return max(parts, key=lambda part: abs(parts[part][1] - parts[part][0]))
     return "reward model" if step.config.reward_model else "reward function"
@@ -137,7 +130,7 @@ def of_score(step: Step, worse: bool = False) -> Finding | None:
     change, error = values[1] - values[0], step.result.get("score_se_change")
     shown = f"{change:+.3f}" + (f" ± {error:.3f}" if error else "")
     text = f"Held-out score {values[0]:.3f} → {values[1]:.3f} ({shown})."
-    parts = [f"{part} {a:.3f} → {b:.3f}" for part, (a, b) in parts_of(step).items()]
+    parts = [f"{part} {a:.3f} → {b:.3f}" for part, (a, b) in step.parts().items()]
     text += f" Of it: {', '.join(parts)}." if parts else ""
     if abs(change) <= 2 * (error or 0):
         return Finding(DOUBT, "score unchanged", f"{text} No more than chance would give.")
@@ -168,7 +161,7 @@ def of_gold(step: Step, warnings: dict[str, str]) -> Finding:
         why = pays_for(step)
         keep = f" Keep the checkpoint nearest to {best[0]}" + ("." if why else ", or train less.")
         since = "The score rises while this falls from its best."
-        if parts_of(step):
+        if step.parts():
             since += f" The {moved_most(step)} made most of the score's change."
         return Finding(BAD, OVER_OPTIMISED, f"{text} {since}{why}{keep}")
     spread = step.values("eval/judge_std")[0][1] if name == "judge" else 1.0

@@ -165,11 +165,11 @@ def shown_answers(asked, values: dict[str, list[float]]) -> list[dict]:
 
 
 def keep_for_page(folder: Path, tokenizer, before, after, asked, moved, values) -> None:
-    """samples.json and tokens.json, which a method without rollouts has none of, into its folder.
-    moved: log p − log q to the first policy of each answer's tokens."""
+    """tokens.json, and samples.json where the step has answered no prompts itself, into the folder
+    of a method without rollouts. moved: log p − log q to the first policy of each answer's
+    tokens."""
     step = run_folder.read_step(folder)
-    answers_itself = step is None or step.kind == "ppo" or getattr(step.config, "prompt_data", ())
-    if answers_itself or before is after:
+    if step is None or step.kind == "ppo" or before is after:
         return
     scores = values.get("score") or values["kl"]
     order = sorted(range(len(asked)), key=scores.__getitem__)
@@ -181,7 +181,8 @@ def keep_for_page(folder: Path, tokenizer, before, after, asked, moved, values) 
         row |= {"length": len(answer.ids), "pieces": samples.pieces(tokenizer, ids)}
         row |= {"score": values["score"][i]} if "score" in values else {}
         rows.append(row | {"kl": [round(x, 5) for x in moved[i][: samples.TOKENS]]})
-    samples.write(str(folder), "samples.json", {"before": before, "after": after})
+    if not getattr(step.config, "prompt_data", ()):
+        samples.write(str(folder), "samples.json", {"before": before, "after": after})
     samples.write(str(folder), "tokens.json", {"step": None, "action_level": "token", "rows": rows})
 
 

@@ -14,6 +14,7 @@ from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from step3_preference.config import PreferenceConfig
 from utils.errors import UserError
+from utils.rewards.sums import metric_names
 from utils.settings import files
 from utils.settings.fields import value_of
 
@@ -103,6 +104,32 @@ class Step:
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) wherever a metric has one."""
         return [(m["step"], m[name]) for m in self.metrics if m.get(name) is not None]
+
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """{part: what it gives of the held-out score, before training and at the newest evaluation}
+        where a reward model and functions, or several of these, are added up; else empty. Weights
+        are in it, so that the parts sum to the score."""
+        rows = [m for m in self.metrics if m.get("eval/score") is not None]
+        if self.kind != "ppo" or len(rows) < 2:
+            return {}
+        config = self.config
+        names = metric_names(config.reward_function) + ["url"] * bool(config.reward_url)
+        if len(names) + bool(config.reward_model) < 2:
+            return {}
+        weights = config.reward_weights or [1.0] * len(names)
+        weights = {n: config.reward_function_coef * w for n, w in zip(names, weights, strict=True)}
+
+        def at(m: dict) -> list[float]:
+            own = [w * m.get(f"eval/score_function/{n}", 0.0) for n, w in weights.items()]
+            if len(names) == 1:  # weighted already, and left out where all of it is 0
+                own = [m.get("eval/score_function", 0.0)]
+            return [m["eval/score"] - sum(own)] * bool(config.reward_model) + own
+
+        titles = ["reward model"] * bool(config.reward_model)
+        for name, weight in weights.items():
+            title = "reward server" if name == "url" else f"reward function {name}"
+            titles.append(title if weight == 1 else f"{title} × {weight:g}")
+        return dict(zip(titles, zip(at(rows[0]), at(rows[-1]), strict=True), strict=True))
 
     def changed_settings(self) -> list[tuple[str, object, object]]:
         """(name, value, default) of each setting that is not at its default."""

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from evaluation import methods
+from evaluation import methods, run_folder
 from evaluation.methods import measured
 from utils import whole_files
 from utils.data import batches, chat_template, toy_tasks
@@ -147,9 +147,30 @@ def summarise_methods(output: Path, reward: Path, seconds: dict[str, float]) -> 
     return summary | {"methods": found, "seconds": seconds}
 
 
+def parts_of_rewards(folders: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """{method: {part of its reward: {"before", "after"}}} of those whose reward adds up several.
+    folders: of step 3, by method."""
+    steps = {name: run_folder.read_step(folder) for name, folder in folders.items()}
+    found = {name: step.parts() for name, step in steps.items() if step}
+    return {
+        name: {part: dict(zip(("before", "after"), x, strict=True)) for part, x in parts.items()}
+        for name, parts in found.items()
+        if parts
+    }
+
+
 def table_of(summary: dict) -> str:
-    """The closing table of what one of the functions above gave."""
-    return closing_table_of_methods(summary) if "methods" in summary else closing_table(summary)
+    """The closing table of what one of the functions above gave, with the parts of rewards."""
+    text = closing_table_of_methods(summary) if "methods" in summary else closing_table(summary)
+    rows = [
+        (name, part, x["before"], x["after"], f"{x['after'] - x['before']:+.3f}")
+        for name, parts in summary.get("parts", {}).items()
+        for part, x in parts.items()
+    ]
+    if not rows:
+        return text
+    header = "method", "part of its score in step 3", "before", "after", "change"
+    return f"{text}\n\n{in_three_digits(rows, *header)}"
 
 
 def before_step_3(sft: dict, reward: dict | None) -> list[tuple]:
@@ -282,9 +303,11 @@ def main() -> None:
         summary = summarise(output, asked.verifier_data, asked.seed, total)
     else:
         summary = summarise_methods(output, reward, seconds)
+    folders = {name: output / f"step3_{name}" for name in asked.methods}
+    if parts := parts_of_rewards(folders):
+        summary["parts"] = parts
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     whole_files.write_text(output / "summary.json", text + "\n")
-    folders = {name: output / f"step3_{name}" for name in asked.methods}
     plot(output, reward, {name: f for name, f in folders.items() if (f / "actor").exists()})
     from evaluation import html_report  # which shows the tables of this module
 

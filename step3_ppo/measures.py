@@ -84,7 +84,10 @@ ROLLOUT = {
         "response_length",
         "tokens",
         "mean length of the responses, stop token included",
-        "a third or three times of the first rollout's: the reward model likely pays for length",
+        "a third or three times of the first rollout's: the reward model or a `--reward_function` "
+        "pays for it (`score_model` and `score_function` tell which); longer, answers may also no "
+        "longer end (`eos_share` falls), up to `--max_response_length`; shorter, "
+        "`--missing_eos_penalty` or `--overlong_penalty` may outweigh the score",
     ): lambda r, _: r.action_mask.sum(1).float().mean().item(),
     Metric(
         "eos_share",

@@ -94,7 +94,13 @@ metrics.register(
     Metric(
         "eval/kl_k1", "nats a response", "log p − log q of these answers, mean: KL to the reference"
     ),
-    Metric("eval/response_length", "tokens", "mean length of these answers, stop token included"),
+    Metric(
+        "eval/response_length",
+        "tokens",
+        "mean length of these answers, stop token included",
+        "grows from evaluation to evaluation: the better answers are longer (`chosen_length`), or "
+        "fewer answers end (`eval/eos_share`)",
+    ),
     Metric(
         "eval/eos_share",
         "share",

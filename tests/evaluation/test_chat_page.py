@@ -87,10 +87,24 @@ def test_hostile_answers_are_text(chromium):
             seen += shown.locator("[data-testid=bot]").all_inner_texts()
             assert time.monotonic() < until, seen[-1:]
         assert visible(Slow.parts[0]) in seen, "it came at once"
+        # What is typed while an answer comes stays, and what is sent is answered after it.
+        shown.fill("#line textarea", "first")
+        shown.press("#line textarea", "Enter")
+        shown.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 1")
+        shown.fill("#line textarea", "second")
+        shown.press("#line textarea", "Enter")
+        users = "[...document.querySelectorAll('[data-testid=user]')].map(e => e.innerText.trim())"
+        shown.wait_for_function(f"{users}.join() === 'hi,first,second'")
+        shown.wait_for_function("document.querySelector('#line textarea').value === ''")
+        shown.fill("#line textarea", "not sent ye")
+        seen = "[...document.querySelectorAll('[data-testid=bot]')].at(-1).innerText"
+        shown.wait_for_function(f"{seen}.includes({json.dumps(Slow.parts[1][-9:])})")
+        shown.wait_for_timeout(500)
+        assert shown.input_value("#line textarea") == "not sent ye"
         # A reset while an answer comes.
         shown.fill("#line textarea", "hi again")
         shown.press("#line textarea", "Enter")
-        shown.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 1")
+        shown.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 3")
         shown.click("#reset")
         shown.wait_for_timeout(4000)  # longer than the answer takes
         assert shown.locator("[data-testid=bot], [data-testid=user]").count() == 0

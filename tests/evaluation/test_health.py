@@ -114,22 +114,21 @@ def test_a_reward_model_must_be_better_than_the_longer_answer(tmp_path, low, lev
 
 def scored_by_both(folder, function, **changed):
     """A run whose score is a reward model's, which moves by 1, and a function's."""
-    parts = {"score_model": (0.0, 1.0), "score_function": function}
-    run_folders.ppo(folder, verifier=(0.6, 0.2), **parts, **changed)
-    config = run_folder.read(folder).steps[0].config
-    config.reward_model = "r"
-    command_line.save(config, folder, 1)
+    score = {"score": (function[0], 1.0 + function[1]), "score_function": function}
+    run_folders.ppo(folder, verifier=(0.6, 0.2), **score, **changed)
+    run_folders.reconfigure(folder, reward_model="r", reward_function=["f.py:g"])
     return {f.name: f for f in told(folder)[1]}
 
 
-@pytest.mark.parametrize("function, most", [((0, 9), "function"), ((0, 0.5), "model")])
+@pytest.mark.parametrize("function, most", [((0, 9), "function g"), ((0, 0.5), "model")])
 def test_the_part_of_the_reward_that_moved_is_named(tmp_path, function, most):
     found = scored_by_both(tmp_path / "x", function, response_length=(8.0, 4.0))
     text = found["over-optimised"].text
     assert f"The reward {most} made most of the score's change" in text
     assert f"shrink from 8.0 to 4.0 tokens: look at what the reward {most} pays for" in text
     assert "train less" not in text
-    assert f"reward function 0.000 → {function[1]:.3f}" in found["score rose"].text
+    parts = f"Of it: reward model 0.000 → 1.000, reward function g 0.000 → {function[1]:.3f}."
+    assert parts in found["score rose"].text
 
 
 def test_nothing_is_green_of_a_policy_whose_answers_became_worse(tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from evaluation import html_report, methods
 from step1_sft.config import SFTConfig
 from step3_ppo import samples
+from step3_preference.config import PreferenceConfig
 from tests.helpers.running import run_ranks
 from utils.data import chat_template
 from utils.settings import command_line
@@ -103,6 +104,21 @@ def test_the_page_has_answers_and_tokens_of_a_method_without_rollouts(chain, hel
     assert "Best_Of_N" in page or "BEST_OF_N, held-out prompts" in page
     assert "before</b>" in page and "after</b>" in page and "verifier" in page
     assert not (chain / "sft/samples.json").exists(), "the first policy has no before"
+
+
+def test_answers_that_a_step_kept_itself_stay(tmp_path):
+    """Of its own prompts, while it trained; token by token it has none."""
+    config = PreferenceConfig(output_dir=str(tmp_path), prompt_data=["p.jsonl"])
+    command_line.save(config, tmp_path, 1)
+    (tmp_path / "samples.json").write_text('{"before": "its own"}')
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    answer = SimpleNamespace(ids=[104, 105], text="hi", finished=True)
+    asked = [(SimpleNamespace(messages=({"role": "user", "content": "?"},)), answer)]
+    given = [{"answer": "a"}], [{"answer": "hi"}], asked, [[0.5, -0.25]], {"kl": [0.25]}
+    methods.keep_for_page(tmp_path, tokenizer, *given)
+    assert json.loads((tmp_path / "samples.json").read_text()) == {"before": "its own"}
+    (row,) = json.loads((tmp_path / "tokens.json").read_text())["rows"]
+    assert (row["pieces"], row["kl"]) == (["h", "i"], [0.5, -0.25])
 
 
 def test_means_have_errors_and_changes_are_paired(found):

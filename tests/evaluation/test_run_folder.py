@@ -89,3 +89,50 @@ def test_a_step_that_was_run_again_by_hand_differs_from_the_recipe(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(asked))
     names = {name: other for name, _, other in run_folder.read(tmp_path).differences(run.steps[0])}
     assert names["kl_coef"] == PPOConfig().kl_coef, "by the defaults, where no recipe is there"
+
+
+# Before and after: a reward model's mean, then those of two functions, without weights. `a` gives
+# 0 before, so that what is left out where all scores are 0 is tried too.
+MODEL, A, B = (1.0, 1.5), (0.0, 4.0), (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"reward_model": "r"}, {}),
+        ({"reward_function": ["f.py:a"]}, {}),
+        (
+            {"reward_model": "r", "reward_function": ["f.py:a"]},
+            {"reward model": MODEL, "reward function a": A},
+        ),
+        (
+            {"reward_model": "r", "reward_function": ["f.py:a"], "reward_weights": [0.5]},
+            {"reward model": MODEL, "reward function a × 0.5": (0.0, 2.0)},
+        ),
+        (
+            {"reward_function": ["f.py:a", "f.py:b"], "reward_weights": [1.0, -3.0]},
+            {"reward function a": A, "reward function b × -3": (-6.0, -3.0)},
+        ),
+        (
+            {"reward_model": "r", "reward_function": ["f.py:a"], "reward_url": "http://x"}
+            | {"reward_weights": [0.5, 1.0], "reward_function_coef": 2.0},
+            {"reward model": MODEL, "reward function a": A, "reward server × 2": (4.0, 2.0)},
+        ),
+    ],
+)
+def test_the_parts_of_a_reward_add_up_to_the_score(tmp_path, settings, expected):
+    sources = len(settings.get("reward_function", [])) + ("reward_url" in settings)
+    lines = [{"step": 1, "score": 99.0}]
+    for n in (0, 1):
+        parts = [value[n] for value in expected.values()]
+        m = {"step": 2 * n, "eval/score": sum(parts) if parts else 7.0}
+        if sources == 1 and parts and parts[-1]:
+            m["eval/score_function"] = parts[-1]
+        elif sources == 2:
+            names = ("a", "url" if "reward_url" in settings else "b")
+            m |= {f"eval/score_function/{k}": x[n] for k, x in zip(names, (A, B), strict=True)}
+        lines.insert(2 * n, m)
+    folder = run_folders.reconfigure(run_folders.ppo(tmp_path / "x"), **settings)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    found = run_folder.read_step(folder).parts()
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}

@@ -99,6 +99,28 @@ def test_without_a_reward_model_the_table_shows_what_step_3_measured(result, tmp
     assert "share of right answers" in shown and "reward accuracy" not in shown
 
 
+def test_each_part_of_a_summed_reward_is_in_the_table_and_the_file(tmp_path, monkeypatch):
+    score = {"score": (1.0, 4.5), "score_function": (0.5, 3.0)}
+    folder = run_folders.ppo(tmp_path / "step3_ppo", **score)
+    run_folders.ppo(tmp_path / "step3_grpo")  # by a reward model alone
+    run_folders.reconfigure(folder, reward_model="r", reward_function=["f.py:brevity"])
+    monkeypatch.setattr(summary, "summarise_methods", lambda *given: {"methods": {}})
+    monkeypatch.setattr(summary, "closing_table_of_methods", lambda found: "table\n")
+    monkeypatch.setattr(summary, "plot", lambda *given: None)
+    words = ["--output_dir", str(tmp_path), "--reward", "r", "--methods", "ppo", "grpo"]
+    monkeypatch.setattr("sys.argv", ["summary", *words])
+    summary.main()
+    found = json.loads((tmp_path / "summary.json").read_text())
+    parts = {"reward model": (0.5, 1.5), "reward function brevity": (0.5, 3.0)}
+    rows = {name: {"before": a, "after": b} for name, (a, b) in parts.items()}
+    assert found["parts"] == {"ppo": rows}
+    lines = summary.table_of(found).splitlines()
+    assert lines[-2].split() == ["ppo", "reward", "model", "0.500", "1.500", "+1.000"]
+    assert lines[-1].split() == ["ppo", "reward", "function", "brevity", "0.500", "3.000", "+2.500"]
+    page = (tmp_path / "report.html").read_text()
+    assert lines[-1] in page and "Of it: reward model 0.500 → 1.500" in page
+
+
 def test_other_methods_seconds_are_not_ppos(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(summary, "summarise", lambda *given: told.append(given[-1]) or {})

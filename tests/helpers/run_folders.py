@@ -1,8 +1,10 @@
 """Output folders of runs, as the steps would have written them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+from evaluation import run_folder
 from step3_ppo.config import PPOConfig
 from utils.settings import command_line
 
@@ -63,4 +65,10 @@ def ppo(folder: Path, *, finished: bool = True, **changed) -> Path:
     if finished:
         result = {"seconds": 30.0, "score_se_change": 0.2}
         (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def reconfigure(folder: Path, **values) -> Path:
+    """The same run with other settings in its config.yaml."""
+    command_line.save(replace(run_folder.read_step(folder).config, **values), folder, 1)
     return folder

@@ -88,6 +88,7 @@ def test_methods_share_sft_and_reward_model_and_are_compared():
     dpo, simpo = of(found, "step3_preference/main.py")
     assert dpo["reference_model"] == "step1_sft" and "reference_model" not in simpo
     assert dpo["preference_data"] == "data/comparisons_1.jsonl"
+    assert {s["prompt_data"] for s in (dpo, simpo)} == {"data/prompts.jsonl"}, "for the verifier"
     _, best = of(found, "step1_sft/main.py")
     assert best["sft_data"] == "data/best_1.jsonl" and best["output_dir"] == "step3_best_of_n"
     assert best["model_name_or_path"] == "step1_sft", "from the policy, not from the base model"
@@ -139,6 +140,7 @@ def test_rounds_on_real_data_go_on_from_the_policy_and_its_own_answers():
     assert {s["reference_model"] for s in dpo} == {"step1_sft"}
     files = ["p.jsonl", "data/comparisons_2_dpo.jsonl", "data/comparisons_3_dpo.jsonl"]
     assert [s["preference_data"].split() for s in dpo] == [files[:1], files[:2], files]
+    assert not any("prompt_data" in s for s in dpo), "nobody would judge the answers"
     assert len(of(found, "step2_reward/main.py")) == 1, "one reward model for all rounds"
     (compared,) = of(found, "evaluation/methods.py")
     assert compared["prompt_data"] == "p.jsonl"

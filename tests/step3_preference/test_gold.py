@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from step3_preference import gold, logprobs
-from utils.data.prompts import Prompt
+from utils.data.comparisons import COMPARISONS
+from utils.data.loading import DataSettings
+from utils.data.prompts import PROMPTS, Prompt
+from utils.data.rows import BadRows
+from utils.data.splits import train_and_held_out
 
 
 @pytest.fixture
@@ -56,3 +60,23 @@ def test_measures_of_known_answers(own, tmp_path):
     }
     assert told[0][0] == "answers" and told[0][1][0]["prompt"] == "user: 7?"
     assert len(told) == 2, "a tracker gets each evaluation's"
+
+
+def test_what_it_answers_was_held_out_of_the_comparisons(tmp_path):
+    """As run_all.sh gives both: comparisons of some of the prompts, in another order."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("prompts", "comparisons")}
+    asked = [{"prompt": f"What is {n}?"} for n in range(300)]
+    compared = [row | {"responses": ["a", "b"], "scores": [1, 0]} for row in asked[250:40:-1] * 2]
+    for name, rows in (("prompts", asked), ("comparisons", compared)):
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def split(kind, name, step) -> list[set[str]]:
+        settings = DataSettings(str(tmp_path), eval_fraction=0.1, seed=3)
+        bad = BadRows()
+        views = train_and_held_out(kind, [str(files[name])], None, settings, step, bad)
+        return [{view.item(i).prompt[-1]["content"] for i in range(len(view))} for view in views]
+
+    trained, _ = split(COMPARISONS, "comparisons", 2)
+    _, answered = split(PROMPTS, "prompts", 3)
+    assert len(answered) > 10 and len(trained) > 150
+    assert not trained & answered and answered & {row["prompt"] for row in compared}
