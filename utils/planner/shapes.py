@@ -256,6 +256,8 @@ def _forward_and_backward(
     with torch.device("meta"):  # peft moves what it makes, which fake tensors do not bear
         model = AutoModel.from_config(few, dtype=dtype, trust_remote_code=trusted)
         adapters.put_on(model, "", shape.adapters)
+        # As DeepSpeed does. In peft's fp32 each would keep a copy of what its layer reads.
+        model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
         ids = torch.zeros(rows, length, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -81,18 +82,24 @@ FROZEN = {
 }
 
 
-LORA = Lora(lora_rank=4)
+ADAPTED, LORA = "all but adapters", Lora(lora_rank=4)
 
 
-@pytest.mark.parametrize("checkpointed", [None, 0, 1, 3])
-@pytest.mark.parametrize("frozen", [*FROZEN, "all but adapters"])
-def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed):
+@pytest.mark.parametrize(
+    "frozen, checkpointed, dtype",
+    [
+        *itertools.product([*FROZEN, ADAPTED], [None, 0, 1, 3], [torch.float32]),
+        (ADAPTED, None, torch.bfloat16),
+    ],
+)
+def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed, dtype):
     """Beside the whole model, with all its layers, on real tensors."""
-    model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).train()
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=dtype).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(shapes._drop_gradient)
     how, lora = FROZEN.get(frozen, Freezing()), None if frozen in FROZEN else LORA
     adapters.put_on(model, "", lora)
+    model.to(dtype)  # peft makes them in fp32, and DeepSpeed all in one dtype
     for name, p in model.named_parameters():
         if ".lora_" in name:
             p.register_post_accumulate_grad_hook(shapes._drop_gradient)
@@ -110,10 +117,8 @@ def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpoin
         held = live.now
         hidden.backward(torch.empty_like(hidden))
     shape = shapes.count(LLAMA, False, how, lora)
-    found = shapes.activations(
-        shape, 3, 64, torch.float32, checkpointed is not None, checkpointed or 0
-    )
-    hidden_state = 3 * 64 * LLAMA.hidden_size * 4
+    found = shapes.activations(shape, 3, 64, dtype, checkpointed is not None, checkpointed or 0)
+    hidden_state = 3 * 64 * LLAMA.hidden_size * 4  # norms compute in fp32
     assert found.held == pytest.approx(held, abs=1.2 * hidden_state)
     assert found.peak == pytest.approx(live.peak, abs=1.2 * hidden_state)
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
