@@ -1,5 +1,6 @@
 """Counts from a config against real models and what autograd saves."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -9,10 +10,10 @@ import transformers
 
 from tests.helpers import families
 from tests.helpers.llama_shape import LLAMA
-from utils.models import adapters, freezing, loading
+from utils.models import adapters, freezing, loading, value_heads
 from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
-from utils.planner import shapes
+from utils.planner import memory, shapes
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma", "GPT2", "OPT", "Bloom", "GPTNeoX", "Qwen3"])
@@ -124,6 +125,28 @@ def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpoin
     assert shape.trained == own + (
         LLAMA.vocab_size * LLAMA.hidden_size * (frozen in ("nothing", "products"))
     )
+
+
+def test_value_heads_are_counted():
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(LLAMA))
+    value_heads.put_on(model, "", 1.0)
+    shape = shapes.count(LLAMA, False, values=True)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.q_width == 2 * 2 * LLAMA.hidden_size
+    assert shape.small == sum(p.numel() for p in model.parameters() if p.numel() < 10**5)
+    asked = (
+        64,
+        "fp32",
+        "cpu",
+        True,
+    )  # kept probabilities and the weights' gradients, thrice and five
+    more = memory.logits(shape, *asked) - memory.logits(shapes.count(LLAMA, False), *asked)
+    assert more == 4 * 64 * 1000 * 2 + 4 * 1000 * 128 * 4
+    saved = copy.deepcopy(LLAMA)
+    saved.ilql_beta = 1.0
+    assert shapes.count(saved, False).parameters == shape.parameters, "of a folder that holds them"
+    assert not hasattr(LLAMA, "ilql_beta")
 
 
 @pytest.mark.parametrize("pattern", [r"layers\.", r"layers\.[01]\."])
