@@ -25,6 +25,7 @@ from utils import whole_files
 from utils.confidence import interval_by_prompt
 from utils.data import toy_tasks
 from utils.distributed import program, zero
+from utils.models import value_heads
 from utils.report import table
 from utils.settings import command_line
 from utils.settings.fields import setting
@@ -117,6 +118,7 @@ def of_harness(config, checkpoint: str) -> dict[str, dict]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    value_heads.check_not_there(checkpoint, config.trust_remote_code)
     folders = sorted({str(Path(t).parent) for t in config.lm_eval_tasks if t.endswith(".yaml")})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = zero.DTYPES[zero.resolve_dtype(config.dtype, device)]

@@ -11,7 +11,7 @@ import torch
 
 from utils.data import chat_template, files, fitting
 from utils.distributed import zero
-from utils.models import adapters, loading
+from utils.models import adapters, loading, value_heads
 from utils.pretrained import base_of, positions_of
 from utils.settings.fields import Settings, setting
 
@@ -108,6 +108,7 @@ def load_checkpoint(
         loading.fit_to_tokenizer(model, tokenizer, path)
         print(f"{path}: chat template needs {len(tokenizer) - have} new tokens, untrained")
     adapters.put_on(model, path, None)
+    value_heads.put_on(model, base)
     return (model if device_map else model.to(device)).eval(), tokenizer
 
 

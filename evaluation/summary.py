@@ -18,7 +18,7 @@ from utils import whole_files
 from utils.data import batches, chat_template, toy_tasks
 from utils.distributed import program
 from utils.generation import sampling
-from utils.models import adapters
+from utils.models import adapters, value_heads
 from utils.pretrained import base_of
 from utils.report import standard_error, table
 
@@ -60,8 +60,10 @@ def verdicts(folder: Path, rows: list[dict], seed: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     tokenizer = chat_template.load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(base_of(str(folder)) or folder)
+    base = base_of(str(folder)) or str(folder)
+    model = AutoModelForCausalLM.from_pretrained(base)
     adapters.put_on(model, str(folder), None)
+    value_heads.put_on(model, base)
     model.eval()
     turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     encoded = [chat_template.encode_prompt(tokenizer, turn) for turn in turns]

@@ -135,7 +135,7 @@ class PPOConfig(RunConfig):
     rollout_devices: str = rounding(
         "",
         "GPUs that are vLLM's alone, e.g. 4,5: the model is split over them; empty: it takes turns "
-        "with the training",
+        "with the training. On a CPU cores: one or a range for each part, e.g. 0-7,8-15",
         only_with="rollout_engine=vllm",
     )
     rollout_memory: float = rounding(

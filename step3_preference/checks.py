@@ -82,7 +82,7 @@ class SelfCheck:
         """Log-probabilities of some of its rows by the weights of now."""
         budget = self.config.micro_batch_size, self.config.micro_batch_tokens
         rows = [part.rows[i] for i in chosen]
-        found = logprobs.of_all(self.engine, rows, self.run.device, budget)
+        found = logprobs.of_all(self.engine, rows, self.run.device, budget, part.of_answers)
         return part.of(chosen, torch.tensor([x for row in found for x in row]).double())[0]
 
 

@@ -9,6 +9,7 @@ from utils.planner.workload import Role, Workload
 from utils.settings.fields import free, setting
 from utils.settings.run_config import RunConfig
 
+ABOVE_0 = ("beta", "tau", "target_rate")
 OWN = -1.0  # of a number: the one that the loss has in LOSSES
 
 
@@ -94,6 +95,40 @@ class PreferenceConfig(RunConfig):
         at_least=OWN,
         at_most=1e6,
     )
+    gamma: float = setting(
+        OWN, f"what a value one token on counts; -1: {own('gamma')}", at_least=OWN, at_most=1
+    )
+    tau: float = setting(
+        OWN,
+        "the expectile of Q that V is, 0.5 the mean and near 1 the best; -1: " + own("tau"),
+        at_least=OWN,
+        below=1,
+    )
+    cql_coef: float = setting(
+        OWN,
+        f"weight of what keeps Q of other tokens low; -1: {own('cql_coef')}",
+        at_least=OWN,
+        at_most=1e6,
+    )
+    awac_coef: float = setting(
+        OWN,
+        f"weight of the language model's own loss on all answers; -1: {own('awac_coef')}",
+        at_least=OWN,
+        at_most=1e6,
+    )
+    awac_beta: float = setting(
+        OWN,
+        "how much more of it tokens of high advantage get, as exp(this · (Q − V)); -1: "
+        + own("awac_beta"),
+        at_least=OWN,
+        at_most=1e3,
+    )
+    target_rate: float = setting(
+        OWN,
+        f"how far the targets go to the Q heads, an optimizer step; -1: {own('target_rate')}",
+        at_least=OWN,
+        at_most=1,
+    )
     self_check: str = free(
         "on", "what must hold before training; warn: say and go on", choices=("on", "warn", "off")
     )
@@ -113,8 +148,8 @@ class PreferenceConfig(RunConfig):
             value = getattr(self, name)
             if value <= OWN:  # the bounds refuse what is below
                 continue
-            if value < 0 or (name == "beta" and value == 0):
-                bound = "above 0" if name == "beta" else "at least 0"
+            if value < 0 or (name in ABOVE_0 and value == 0):
+                bound = "above 0" if name in ABOVE_0 else "at least 0"
                 yield f"{name}={value} must be {bound}, or -1 for the loss's own; set --{name}"
             elif getattr(entry, name) is None:
                 others = [n for n, other in LOSSES.items() if getattr(other, name) is not None]
@@ -126,6 +161,11 @@ class PreferenceConfig(RunConfig):
             yield (
                 f"lora_dropout={self.lora_dropout}: log-ratios compare the policy with a reference "
                 "without dropout; leave it out, or give --sft.lora_dropout to run_all.sh"
+            )
+        if self.loss == "ilql" and self.lora_rank:
+            yield (
+                f"loss=ilql trains value heads beside all weights, and lora_rank={self.lora_rank} "
+                "adapters alone; leave out --lora_rank"
             )
         if self.reference_model and not entry.reads_reference:
             yield f"loss={self.loss} has no reference; leave out --reference_model"
@@ -139,4 +179,5 @@ class PreferenceConfig(RunConfig):
             length=self.max_length,
             predicted=self.max_length,
             rows_a_sample=2,
+            value_heads=self.loss == "ilql",
         )

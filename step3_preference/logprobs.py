@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from step3_preference import ilql
 from utils import whole_files
 from utils.data import chat_template, comparisons
 from utils.data.preferences import Answers
@@ -28,10 +29,24 @@ def of_answers(forward, rows: Sequence[Answers], device: torch.device) -> torch.
     return language_model.answer_logprobs(forward, groups, begins, device)
 
 
+def with_values(forward, rows: Sequence[Answers], device: torch.device, how) -> torch.Tensor:
+    """(N,7) fp64 of ILQL: log-probability under the language model alone, sums of ilql.TERMS."""
+    groups, begins = [row.answers for row in rows], [row.begins for row in rows]
+    numbers, owners = language_model.answer_tokens(forward, groups, begins, device, values=True)
+    goes_on = torch.cat([owners[1:] == owners[:-1], owners.new_zeros(1, dtype=torch.bool)])
+    rewards = torch.tensor([x for row in rows for x in ilql.rewards_of(row.labels)], device=device)
+    terms = ilql.token_losses(numbers, rewards[owners] * ~goes_on, goes_on, how)
+    columns = torch.cat([numbers[:, :1], terms], 1).double()
+    sums = torch.zeros(len(rewards), columns.shape[1], dtype=torch.float64, device=device)
+    return sums.index_add(0, owners, columns)
+
+
 @torch.no_grad()
-def of_all(forward, rows: Sequence[Answers], device, budget: tuple[int, int]) -> list[list[float]]:
+def of_all(
+    forward, rows: Sequence[Answers], device, budget: tuple[int, int], of=of_answers
+) -> list[list]:
     """Of every answer of each row, on every rank; rows are the same on every rank and dealt to
-    them. budget: of comparisons.deal."""
+    them. budget: of comparisons.deal. of: what is measured."""
     module = getattr(forward, "module", forward)
     was_training = module.training
     module.eval()
@@ -39,7 +54,7 @@ def of_all(forward, rows: Sequence[Answers], device, budget: tuple[int, int]) ->
     for chosen in comparisons.deal(range(len(rows)), rows, *budget):
         # A rank whose rows have run out goes forward with the others, as ZeRO-3 needs.
         some = [rows[i] for i in chosen or [0]]
-        sums.append(of_answers(forward, some, device))
+        sums.append(of(forward, some, device))
         counts.append([(i, len(row.answers)) for i, row in zip(chosen, some, strict=False)])
     module.train(was_training)
     mine = {}

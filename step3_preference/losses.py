@@ -9,7 +9,7 @@ Sources: Rafailov et al. 2023 (DPO, and Plackett–Luce in its appendix A.3); Mi
 on DPO with noisy preferences" (cDPO); Chowdhury et al. 2024 (robust DPO); Azar et al. 2023 (IPO);
 Lambert et al. 2024, Tülu 3 (DPO normalised by length); Meng et al. 2024 (SimPO); Hong et al. 2024
 (ORPO); Zhao et al. 2023 (SLiC-HF); D'Oosterlinck et al. 2024 (APO); Ethayarajh et al. 2024 (KTO);
-Pang et al. 2024 (the SFT term beside DPO's).
+Pang et al. 2024 (the SFT term beside DPO's). ILQL's loss is of tokens, see ilql.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +18,20 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional as F
 
+from step3_preference import ilql
 from utils.data.comparisons import ranked_pairs
 
 
 @dataclass(frozen=True)
 class Logprobs:
     """Of N answers: policy, reference (N,) fp64 summed log-probabilities in nats, stop token
-    included where the answer has one; lengths (N,) fp64, how many tokens were summed."""
+    included where the answer has one; lengths (N,) fp64, how many tokens were summed. terms: of
+    ILQL alone, (N,6) fp64 sums of ilql.TERMS."""
 
     policy: torch.Tensor
     reference: torch.Tensor
     lengths: torch.Tensor
+    terms: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class How:
     sft_coef: float = 0.0
     desirable_weight: float = 0.0
     undesirable_weight: float = 0.0
+    gamma: float = 0.0
+    tau: float = 0.0
+    cql_coef: float = 0.0
+    awac_coef: float = 0.0
+    awac_beta: float = 0.0
+    target_rate: float = 0.0
 
 
 NUMBERS = tuple(field.name for field in fields(How))
@@ -63,6 +72,10 @@ def logprob(x: Logprobs) -> torch.Tensor:
 
 def mean_logprob(x: Logprobs) -> torch.Tensor:
     return x.policy / x.lengths
+
+
+def mean_q(x: Logprobs) -> torch.Tensor:
+    return x.terms[:, ilql.TERMS.index("q")] / x.lengths
 
 
 # Losses of pairs: scores w of the better and l of the worse answers → (P,).
@@ -172,21 +185,28 @@ class Loss:
     beta: float = 0.1
     margin: float | None = None
     label_smoothing: float | None = None
-    sft_coef: float = 0.0
+    sft_coef: float | None = 0.0
     desirable_weight: float | None = None
     undesirable_weight: float | None = None
+    gamma: float | None = None
+    tau: float | None = None
+    cql_coef: float | None = None
+    awac_coef: float | None = None
+    awac_beta: float | None = None
+    target_rate: float | None = None
 
     takes_single = False  # rows of one answer that is judged by itself?
+    reads_mismatched = False  # and answers to other prompts?
 
     @property
     def reads_reference(self) -> bool:
         return self.score in (ratio, mean_ratio)
 
-    def count(self, labels: Sequence[Sequence[float]]) -> int:
-        """What the sum over these rows is divided by."""
+    def count(self, labels: Sequence[Sequence[float]], lengths: torch.Tensor | None = None):
+        """What the sum over these rows is divided by. lengths: (N,) tokens of their answers."""
         return len(labels)
 
-    def total(self, scores, labels: Labels, z0: float, how: How) -> torch.Tensor:
+    def total(self, x: Logprobs, scores, labels: Labels, z0: float, how: How) -> torch.Tensor:
         """Σ over rows, in fp64. scores: (N,)."""
         raise NotImplementedError
 
@@ -197,7 +217,7 @@ class PairLoss(Loss):
 
     compare: Callable[[torch.Tensor, torch.Tensor, How], torch.Tensor]
 
-    def total(self, scores, labels, z0, how):
+    def total(self, x, scores, labels, z0, how):
         return (
             labels.weights * self.compare(scores[labels.winners], scores[labels.losers], how)
         ).sum()
@@ -208,23 +228,36 @@ class KTO(Loss):
     """Answers one by one. A comparison counts as two: its better and its worse answers, each side
     weighing 1 together, as its pairs name them."""
 
-    takes_single = True
+    takes_single = reads_mismatched = True
 
-    def count(self, labels):
+    def count(self, labels, lengths=None):
         return sum(2 if len(row) > 1 else 1 for row in labels)
 
-    def total(self, scores, labels, z0, how):
+    def total(self, x, scores, labels, z0, how):
         good, bad = (kto(scores, side, z0, how) for side in (True, False))
         return (labels.good * good + labels.bad * bad).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingLoss(Loss):
-    def total(self, scores, labels, z0, how):
+    def total(self, x, scores, labels, z0, how):
         parts = scores.split([len(row) for row in labels.rows])
         rows = (torch.tensor(row, dtype=torch.float64) for row in labels.rows)
         ranked = zip(parts, rows, strict=True)
         return sum(plackett_luce(part, row, how) for part, row in ranked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ILQL(Loss):
+    """Tokens one by one, and a mean over them."""
+
+    takes_single = True
+
+    def count(self, labels, lengths=None):
+        return lengths.sum()
+
+    def total(self, x, scores, labels, z0, how):
+        return x.terms[:, : ilql.LOSSES].sum()
 
 
 def _pairs(meaning: str, score: Callable, compare: Callable, **numbers) -> PairLoss:
@@ -262,6 +295,18 @@ LOSSES: dict[str, Loss] = {
         undesirable_weight=1.0,
     ),
     "plackett_luce": RankingLoss(meaning="the whole ranking of K answers", score=ratio),
+    "ilql": ILQL(
+        meaning="values of tokens learned offline, which sampling follows; no reference",
+        score=mean_q,
+        beta=1.0,
+        sft_coef=None,
+        gamma=0.99,
+        tau=0.7,
+        cql_coef=0.1,
+        awac_coef=1.0,
+        awac_beta=0.0,
+        target_rate=0.005,
+    ),
 }
 
 
@@ -274,18 +319,21 @@ def batch_loss(
     KL of the whole optimizer step, in nats an answer.
     """
     made, scores = Labels(labels, x.policy.device), loss.score(x)
-    total = loss.total(scores, made, z0, how)
+    total = loss.total(x, scores, made, z0, how)
     if how.sft_coef:
         total = total - how.sft_coef * (made.good * mean_logprob(x)).sum()
     with torch.no_grad():
         rewards = how.beta * scores
         ahead = (rewards[made.winners] - rewards[made.losers]).sign()
-        stats = {"loss": total, "count": loss.count(labels), "pairs": made.weights.sum()}
+        stats = {"loss": total, "count": loss.count(labels, x.lengths), "pairs": made.weights.sum()}
         stats["accuracy"] = (made.weights * (1 + ahead) / 2).sum()
         measured = (("reward", rewards), ("logprob", x.policy), ("length", x.lengths))
         for who, weights in (("chosen", made.good), ("rejected", made.bad)):
             stats[who] = weights.sum()
             stats |= {f"{who}_{what}": (weights * value).sum() for what, value in measured}
+        if x.terms is not None:
+            sums = zip(ilql.TERMS, x.terms.sum(0), strict=True)
+            stats |= {"ilql": x.lengths.sum()} | {f"ilql_{name}": value for name, value in sums}
     return total.float(), stats
 
 

@@ -4,6 +4,7 @@ deepspeed step3_preference/main.py --model_name_or_path SFT --preference_data DA
     --output_dir FOLDER
 """
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from utils.data.loading import DataSettings
 from utils.data.preferences import Answers
 from utils.distributed import program, zero
 from utils.metrics import Metric
-from utils.models import freezing, language_model
+from utils.models import freezing, language_model, value_heads
 from utils.models.adapters import Lora
 from utils.models.ema import EMA
 from utils.models.freezing import Freezing
@@ -37,10 +38,12 @@ from utils.settings import command_line
 SHOWN = ("loss", "accuracy", "margin", "eval/accuracy", "eval/verifier", "eval/judge")
 SHOWN += ("learning_rate", "grad_norm", "seconds")
 
-REWARD = "implied reward β·s of the {} answers, s as the loss has it (a log-ratio for dpo)"
+REWARD = (
+    "implied reward β·s of the {} answers, s as the loss has it (a log-ratio for dpo, Q for ilql)"
+)
 metrics.register(
     "step 3, preferences",
-    Metric("loss", "", "of `--loss`, mean over rows"),
+    Metric("loss", "", "of `--loss`, mean over rows (of `ilql` over tokens)"),
     Metric("accuracy", "share", "pairs whose better answer has the higher implied reward"),
     Metric("margin", "", "implied reward of the chosen less that of the rejected answers"),
     Metric("chosen_reward", "", REWARD.format("better")),
@@ -54,6 +57,17 @@ metrics.register(
         "nats an answer",
         "KTO's z0: the KL to the reference by answers to other prompts, at least 0",
     ),
+    Metric("ilql_q_loss", "", "ILQL's: of both Q heads, mean over the answers' tokens"),
+    Metric("ilql_v_loss", "", "of V, the expectile's"),
+    Metric("ilql_cql_loss", "", "what keeps Q of other tokens low, times its weight"),
+    Metric("ilql_lm_loss", "", "of the language model, times its weight"),
+    Metric(
+        "ilql_q",
+        "",
+        "the lesser Q of the targets, of the answers' tokens; rewards are −1 to 1",
+        "beyond 1 or −1: the values run away; lower `--learning_rate`",
+    ),
+    Metric("ilql_v", "", "V before these tokens"),
     Metric("eval/accuracy_low", "share", "lower end of its 95 % interval, by prompt"),
     Metric("eval/accuracy_high", "share", "upper end"),
     Metric("eval/accuracy_longer_answer", "share", "accuracy of always choosing the longer answer"),
@@ -101,13 +115,16 @@ class Rows:
 
     rows: a View of Answers. reference: its log-probabilities of them, by row; 0 where the loss has
     no reference. mismatched, and mismatched_reference: the same of KTO's answers to other prompts,
-    where the loss is KTO.
+    where the loss is KTO. of_answers: what is measured of answers.
     """
 
     def __init__(self, rows, name: str, config):
         self.rows, self.name = rows, name
-        single = LOSSES[config.loss].takes_single
-        self.mismatched = preferences.Mismatched(rows, config.max_length) if single else ()
+        mismatched = LOSSES[config.loss].reads_mismatched
+        self.mismatched = preferences.Mismatched(rows, config.max_length) if mismatched else ()
+        self.of_answers = logprobs.of_answers
+        if config.loss == "ilql":
+            self.of_answers = functools.partial(logprobs.with_values, how=config.how())
 
     def views(self) -> dict[str, Sequence[Answers]]:
         found = {self.name: self.rows, f"{self.name}_mismatched": self.mismatched}
@@ -119,14 +136,21 @@ class Rows:
         self.reference = numbers.get(self.name, nothing)
         self.mismatched_reference = numbers.get(f"{self.name}_mismatched", ())
 
+    def lengths(self, chosen: Sequence[int]) -> torch.Tensor:
+        """(N,) fp64 tokens of the answers of some rows laid end to end."""
+        some = [self.rows[i] for i in chosen]
+        lengths = [len(a) - b for row in some for a, b in zip(row.answers, row.begins, strict=True)]
+        return torch.tensor(lengths, dtype=torch.float64)
+
     def of(self, chosen: Sequence[int], policy: torch.Tensor) -> tuple[Logprobs, list]:
         """(log-probabilities of the answers of some rows laid end to end, their labels by row).
-        policy: (N,)."""
-        some, kind = [self.rows[i] for i in chosen], dict(dtype=torch.float64, device=policy.device)
-        lengths = [len(a) - b for row in some for a, b in zip(row.answers, row.begins, strict=True)]
+        policy: (N,), or what logprobs.with_values gives."""
+        kind, terms = dict(dtype=torch.float64, device=policy.device), None
+        if policy.dim() > 1:
+            policy, terms = policy[:, 0], policy[:, 1:]
         reference = torch.tensor([x for i in chosen for x in self.reference[i]], **kind)
-        x = Logprobs(policy, reference, torch.tensor(lengths, **kind))
-        return x, [row.labels for row in some]
+        x = Logprobs(policy, reference, self.lengths(chosen).to(policy.device), terms)
+        return x, [self.rows[i].labels for i in chosen]
 
     @torch.no_grad()
     def z0(self, engine, chosen: Sequence[int], budget, device) -> float:
@@ -163,7 +187,8 @@ def evaluate(engine, held: Rows, config, device) -> dict[str, float]:
 
     budget = config.micro_batch_size, config.micro_batch_tokens
     every, loss = range(len(held.rows)), LOSSES[config.loss]
-    policy = [x for row in logprobs.of_all(engine, held.rows, device, budget) for x in row]
+    found = logprobs.of_all(engine, held.rows, device, budget, held.of_answers)
+    policy = [x for row in found for x in row]
     x, labels = held.of(every, torch.tensor(policy, dtype=torch.float64))
     z0 = held.z0(engine, every, budget, device)
     _, sums = losses.batch_loss(loss, x, labels, config.how(), z0)
@@ -234,11 +259,16 @@ def main() -> None:
         config.model_name_or_path,
         tokenizer=tokenizer,
         lora=config.pick(Lora),
+        ilql_beta=how.beta if config.loss == "ilql" else None,
         **loading,
     )
     run.say(freezing.apply(model, config.pick(Freezing)))
     engine = zero.TrainEngine(model, config.pick(zero.Training), total_steps=steps, **loading)
     ema = EMA(engine.module, config.ema_decay) if config.ema_decay else None
+    targets = None
+    if config.loss == "ilql":
+        heads = engine.module.get_output_embeddings().value_heads
+        targets = value_heads.Targets(heads, how.target_rate)
     budget = config.micro_batch_size, config.micro_batch_tokens
     own = HeldOutAnswers(config, tokenizer, run, engine) if config.prompt_data else None
 
@@ -251,8 +281,12 @@ def main() -> None:
     if ema is not None:
         folders["ema"] = ModelFolder(engine.module, tokenizer, run.settings, ema)
         engines["average"] = ema
+    if targets is not None:
+        engines["targets"] = targets
     watch = Watch(config, run.say)
     done = run.restore(folders, engines, train.rows.fingerprint(), watch=watch)
+    if targets is not None:
+        targets.copy()  # those of the checkpoint
     check = SelfCheck(config, run, tokenizer, engine, train, held)
     check.before_the_first_step(done)
     before = run.once("before", lambda: measure("before"))
@@ -267,14 +301,17 @@ def main() -> None:
             tick = time.time()
             chosen = batches.rows_of_step(step, size, count, config.seed)
             z0 = train.z0(engine, chosen, budget, device)
-            normaliser = method.count([train.rows[i].labels for i in chosen])  # of all ranks
+            labels = [train.rows[i].labels for i in chosen]
+            normaliser = float(method.count(labels, train.lengths(chosen)))  # of all ranks
             sums = metrics.Sums(device)
             for micro in comparisons.deal(chosen, train.rows, *budget):
-                policy = logprobs.of_answers(engine, [train.rows[i] for i in micro], device)
+                policy = train.of_answers(engine, [train.rows[i] for i in micro], device)
                 loss, stats = losses.batch_loss(method, *train.of(micro, policy), how, z0)
                 engine.backward(loss, normaliser)
                 sums.add(stats)
             measured = engine.step()
+            if targets is not None:
+                targets.update()
             if ema is not None:
                 ema.update()
             run.bad_steps.note(measured["skipped"])

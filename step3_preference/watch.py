@@ -133,3 +133,30 @@ def prefers_longer(watch: Watch) -> str:
         f"the better one in {data:.2f}: answers will grow. --loss dpo_norm or simpo takes means "
         "over tokens; or balance the lengths of the comparisons"
     )
+
+
+@warning("values tell nothing")
+def values_tell_nothing(watch: Watch) -> str:
+    now = watch.evaluations[-1] if len(watch.evaluations) > 1 else {}
+    if "eval/ilql_q" not in now or now.get("eval/pairs", 0) < FEW:
+        return ""
+    if now["eval/accuracy_low"] > 0.5:
+        return ""
+    return (
+        f"of held-out pairs Q is higher on the better answer in {now['eval/accuracy']:.2f}, no "
+        "more than by chance: sampling that follows it gains nothing. More --epochs, a higher "
+        "--learning_rate or --target_rate"
+    )
+
+
+@warning("values run away")
+def values_run_away(watch: Watch) -> str:
+    last = watch.last[-1] if watch.last else {}
+    beyond = {n: last[n] for n in ("ilql_q", "ilql_v") if abs(last.get(n, 0.0)) > 1.5}
+    if not beyond:
+        return ""
+    said = ", ".join(f"{name} {value:.2f}" for name, value in beyond.items())
+    return (
+        f"{said}, and no sum of rewards is beyond −1 or 1: they learn from each other. Lower "
+        "--learning_rate, --target_rate or --gamma"
+    )

@@ -16,7 +16,7 @@ from utils.distributed import optimizers, process_group, program, shared_files, 
 from utils.distributed.process_group import StopRun
 from utils.errors import UserError
 from utils.kernels.cpu_products import PRODUCTS
-from utils.models import language_model, merge, quantised
+from utils.models import language_model, merge, quantised, value_heads
 from utils.planner import plan
 from utils.pretrained import base_of
 from utils.seeding import seed_everything
@@ -91,6 +91,8 @@ class Run:
         `flags` ask for."""
         name, trusted = self.config.model_name_or_path, self.config.trust_remote_code
         language_model.check_positions(name, length, flags, trusted)
+        if getattr(self.config, "loss", "") != "ilql":
+            value_heads.check_not_there(name, trusted)
         return chat_template.load_tokenizer(name, trusted, self.config.date)
 
     def announce(self, what: str, steps: int) -> None:

@@ -92,7 +92,7 @@ def folder_beside(folder: str | Path) -> Iterator[Path]:
 
 
 # Of a model in other files, or of another kind, that stood in the folder before.
-WEIGHTS = ("model*.safetensors*", "adapter_*", "config.json")
+WEIGHTS = ("model*.safetensors*", "adapter_*", "ilql_heads.safetensors", "config.json")
 
 
 def move_into(new: Path, folder: Path, stale: tuple[str, ...]) -> None:

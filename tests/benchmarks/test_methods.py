@@ -1,5 +1,5 @@
-"""benchmarks/methods.py and learning.py: flags that work, what is measured, best of n; not the runs
-of minutes."""
+"""benchmarks/methods.py, learning.py and engines.py: flags that work, what is measured, best of n;
+not the runs of minutes."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import learning, methods
+from benchmarks import engines, learning, methods
 from step1_sft.config import SFTConfig
 from step2_reward.collect import CollectConfig
 from step3_ppo.config import PPOConfig
@@ -71,6 +71,27 @@ def test_every_method_has_flags_that_work_and_as_many_samples(name, started, tmp
 def test_every_variant_of_ppo_has_flags_that_work(name, started, tmp_path):
     learning.ppo(tmp_path, tmp_path, tmp_path, tmp_path / "out", 1, learning.VARIANTS[name])
     assert started[0][1].rollout_size() == 128
+
+
+@pytest.mark.parametrize("name", engines.SETTINGS)
+def test_every_engine_has_flags_that_work(name, started, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_PYTHON", sys.executable)
+    learning.ppo(tmp_path, tmp_path, tmp_path, tmp_path / "out", 1, engines.SETTINGS[name])
+    (_, config) = started[0]
+    assert config.rollout_engine == ("native" if name == "native" else "vllm")
+    assert config.rollout_ahead == (name == "one ahead") and config.max_steps == 25
+
+
+def test_engines_are_compared_seed_by_seed():
+    def runs(*verifiers):
+        rest = {"seconds": 2.0, "engine_gap": 3e-7}
+        return {seed: {"verifier": v} | rest for seed, v in enumerate(verifiers)}
+
+    found = {"native": runs(0.5, 0.7, 0.9), "vllm": runs(0.53, 0.71, 0.91)}
+    sft, native, vllm = engines.rows_of(found, [0.4, 0.5])
+    assert sft["verifier"] == "0.450 ± 0.071" and "minus the first" not in native
+    # Differences 0.03, 0.01, 0.01: their standard error is 0.0115 ÷ √3.
+    assert vllm["minus the first"] == "+0.017 ± 0.013" and vllm["engine_gap at most"] == "3e-07"
 
 
 def test_more_samples_than_prompts_give_are_refused(started, tmp_path):

@@ -142,9 +142,11 @@ def test_every_loss_takes_one_path_and_resumes(tiny, chain, tmp_path):
     write_comparisons(tiny, tmp_path / "comparisons.jsonl")
     data = ["--preference_data", tmp_path / "comparisons.jsonl"]
     shards, losses = WAYS["two ranks in shards"][1], [x for x in LOSSES if x != "kto"]
+    more = {"ilql": ["--target_rate", 0.5, "--ema_decay", 0.5, "--awac_beta", 1.0]}
+    own = {"ilql": ["ilql_q", "ilql_v", "ilql_q_loss", "ilql_v_loss", "ilql_cql_loss"]}
 
     def job(loss, name, *flags):
-        flags = [*data, "--loss", loss, *flags]
+        flags = [*data, "--loss", loss, *more.get(loss, ()), *flags]
         return preference(tiny, chain / "sft", tmp_path / f"{loss} {name}", *flags)
 
     run_ranks([job(loss, "plain") for loss in losses], 1)
@@ -156,6 +158,6 @@ def test_every_loss_takes_one_path_and_resumes(tiny, chain, tmp_path):
     run_ranks(jobs, 2)
     for loss in losses:
         folders = {name: tmp_path / f"{loss} {name}" for name in ("plain", "shards")}
-        assert_same_path(folders, NUMBERS)
+        assert_same_path(folders, [*NUMBERS, *own.get(loss, ())])
         assert min(metrics_of(folders["plain"], "grad_norm")) > 0, loss
         assert_same_end(tmp_path / f"{loss} asked", folders["shards"])

@@ -36,6 +36,11 @@ def judged(margins, verdicts, name="eval/verifier", **more):
     return "dpo", [SOUND | m for m in seen]
 
 
+def valued(low, pairs=60):
+    seen = {"eval/loss": 1.0, "eval/ilql_q": 0.1, "eval/pairs": pairs}
+    return "ilql", [SOUND | seen | {"eval/accuracy_low": x, "eval/accuracy": 0.6} for x in (0, low)]
+
+
 # Chosen answers had −16 nats under the reference: 0.2 of that is 3.2, at β 0.1 a reward of −0.32.
 BEFORE = {"chosen_logprob": -19.3, "rejected_reward": -0.9}
 FALLS, STAYS = (0.6, 0.7, 0.65), (0.6, 0.7, 0.67)
@@ -92,6 +97,9 @@ CASES = [
         judged((0.0, 1.0, 2.0), FALLS, "eval/judge", **{"eval/judge_std": 1.0}),
         judged((0.0, 2.0, 1.0), FALLS, "eval/judge", **{"eval/judge_std": 1.0}),
     ),
+    ("values tell nothing", valued(0.5), valued(0.51)),
+    ("values tell nothing", valued(0.5), valued(0.5, pairs=49)),
+    ("values run away", steps(2, "ilql", ilql_q=0.2, ilql_v=-1.6), steps(2, "ilql", ilql_v=-1.4)),
 ]
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import nn
 
 from utils import whole_files
 from utils.checkpoints import manifest
 from utils.distributed import process_group, zero
-from utils.models import adapters, model_code
+from utils.models import adapters, model_code, value_heads
 from utils.models.ema import EMA
 
 
@@ -50,7 +51,10 @@ class ModelFolder:
             with whole_files.folder_beside(folder) as temporary:
                 # Tied weights are one parameter under two names; transformers ties them on loading.
                 if adapters.settings_of(shown) is None:
-                    shown.save_pretrained(temporary, state_dict=state)
+                    own, heads = value_heads.part_of(state)
+                    shown.save_pretrained(temporary, state_dict=own)
+                    if heads:
+                        save_file(heads, temporary / value_heads.FILE, {"format": "pt"})
                 else:
                     adapters.save(shown, state, temporary)
                 # (Saving a tokenizer only reads it: the main thread may encode meanwhile.)

@@ -18,13 +18,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
-def numbers_a_token(model_config) -> int:
-    """How many numbers one token leaves in the cache: its keys and values in every layer."""
+def numbers_a_token(model_config, parts: int = 1) -> int:
+    """How many numbers one token leaves in the cache: its keys and values in every layer. parts: of
+    one of so many processes, which share the heads, each with one at least."""
     text = model_config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     heads = getattr(text, "num_key_value_heads", None) or heads
-    return 2 * text.num_hidden_layers * heads * width
+    return 2 * text.num_hidden_layers * max(1, heads // parts) * width
 
 
 class Layer(CacheLayerMixin):

@@ -8,6 +8,7 @@ run, or on another machine (`--rollout_url`). docs/vllm.md says how the environm
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ import torch
 from utils.distributed import process_group, program, zero
 from utils.errors import UserError
 from utils.generation.vllm_client import TOKEN, Client, ServerError
+from utils.generation.vllm_weights import SHARED_MEMORY
 from utils.settings import command_line, fields
 from utils.settings.fields import setting
 
@@ -48,9 +50,10 @@ class Settings:
 @dataclass(frozen=True)
 class Launch:
     """How a server is started. model: a folder or hub name; weights: are its own to be loaded?
-    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them; empty: the first `cards` that there
-    are. It fills each up to the share `memory`, with its part of every layer. cache_bytes: keys and
-    values, on a CPU. transfer: see vllm_weights."""
+    devices: GPUs of its own, as CUDA_VISIBLE_DEVICES has them, or a CPU's cores, as `cores_of` has
+    them; empty: the first `cards` that there are. It fills each up to the share `memory`, with its
+    part of every layer. cache_bytes: keys and values of each part, on a CPU. transfer: see
+    vllm_weights."""
 
     python: str
     model: str
@@ -68,8 +71,12 @@ class Launch:
     host: str = "127.0.0.1"
     port: int = 0
 
+    @property
+    def parts(self) -> int:
+        """Workers that each hold their part of every layer."""
+        return len(self.devices.split(",")) if self.devices else self.cards
+
     def command(self, name: str) -> list[str]:
-        cards = len(self.devices.split(",")) if self.devices else self.cards
         words = [self.python, "-m", "utils.generation.vllm_worker"]
         flags = {
             "model": self.model,
@@ -79,7 +86,7 @@ class Launch:
             "dtype": self.dtype,
             "max-model-len": self.max_length,
             "max-num-seqs": self.rows,
-            "tensor-parallel-size": cards,
+            "tensor-parallel-size": self.parts,
             "load-format": "auto" if self.weights else "dummy",
             # Sampling is what the request says, and not what the model's folder says.
             "generation-config": "vllm",
@@ -111,7 +118,9 @@ class Launch:
         if self.dtype == "float32":
             # Its attention in fp32 is Triton's, which would round what it multiplies to TF32.
             found["TRITON_F32_DEFAULT"] = "ieee"
-        if self.devices:
+        if self.devices and self.cache_bytes:
+            found["VLLM_CPU_OMP_THREADS_BIND"] = self.devices.replace(",", "|")
+        elif self.devices:
             found["CUDA_VISIBLE_DEVICES"] = self.devices
         return found
 
@@ -122,6 +131,7 @@ class Server:
     def __init__(self, launch: Launch, name: str, token: str, log: Path):
         self.launch, self.name, self.token, self.log = launch, name, token, log
         self.process: subprocess.Popen | None = None
+        self.shared: set[str] = set()  # its files in shared memory
 
     def start(self) -> None:
         """Raises ServerError where it ends before it is ready, or is not within the time."""
@@ -148,6 +158,7 @@ class Server:
                     f"vLLM's server was not ready after {SECONDS_TO_START} s; {self.last_lines()}"
                 )
             time.sleep(0.1)
+        self.shared = mapped_by(self.process.pid)
 
     @property
     def url(self) -> str:
@@ -171,6 +182,10 @@ class Server:
             while group_lives(self.process) and time.monotonic() < end:
                 time.sleep(0.1)
         self.process = None
+        # One that was killed leaves them there, and between workers on a CPU vLLM always does.
+        for file in self.shared:
+            Path(file).unlink(missing_ok=True)
+        self.shared = set()
 
 
 def group_lives(process: subprocess.Popen) -> bool:
@@ -180,6 +195,19 @@ def group_lives(process: subprocess.Popen) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def mapped_by(group: int) -> set[str]:
+    """Files in shared memory that processes of a group have mapped."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if os.getpgid(int(maps.parent.name)) == group:
+                words = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+                found |= {w[5] for w in words if len(w) > 5 and w[5].startswith(SHARED_MEMORY)}
+        except OSError:  # it has ended
+            continue
+    return {name for name in found if not name.endswith(" (deleted)")}
 
 
 def check_places(how: Settings, ahead: int, device: torch.device) -> None:
@@ -195,9 +223,15 @@ def check_places(how: Settings, ahead: int, device: torch.device) -> None:
     if not devices:
         return
     if device.type == "cpu":
-        raise SystemExit(
-            f"rollout_devices={devices} are GPUs, and the run is on a CPU; leave it out"
-        )
+        groups, allowed = cores_of(devices), os.sched_getaffinity(0)
+        named = set().union(*groups)
+        if not all(groups) or not named <= allowed or len(named) < sum(map(len, groups)):
+            raise SystemExit(
+                f"rollout_devices={devices}: on a CPU these are cores, for each worker of vLLM one "
+                "or a range, none of them twice, as 0-3,4-7; this process may use "
+                f"{', '.join(map(str, sorted(allowed)))}. Name some of these, or leave it out"
+            )
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     own = visible.split(",")[device.index].strip() if visible else str(device.index)
     places = process_group.gather_objects((socket.gethostname(), own))
@@ -207,6 +241,12 @@ def check_places(how: Settings, ahead: int, device: torch.device) -> None:
             f"rollout_devices={devices}: ranks of the training are on {', '.join(shared)} (and on "
             f"{', '.join(sorted(trained))} in all); name others, or none for taking turns"
         )
+
+
+def cores_of(devices: str) -> list[set[int]]:
+    """The cores of each worker: "0-2,5" → [{0, 1, 2}, {5}]; empty where the text is no such."""
+    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in devices.split(",")]
+    return [set(range(int(m[1]), int(m[2] or m[1]) + 1)) if m else set() for m in found]
 
 
 REMEDY = f"make it as docs/vllm.md says, and set --vllm_python or {PYTHON} to its bin/python"

@@ -124,6 +124,8 @@ class Nccl(Transfer):
     """Rank 0 sends to every worker of the server, whose ranks follow its own in a group that is
     theirs alone."""
 
+    device = "cuda"  # the CPU in tests, where gloo takes NCCL's place
+
     def connect(self, client: Client | None) -> None:
         if client is None:
             return
@@ -138,7 +140,7 @@ class Nccl(Transfer):
             torch.cuda.set_device(device)  # each thread has its own
             groups.append(nccl.init_rank(world, unique, 0))
             # vLLM's side does the same, to see that the group stands.
-            nccl.all_reduce([torch.zeros(1, device="cuda")], comms=groups)
+            nccl.all_reduce([torch.zeros(1, device=self.device)], comms=groups)
             torch.cuda.synchronize()
 
         ask = functools.partial(client.post, "/init_weight_transfer_engine", {"init_info": told})

@@ -21,7 +21,7 @@ from torch import nn
 
 from utils.distributed import host_memory, process_group, zero
 from utils.generation.kv_cache import numbers_a_token
-from utils.models import adapters
+from utils.models import adapters, value_heads
 from utils.seeding import undisturbed
 
 BUCKET_BYTES = 256 * 2**20  # of whole weights in one all-gather: 16 for 2 billion in bf16
@@ -93,6 +93,7 @@ def plain_twin(module: nn.Module) -> nn.Module:
     with torch.device(reference.device), undisturbed(reference.device):
         plain = type(module)._from_config(copy.deepcopy(module.config), dtype=reference.dtype)
         adapters.same_layers(plain, module)
+        value_heads.same_layers(plain)
     plain.to(reference.device)
     for target, source in zip(plain.buffers(), module.buffers(), strict=True):
         target.copy_(source)

@@ -112,6 +112,8 @@ class _Multiply(torch.autograd.Function):
 
 
 class OneDNNLinear(nn.Linear):
+    can_be_packed = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if suits(x) and self.weight.dtype == x.dtype:
             return _Multiply.apply(x, self.weight, self.bias)
@@ -138,12 +140,13 @@ def packed(model: nn.Module):
     """While inside, `model`'s linear layers on the CPU run by oneDNN from copies of their weights.
 
     Forward passes only, and the weights must not change meanwhile. Layers of a class of their own,
-    and those whose weights are shards (ZeRO-3), stay as they are; the vocabulary head gives logits.
+    which may compute more than a product, and those whose weights are shards (ZeRO-3), stay as they
+    are; the vocabulary head gives logits.
     """
     layers = [
         layer
         for layer in model.modules()
-        if (type(layer) is nn.Linear or isinstance(layer, OneDNNLinear))
+        if (type(layer) is nn.Linear or getattr(layer, "can_be_packed", False))
         and _can_be_packed(layer.weight)
     ]
     for layer in layers:

@@ -45,7 +45,7 @@ class _LogProbs(torch.autograd.Function):
         entropies = torch.empty_like(logprobs) if with_entropies else None
         keep = any(ctx.needs_input_grad) and targets.numel() * len(weight) <= KEPT
         kept = hidden.new_empty(len(targets), len(weight)) if keep else None
-        for rows in _chunks(hidden, weight):
+        for rows in chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, temperature, allowed, rows)
             most = logits.amax(-1)
             chosen = logits.gather(1, targets[rows, None]).squeeze(1)
@@ -77,7 +77,7 @@ class _LogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         scale = grad.float() / ctx.temperature
-        for rows in _chunks(hidden, weight):
+        for rows in chunks(hidden, weight):
             if ctx.kept is not None:
                 p = ctx.kept[rows]
             else:
@@ -102,7 +102,7 @@ class _LogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
+def chunks(hidden: torch.Tensor, weight: torch.Tensor):
     """Slices of the rows of `hidden`, each so short that its logits fit CHUNK."""
     rows = max(1, CHUNK[hidden.device.type] // len(weight))
     for start in range(0, len(hidden), rows):
@@ -172,6 +172,10 @@ class VocabularyHead(OneDNNLinear):
         predictions, in nats and without a gradient. allowed: slice of the N → (n,V) bool; other
         tokens have probability 0."""
         wanted = hidden.flatten(0, 1).index_select(0, sources)
+        return self.logprobs_at(wanted, targets, temperature, with_entropies, allowed)
+
+    def logprobs_at(self, wanted, targets, temperature=1.0, with_entropies=False, allowed=None):
+        """As `logprobs`, of hidden states (N,H) that are the predictions' own."""
         settings = targets, temperature, with_entropies, allowed
         return _LogProbs.apply(wanted, self.weight, self.bias, *settings)
 

@@ -22,6 +22,7 @@ from utils.seeding import undisturbed
 
 NAME, PREFIX, WEIGHTS = "default", "base_model.model.", "adapter_model.safetensors"
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of an adapter, the last of DoRA alone
+INITS_BESIDE = (True, False, None, "gaussian", "eva")  # those that leave the base as it is
 BASE = ".base_layer"  # what stands beside it
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
@@ -51,10 +52,12 @@ def is_scored(path: str) -> bool:
 
 
 def replaces_weights(path: str) -> bool:
-    """Does an adapter folder hold weights that stand in the base too, but for a head's? (False of
-    other folders.) Then its model needs a base of its own."""
-    names = _state_of(path) if base_of(path) else ()
-    return any(".lora_" not in name and not name.startswith(f"{PREFIX}score.") for name in names)
+    """Does an adapter folder change weights of its base, or hold others in their place, but for a
+    head's? (False of other folders.) Then its model needs a base of its own."""
+    if not base_of(path):
+        return False
+    names = (name for name in _state_of(path) if not name.startswith(f"{PREFIX}score."))
+    return _changes_base(_config_of(path)) or any(".lora_" not in name for name in names)
 
 
 def own_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -182,12 +185,23 @@ def _new_settings(model: nn.Module, path: str, lora: Lora):
     )
 
 
-def _saved_settings(path: str, lora: Lora | None):
-    """Of an adapter folder; where `lora` is to go on training it, they must agree with that."""
-    from peft import LoraConfig, PeftConfig
+def _config_of(path: str):
+    from peft import PeftConfig
 
     with refused(path, "an adapter's settings"):
-        config = PeftConfig.from_pretrained(str(Path(adapter_file(path)).parent))
+        return PeftConfig.from_pretrained(str(Path(adapter_file(path)).parent))
+
+
+def _changes_base(config) -> bool:
+    """Does peft take the adapter's first numbers out of the base's weights (PiSSA, OLoRA, …)?"""
+    return getattr(config, "init_lora_weights", True) not in INITS_BESIDE
+
+
+def _saved_settings(path: str, lora: Lora | None):
+    """Of an adapter folder; where `lora` is to go on training it, they must agree with that."""
+    from peft import LoraConfig
+
+    config = _config_of(path)
     if not isinstance(config, LoraConfig) or config.bias != "none":
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise SystemExit(
@@ -197,6 +211,12 @@ def _saved_settings(path: str, lora: Lora | None):
     config.base_model_name_or_path = base_of(path)
     if lora is None:
         return config
+    if _changes_base(config):
+        raise SystemExit(
+            f"{path!r} has init_lora_weights={config.init_lora_weights!r}, which changes its base: "
+            "without the adapter that is no reference; merge it first (python -m "
+            f"utils.models.merge {path} FOLDER)"
+        )
     targets = _targets(config)
     there = (config.r, config.lora_alpha, variant_of(config), targets)
     asked = (lora.lora_rank, lora.lora_alpha, lora.lora_variant)

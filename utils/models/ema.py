@@ -25,21 +25,25 @@ class EMA:
         for name, p in adapters.own_of(self.module):
             self.shadow[name].lerp_(zero.local(p).float(), 1.0 - self.decay)
 
+    def whole(self, name: str, p: nn.Parameter) -> torch.Tensor:
+        """The average of one weight, in fp32. A collective where it is sharded."""
+        from deepspeed.accelerator import get_accelerator
+
+        if not hasattr(p, "ds_id"):
+            return self.shadow[name]
+        # With weights offloaded the shard lies on the CPU, where NCCL cannot gather.
+        shard = self.shadow[name].to(get_accelerator().current_device_name())
+        return zero.all_gathered([shard], [p])[0]
+
     @torch.no_grad()
     def state_dict(self, copy: zero.Copy = zero.to_cpu) -> dict[str, torch.Tensor]:
         """Whole averaged weights on the CPU, each in its weight's dtype.
 
         Every rank must call it; rank 0 gets the weights, others an empty dict.
         """
-        from deepspeed.accelerator import get_accelerator
-
         state = {}
         for name, p in adapters.own_of(self.module):
-            whole = self.shadow[name]
-            if hasattr(p, "ds_id"):
-                # With weights offloaded the shard lies on the CPU, where NCCL cannot gather.
-                shard = whole.to(get_accelerator().current_device_name())
-                (whole,) = zero.all_gathered([shard], [p])
+            whole = self.whole(name, p)
             if process_group.is_main():
                 state[name] = copy(whole, p.dtype)
         return state

@@ -88,6 +88,7 @@ def wanted_logprobs(
     with_entropies: bool = False,
     shared: Sequence[tuple[int, int]] | None = None,
     nucleus=None,
+    values: bool = False,
 ):
     """fp32 log-probabilities (N,) of the N tokens that `wanted` (B,T) names, row after row, and
     their positions' entropies (N,) in nats, which have no gradient, or None.
@@ -97,7 +98,8 @@ def wanted_logprobs(
     exist a chunk at a time, see vocabulary_head. With mask and wanted on the CPU, nothing waits for
     the device of `input_ids`. shared: what right-padded rows begin with and need not go through
     twice (packing.shared_beginnings), where rows go end to end. nucleus: of a Nucleus, which says
-    what may stand at each position; the log-probabilities are normalised over that.
+    what may stand at each position; the log-probabilities are normalised over that. values: in
+    place of log-probabilities (N,7), see PerturbedHead.numbers of value_heads.
     """
     model, device = getattr(forward, "module", forward), input_ids.device
     mask = mask.cpu()
@@ -118,12 +120,19 @@ def wanted_logprobs(
 
         def logprobs_of(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal entropies
+            if values:
+                return head.numbers(hidden, sources, targets)
             settings = sources, targets, temperature, with_entropies, allowed
             logprobs, entropies = head.logprobs(hidden, *settings)
             return logprobs
 
         with head.giving(logprobs_of):
             return forward(**inputs, use_cache=False).logits, entropies
+    if values:
+        raise SystemExit(
+            f"loss=ilql: {type(model).__name__} changes what its vocabulary head gives, to which "
+            "the value heads add; use a model of another family"
+        )
     logits = forward(**inputs, use_cache=False).logits.flatten(0, 1)
     logits = logits.index_select(0, sources).float() / temperature
     if allowed is not None:
@@ -170,7 +179,23 @@ def answer_logprobs(
     begins: Sequence[Sequence[int]],
     device: torch.device,
 ) -> torch.Tensor:
-    """(N,) fp64 log-probabilities of N answers, in nats, each the sum over its tokens.
+    """(N,) fp64 log-probabilities of N answers, in nats, each the sum over its tokens; see
+    answer_tokens."""
+    logprobs, owners = answer_tokens(forward, groups, begins, device)
+    # In fp64: differences of two sums of a thousand tokens are what is learned from.
+    sums = torch.zeros(sum(map(len, groups)), dtype=torch.float64, device=device)
+    return sums.index_add(0, owners, logprobs.double())
+
+
+def answer_tokens(
+    forward,
+    groups: Sequence[Sequence[list[int]]],
+    begins: Sequence[Sequence[int]],
+    device: torch.device,
+    values: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M,) fp32 log-probabilities of the M tokens of N answers, or with `values` (M,7) as
+    wanted_logprobs gives them, and (M,) int64, which of the N answers each is of.
 
     groups: rows of token ids, the answers to one prompt each; N counts them laid end to end.
     begins: where in each row the answer begins. What a group begins with goes forward once, where
@@ -182,8 +207,6 @@ def answer_logprobs(
     answers = mask & (torch.arange(mask.shape[1]) >= starts[:, None])
     shared = packing.shared_beginnings(groups) if len(rows) > len(groups) else None
     ids = host_memory.send(batches.pad(rows, 0), device)
-    logprobs, _ = wanted_logprobs(forward, ids, mask, answers, shared=shared)
+    found, _ = wanted_logprobs(forward, ids, mask, answers, shared=shared, values=values)
     owners = answers[:, 1:].nonzero()[:, 0]  # no answer is predicted from nothing
-    # In fp64: differences of two sums of a thousand tokens are what is learned from.
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    return sums.index_add(0, host_memory.send(owners, device), logprobs.double())
+    return found, host_memory.send(owners, device)

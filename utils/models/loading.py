@@ -9,7 +9,7 @@ from torch import nn
 
 from utils.distributed import process_group, zero
 from utils.kernels import cpu_products, packing
-from utils.models import adapters, quantised
+from utils.models import adapters, quantised, value_heads
 from utils.models.adapters import Lora
 from utils.models.freezing import layers_of
 from utils.pretrained import base_of, refused
@@ -40,6 +40,7 @@ def load(
     grow: bool = True,
     lora: Lora | None = None,
     shared: dict[str, nn.Module] | None = None,
+    ilql_beta: float | None = None,
     **settings,
 ) -> nn.Module:
     """The model that `auto_class` makes of a folder or hub name, ready to train.
@@ -47,9 +48,9 @@ def load(
     With a tokenizer the embeddings grow to hold all its tokens and the model's stop and pad ids
     follow the tokenizer's; see fit_to_tokenizer. lora: of a model to be trained, see
     adapters.put_on. shared: models by the name of their base, of which one on the same base takes
-    the weights instead of reading them again; this one is added. settings: more for
-    from_pretrained. Raises SystemExit with the path and the cause where the folder holds no such
-    model.
+    the weights instead of reading them again; this one is added. ilql_beta: of a model whose value
+    heads are trained, see value_heads.put_on. settings: more for from_pretrained. Raises SystemExit
+    with the path and the cause where the folder holds no such model.
     """
     attention = None if how.attn_implementation == "auto" else how.attn_implementation
     settings |= {"attn_implementation": attention, "trust_remote_code": how.trust_remote_code}
@@ -69,6 +70,7 @@ def load(
         if read and shared is not None and not grown:  # grown embeddings are trained
             shared[key] = adapters.twin(model)
         adapters.put_on(model, path, lora, grown)
+        value_heads.put_on(model, base, ilql_beta)
     if lora is not None and lora.lora_rank:
         process_group.say(f"{path}: {adapters.told(model)}")
     prepare_training(model)

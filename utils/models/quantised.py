@@ -6,8 +6,9 @@ Folders name the base as it is on disk, in all its digits.
 """
 
 import copy
+import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -67,9 +68,31 @@ def tidy(model: nn.Module) -> None:
         # In 8 bits its first pass would take the numbers from the weight, which twins share.
         if getattr(getattr(layer, "weight", None), "CB", None) is not None:
             layer.init_8bit_state()
+            _let_go_of_inputs()
             # In eval mode on a CPU, and in no other, it would round what it reads to 8 bits.
             if layer.weight.device.type == "cpu":
                 layer.training, layer.train = True, _stay
+
+
+@functools.cache  # once a process
+def _let_go_of_inputs() -> None:
+    """bitsandbytes' products in 8 bits keep what they read in an attribute of autograd's context,
+    which lives as long as the loss does: through the forward pass of the next micro-batch. These
+    are the inputs of all layers, 3.1 GB of Qwen2.5-1.5B in bf16 with 4,096 tokens. From now on they
+    go with the backward pass."""
+    from bitsandbytes.autograd import _functions as products
+
+    for product in (products.MatMul8bitLt, products.MatMul8bitFp):
+        product.backward = staticmethod(_then_empty(product.backward))
+
+
+def _then_empty(backward: Callable) -> Callable:
+    def and_let_go(context, gradient):
+        found = backward(context, gradient)
+        context.A = context.tensors = context.tensor_states = None
+        return found
+
+    return and_let_go
 
 
 def _stay(mode: bool = True) -> None:

@@ -41,7 +41,7 @@ def trained(
 ) -> ModelBytes:
     """Of a zero.TrainEngine around a model of this shape, frozen weights among them or not."""
     size, n, moments = SIZE[dtype], shape.trained, stepper.state_bytes
-    first = size * shape.vocabulary * shape.hidden * shape.trains_head
+    first = size * shape.vocabulary * (shape.hidden * shape.trains_head + shape.q_width)
     if stage == 0 and dtype == "fp32":
         kept = {"weights": shape.weights(size), "optimizer": round(moments * n)}
         # A step goes weight by weight, the reduction of gradients in buckets of them.
@@ -142,7 +142,8 @@ def logits(
     if not training:
         return at_once
     kept = size * count if count <= vocabulary_head.KEPT else 0
-    head = shape.vocabulary * shape.hidden * shape.trains_head
+    kept *= 3 if shape.q_width else 1  # of both Q heads too
+    head = shape.vocabulary * (shape.hidden * shape.trains_head + shape.q_width)
     return at_once + kept + 4 * head + (size * head if size < 4 else 0)
 
 

@@ -67,6 +67,7 @@ def plan(work: Workload, dtype: str, ranks: int, device: str) -> Plan:
         frozen = own if role is work.roles[0] else shapes.NOTHING
         trains = lora if role.trained else None
         asked = role.path, role.scalar, work.trust_remote_code, frozen, trains, few
+        asked += (work.value_heads and role is work.roles[0],)
         shape, stage = shapes.read(*asked), work.stage(role)
         if role.trained:
             stepper = OPTIMIZERS[work.optimizer]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from utils.distributed.zero import PERSISTENT_BELOW
 from utils.generation.kv_cache import numbers_a_token
-from utils.models import adapters, freezing, loading, model_code
+from utils.models import adapters, freezing, loading, model_code, value_heads
 from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
 from utils.pretrained import base_of
@@ -51,6 +51,7 @@ class Shape:
     frozen_layers: int  # below the lowest one that has such
     trained_in_layer: frozenset[str] | None  # their names in that one; None: all are trained
     trains_head: bool
+    q_width: int  # numbers for each token of the vocabulary in ILQL's trained Q heads; 0: has none
     largest: int  # in one tensor that is trained
     in_few_bits: int  # of them that are in 4 or 8 bits
     few: FewBits
@@ -95,13 +96,14 @@ def read(
     frozen: Freezing = NOTHING,
     lora: Lora | None = None,
     few: FewBits = WHOLE,
+    values: bool = False,
 ) -> Shape:
     """The Shape of a model's or an adapter's folder or hub name; the rest as `count` takes it."""
     from transformers import AutoConfig
 
     base = base_of(path) or path
     model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    return count(model_config, scalar, frozen, lora, few)
+    return count(model_config, scalar, frozen, lora, few, values)
 
 
 def count(
@@ -110,8 +112,10 @@ def count(
     frozen: Freezing = NOTHING,
     lora: Lora | None = None,
     few: FewBits = WHOLE,
+    values: bool = False,
 ) -> Shape:
-    """lora: of a model whose adapters are trained. few: in how many bits linear layers are."""
+    """lora: of a model whose adapters are trained. few: in how many bits linear layers are.
+    values: are ILQL's value heads trained beside it?"""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
@@ -132,6 +136,9 @@ def count(
     base = list(model.parameters())
     with torch.device("meta"):
         adapters.put_on(model, "", lora)
+    if values:
+        setattr(model.config, value_heads.SETTING, 1.0)
+    value_heads.same_layers(model)
     freezing.apply(model, frozen)
     weights = list(model.parameters())
     trained = [w for w in weights if w.requires_grad]
@@ -156,6 +163,7 @@ def count(
         trained=sum(w.numel() for w in trained),
         frozen_layers=lowest,
         trained_in_layer=[*in_layers, frozenset()][lowest],
+        q_width=sum(q[-1].in_features for q in head.value_heads.q) if values else 0,
         trains_head=head is not None and head.weight.requires_grad,
         largest=max(w.numel() for w in trained),
         in_few_bits=sum(linear) if few.bits else 0,
@@ -248,6 +256,8 @@ def _forward_and_backward(
     with torch.device("meta"):  # peft moves what it makes, which fake tensors do not bear
         model = AutoModel.from_config(few, dtype=dtype, trust_remote_code=trusted)
         adapters.put_on(model, "", shape.adapters)
+        # As DeepSpeed does. In peft's fp32 each would keep a copy of what its layer reads.
+        model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
         ids = torch.zeros(rows, length, dtype=torch.int64)

@@ -43,8 +43,9 @@ def forward_flops(shape: Shape, tokens: float, length: int, head_tokens: float) 
     """Of one forward pass: 2 a weight and token, the head at `head_tokens` only, and attention
     over on average half of `length`."""
     head = 0 if shape.scalar else shape.vocabulary * shape.hidden
+    q = shape.vocabulary * shape.q_width
     attention = 2 * shape.layers * shape.hidden * length
-    return tokens * (2 * (shape.multiplied - head) + attention) + 2 * head_tokens * head
+    return tokens * (2 * (shape.multiplied - head) + attention) + 2 * head_tokens * (head + q)
 
 
 def training_seconds(shape: Shape, tokens, length, head_tokens, checkpointing, speed) -> float:

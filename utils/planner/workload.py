@@ -61,6 +61,7 @@ class Workload:
     offload_frozen: bool = False
     ppo_epochs: int = 1
     ema_decay: float = 0.0
+    value_heads: bool = False  # are ILQL's trained with the first of `roles`?
     critic_zero_stage: int = -1
     reference_zero_stage: int = -1
 

@@ -22,7 +22,11 @@ from utils.generation.vllm_server import Launch, Server, python_of
 
 LAUNCH = Launch("python", "folder", "float32", max_length=64, rows=8, transfer="file", port=1)
 SERVES = """
-import http.server, os, subprocess, sys
+import http.server, mmap, os, subprocess, sys
+if len(sys.argv) > 2:
+    with open(sys.argv[2], "w+b") as shared:
+        shared.truncate(4096)
+        kept = mmap.mmap(shared.fileno(), 4096)
 print("starts with", os.environ["ROLLOUT_TOKEN"], os.environ.get("RANK"), flush=True)
 child = subprocess.Popen(["sleep", "60"])
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -38,9 +42,9 @@ def server(monkeypatch, tmp_path):
     """server(program text) → one that runs it."""
     made = []
 
-    def make(text):
+    def make(text, *more):
         launch = dataclasses.replace(LAUNCH, port=free_port())
-        words = [sys.executable, "-c", text, str(launch.port)]
+        words = [sys.executable, "-c", text, str(launch.port), *more]
         monkeypatch.setattr(Launch, "command", lambda self, name: words)
         made.append(Server(launch, "policy-1", "secret", tmp_path / "vllm/log.txt"))
         return made[-1]
@@ -50,10 +54,16 @@ def server(monkeypatch, tmp_path):
         one.stop()
 
 
-def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch):
+def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "3")
-    one = server(SERVES)
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(vllm_server, "SHARED_MEMORY", f"{folder}/")
+    shared, others = folder / "psm_1", folder / "psm_2"
+    others.touch()
+    one = server(SERVES, str(shared))
     one.start()
+    assert shared.exists()
     assert one.log.read_text().startswith("starts with secret None")
     group = [one.process.pid, *(c.pid for c in psutil.Process(one.process.pid).children())]
     assert len(group) == 2
@@ -61,6 +71,8 @@ def test_it_is_ready_and_ends_with_all_its_processes(server, monkeypatch):
     monkeypatch.setattr(os, "killpg", lambda *which: sent.append(which[1]) or kill(*which))
     os.kill(one.process.pid, signal.SIGKILL)  # its child lives on
     one.process.wait()
+    one.stop()
+    assert not shared.exists() and others.exists()
     one.start()
     assert not psutil.pid_exists(group[1]) and one.process.pid != group[0]
     assert signal.SIGTERM not in sent, "a child without its leader may take the whole time to end"
@@ -142,8 +154,6 @@ def test_gpus_of_vllm_are_not_the_trainings(monkeypatch, devices, visible, ranks
 
 def test_a_place_that_cannot_be_is_refused():
     vllm_server.check_places(settings(), 1, torch.device("cpu"))
-    with pytest.raises(SystemExit, match="rollout_devices=4,5 are GPUs.* leave it out"):
-        vllm_server.check_places(settings(rollout_devices="4,5"), 0, torch.device("cpu"))
     on_gpu = torch.device("cuda:0")
     vllm_server.check_places(settings(), 0, on_gpu)
     vllm_server.check_places(settings(rollout_url="http://other:1"), 1, on_gpu)
@@ -151,8 +161,23 @@ def test_a_place_that_cannot_be_is_refused():
         vllm_server.check_places(settings(), 1, on_gpu)
 
 
+@pytest.mark.parametrize("cores", ["0", "0,1", "0-1, 3", "2-2,0"])
+def test_on_a_cpu_devices_are_cores(monkeypatch, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    vllm_server.check_places(settings(rollout_devices=cores), 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cores", ["4,5", "0,0", "0-2,2", "3-1", "0,", "0-", "cuda:0", "0;1"])
+def test_cores_that_cannot_be_are_refused(monkeypatch, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    said = f"rollout_devices={cores}: on a CPU these are cores.* may use 0, 1, 2, 3. .*leave it out"
+    with pytest.raises(SystemExit, match=said):
+        vllm_server.check_places(settings(rollout_devices=cores), 0, torch.device("cpu"))
+
+
 def test_flags_and_environment_of_each_transfer(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     on_cpu = dataclasses.replace(LAUNCH, cache_bytes=99, weights=False)
     words, environment = on_cpu.command("policy-1"), on_cpu.environment("secret")
     said = dict(zip(words, words[1:], strict=False))
@@ -161,6 +186,12 @@ def test_flags_and_environment_of_each_transfer(monkeypatch):
     assert said["--logprobs-mode"] == "processed_logprobs" and "--enforce-eager" in words
     assert said["--weight-transfer-config"] == '{"backend": "counted_file"}'
     assert "secret" not in words and environment["ROLLOUT_TOKEN"] == "secret"
+    split = dataclasses.replace(on_cpu, devices="0-1,3")
+    said = dict(zip(split.command("p"), split.command("p")[1:], strict=False))
+    assert said["--tensor-parallel-size"] == "2"
+    found = split.environment("secret")
+    assert found["VLLM_CPU_OMP_THREADS_BIND"] == "0-1|3" and "CUDA_VISIBLE_DEVICES" not in found
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment
     assert "MASTER_PORT" not in environment and environment["TRITON_F32_DEFAULT"] == "ieee"
     in_bf16 = dataclasses.replace(LAUNCH, dtype="bfloat16").environment("secret")
     assert "TRITON_F32_DEFAULT" not in in_bf16

@@ -1,5 +1,6 @@
 """What goes over to vLLM: every weight by its name in a saved folder, through files that fit."""
 
+import base64
 import contextlib
 import copy
 import ctypes
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import nccl_over_gloo
 from tests.utils.generation.test_sampling import tiny as model_of
 from tests.utils.models.test_adapters import IDS, logits_of, moved
 from utils.generation import vllm_weights
@@ -173,3 +175,109 @@ def test_an_aborted_group_is_freed_once(monkeypatch):
             vllm_weights.abort(group)
         del group
     assert len(freed) == 1 and aborted == [ctypes.addressof(made)]
+
+
+class Workers:
+    """What vLLM's workers do at our requests, by the code of its nccl_engine.py; a thread each.
+    absent: numbers of those that do nothing, and keep us waiting for `patience` seconds."""
+
+    patience = 0.1
+
+    def __init__(self, size: int):
+        self.size, self.absent, self.groups = size, set(), {}
+        self.got: list[dict[str, torch.Tensor]] = [{} for _ in range(size)]
+
+    def world_size(self) -> int:
+        return self.size
+
+    def post(self, path: str, body: dict) -> None:
+        does = {"/init_weight_transfer_engine": self.join, "/update_weights": self.receive}[path]
+        told, problems = next(iter(body.values())), []
+
+        def work(number: int) -> None:
+            try:
+                does(number, **told)
+            except RuntimeError as error:
+                problems.append(error)
+
+        threads = [
+            threading.Thread(target=work, args=(number,), daemon=True)
+            for number in range(self.size)
+            if number not in self.absent
+        ]
+        for thread in threads:
+            thread.start()
+        if self.absent:
+            FOREVER.wait(self.patience)
+            raise ServerError(f"vLLM's server stands still: no answer to {path}")
+        for thread in threads:
+            thread.join(20)
+        if problems:
+            raise ServerError(f"{path}: HTTP 500 {problems[0]}")
+
+    def join(self, number, nccl_unique_id_b64, rank_offset, world_size, packed):
+        assert not packed, "a weight at a time is what we send"
+        unique, rank = base64.b64decode(nccl_unique_id_b64, validate=True), rank_offset + number
+        self.groups[number] = nccl_over_gloo.warmed_up(unique, rank, world_size, 0)
+
+    def receive(self, number, names, dtype_names, shapes):
+        for name, dtype, shape in zip(names, dtype_names, shapes, strict=True):
+            weight = torch.empty(shape, dtype=getattr(torch, dtype))
+            self.groups[number].broadcast(weight)
+            self.got[number][name] = weight
+
+
+BUCKETS = [
+    {"turned": torch.randn(3, 5).T, "bf16": torch.randn(7).bfloat16()},
+    {"count": torch.tensor(7), "whole": torch.randn(2, 2)},
+]
+
+
+@pytest.fixture
+def by_nccl(monkeypatch):
+    """(our side, two workers of vLLM, our groups that were given up), before they have met."""
+    given_up = nccl_over_gloo.for_the_trainer(monkeypatch)
+    return vllm_weights.Nccl(), Workers(2), given_up
+
+
+def test_each_worker_gets_every_weight_by_nccl(by_nccl):
+    ours, workers, given_up = by_nccl
+    for transfer in (ours, vllm_weights.Nccl()):  # the second is for a server started again
+        transfer.connect(None)  # another rank of ours takes no part
+        transfer.connect(workers)
+        for bucket in BUCKETS:
+            transfer.send(None, bucket)
+            transfer.send(workers, bucket)
+        sent = {name: tensor for bucket in BUCKETS for name, tensor in bucket.items()}
+        for got in workers.got:
+            assert got.keys() == sent.keys()
+            assert all(torch.equal(got[name], tensor) for name, tensor in sent.items())
+            assert all(got[name].dtype == tensor.dtype for name, tensor in sent.items())
+            got.clear()
+    assert not given_up
+
+
+def test_a_worker_that_never_joins_is_named(by_nccl):
+    ours, workers, _ = by_nccl
+    workers.absent = {1}
+    with pytest.raises(ServerError, match="no answer to /init_weight_transfer_engine"):
+        ours.connect(workers)
+
+
+def test_a_worker_that_hangs_in_an_update_is_named_and_the_group_given_up(by_nccl):
+    ours, workers, given_up = by_nccl
+    ours.connect(workers)
+    workers.absent = {1}
+    with pytest.raises(ServerError, match="no answer to /update_weights"):
+        ours.send(workers, BUCKETS[0])
+    assert given_up == ours.groups
+
+
+def test_a_worker_that_is_gone_is_named_at_once(by_nccl):
+    ours, workers, given_up = by_nccl
+    ours.connect(workers)
+    workers.absent, workers.patience = {1}, 20
+    del workers.groups[1]  # its sockets are closed
+    with pytest.raises(ServerError, match="RuntimeError on the way to vLLM"):
+        ours.send(workers, {"large": torch.zeros(2**22)})
+    assert given_up == ours.groups

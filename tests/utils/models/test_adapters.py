@@ -311,6 +311,30 @@ def test_a_folder_of_another_program_keeps_its_pattern_and_its_own_embeddings(ti
         load(tmp_path / "theirs")
 
 
+def test_adapters_taken_out_of_the_base_get_a_base_of_their_own(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny / "base_model"
+    config = LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
+    theirs = get_peft_model(load(base), config)
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            p.data += 0.1
+    logits = logits_of(theirs)
+    theirs.save_pretrained(tmp_path)
+    chat_template.load_tokenizer(str(base)).save_pretrained(tmp_path)
+    bases: dict = {}
+    whole = load(base, lora=Lora(4), shared=bases)
+    before = logits_of(whole)
+    model = load(tmp_path, shared=bases)
+    torch.testing.assert_close(logits_of(model), logits, rtol=0, atol=1e-4)
+    assert torch.equal(logits_of(whole), before)
+    merged = load(tmp_path, lora=Lora())  # all of it is trained
+    torch.testing.assert_close(logits_of(merged), logits, rtol=0, atol=1e-4)
+    with pytest.raises(SystemExit, match="init_lora_weights='pissa', which changes its base"):
+        load(tmp_path, lora=Lora(4, 8.0))
+
+
 def test_a_run_without_adapters_does_without_peft(tiny, tmp_path, monkeypatch):
     """An environment that brings its own packages may lack it."""
     monkeypatch.setitem(sys.modules, "peft", None)  # importing it is an error

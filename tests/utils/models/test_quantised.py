@@ -24,6 +24,7 @@ from utils.generation import vllm_weights
 from utils.models import freezing, from_scratch, language_model, quantised
 from utils.models.adapters import Lora
 from utils.models.loading import Loading
+from utils.planner.shapes import LiveBytes
 
 INSTALLED = quantised.importlib.util.find_spec("bitsandbytes") is not None
 installed = pytest.mark.skipif(not INSTALLED, reason="requirements-quantised.txt not installed")
@@ -149,6 +150,26 @@ def test_layers_multiply_by_the_nearest_values_of_few_bits(wide, device, dtype, 
     trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert freezing.counts(model) == f"{trained:,} weights are trained, {total:,} are frozen"
     assert "quantization" not in model.config.to_json_string()
+
+
+@installed
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_layers_read_is_free_after_the_backward_pass(wide, device, bits):
+    """Whoever still holds the loss, as the loops of all steps do until the next one is there."""
+    how = Loading(**{f"load_in_{bits}bit": True})
+    path, lora = str(wide / "base_model"), Lora(lora_rank=4)
+    model = language_model.load(how, path, dtype="fp32", lora=lora).to(device)
+    ids = torch.randint(10, 300, (4, 64), device=device)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    with LiveBytes([*model.parameters(), *model.buffers(), ids]) as live:
+        before = live.now
+        loss = model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
+        held = live.now - before
+        loss.backward()
+        kept = live.now - before
+    assert loss.requires_grad and kept < 0.05 * held, (kept, held)
 
 
 @installed

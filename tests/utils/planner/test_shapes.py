@@ -1,6 +1,8 @@
 """Counts from a config against real models and what autograd saves."""
 
+import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ import transformers
 
 from tests.helpers import families
 from tests.helpers.llama_shape import LLAMA
-from utils.models import adapters, freezing, loading
+from utils.models import adapters, freezing, loading, value_heads
 from utils.models.adapters import Lora
 from utils.models.freezing import Freezing
-from utils.planner import shapes
+from utils.planner import memory, shapes
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma", "GPT2", "OPT", "Bloom", "GPTNeoX", "Qwen3"])
@@ -80,18 +82,24 @@ FROZEN = {
 }
 
 
-LORA = Lora(lora_rank=4)
+ADAPTED, LORA = "all but adapters", Lora(lora_rank=4)
 
 
-@pytest.mark.parametrize("checkpointed", [None, 0, 1, 3])
-@pytest.mark.parametrize("frozen", [*FROZEN, "all but adapters"])
-def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed):
+@pytest.mark.parametrize(
+    "frozen, checkpointed, dtype",
+    [
+        *itertools.product([*FROZEN, ADAPTED], [None, 0, 1, 3], [torch.float32]),
+        (ADAPTED, None, torch.bfloat16),
+    ],
+)
+def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpointed, dtype):
     """Beside the whole model, with all its layers, on real tensors."""
-    model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).train()
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=dtype).train()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(shapes._drop_gradient)
     how, lora = FROZEN.get(frozen, Freezing()), None if frozen in FROZEN else LORA
     adapters.put_on(model, "", lora)
+    model.to(dtype)  # peft makes them in fp32, and DeepSpeed all in one dtype
     for name, p in model.named_parameters():
         if ".lora_" in name:
             p.register_post_accumulate_grad_hook(shapes._drop_gradient)
@@ -109,16 +117,36 @@ def test_activations_of_frozen_and_of_some_checkpointed_layers(frozen, checkpoin
         held = live.now
         hidden.backward(torch.empty_like(hidden))
     shape = shapes.count(LLAMA, False, how, lora)
-    found = shapes.activations(
-        shape, 3, 64, torch.float32, checkpointed is not None, checkpointed or 0
-    )
-    hidden_state = 3 * 64 * LLAMA.hidden_size * 4
+    found = shapes.activations(shape, 3, 64, dtype, checkpointed is not None, checkpointed or 0)
+    hidden_state = 3 * 64 * LLAMA.hidden_size * 4  # norms compute in fp32
     assert found.held == pytest.approx(held, abs=1.2 * hidden_state)
     assert found.peak == pytest.approx(live.peak, abs=1.2 * hidden_state)
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert shape.trained == own + (
         LLAMA.vocab_size * LLAMA.hidden_size * (frozen in ("nothing", "products"))
     )
+
+
+def test_value_heads_are_counted():
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(LLAMA))
+    value_heads.put_on(model, "", 1.0)
+    shape = shapes.count(LLAMA, False, values=True)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.q_width == 2 * 2 * LLAMA.hidden_size
+    assert shape.small == sum(p.numel() for p in model.parameters() if p.numel() < 10**5)
+    asked = (
+        64,
+        "fp32",
+        "cpu",
+        True,
+    )  # kept probabilities and the weights' gradients, thrice and five
+    more = memory.logits(shape, *asked) - memory.logits(shapes.count(LLAMA, False), *asked)
+    assert more == 4 * 64 * 1000 * 2 + 4 * 1000 * 128 * 4
+    saved = copy.deepcopy(LLAMA)
+    saved.ilql_beta = 1.0
+    assert shapes.count(saved, False).parameters == shape.parameters, "of a folder that holds them"
+    assert not hasattr(LLAMA, "ilql_beta")
 
 
 @pytest.mark.parametrize("pattern", [r"layers\.", r"layers\.[01]\."])

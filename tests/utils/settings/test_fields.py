@@ -110,6 +110,18 @@ def test_a_preference_loss_takes_its_own_numbers_unless_they_are_set():
     own = How(beta=0.3, desirable_weight=1.0, undesirable_weight=0.5)
     assert how("--loss", "kto", "--beta", "0.3", "--undesirable_weight", "0.5") == own
     assert how("--loss", "orpo", "--sft_coef", "0") == How(beta=0.1)
+    own = How(1.0, gamma=0.99, tau=0.9, cql_coef=0.1, awac_coef=1.0, target_rate=0.005)
+    assert how("--loss", "ilql", "--tau", "0.9") == own
+    asked = "--loss ilql --margin 1 --sft_coef 0.1 --lora_rank 4 --tau 0 --reference_model m"
+    found = "\n".join(problems_of(PreferenceConfig, [*NEEDED[PreferenceConfig], *asked.split()]))
+    for said in (
+        "loss=ilql reads no margin (now 1.0)",
+        "loss=ilql reads no sft_coef (now 0.1)",
+        "tau=0.0 must be above 0",
+        "loss=ilql trains value heads beside all weights, and lora_rank=4 adapters alone",
+        "loss=ilql has no reference",
+    ):
+        assert said in found, found
 
 
 def beyond_bounds(f):

@@ -8,6 +8,7 @@ weights and asked once more; then the run ends.
 
 import atexit
 import copy
+import dataclasses
 import hashlib
 import os
 import secrets
@@ -51,7 +52,8 @@ class VllmEngine:
         self.ahead: Ahead | None = None
         self.server = self.client = None
         self._start(setup, kind)
-        places = self.how.rollout_devices or ("CPU" if on_cpu else "the trainer's GPUs, in turns")
+        alone = self.how.rollout_devices and "cores " * on_cpu + self.how.rollout_devices
+        places = alone or ("CPU" if on_cpu else "the trainer's GPUs, in turns")
         where = "started by hand" if self.how.rollout_url else f"on {places}, log {self._log}"
         self.description = f"vLLM at {self.client.url}, {where}; weights by {kind}"
 
@@ -98,11 +100,6 @@ class VllmEngine:
         config.architectures = [type(module).__name__]
         config.save_pretrained(self._log.parent)
         rows = setup.rows_at_once * process_group.world_size()
-        cache = 0
-        if kind == "file":
-            longest = -(-setup.longest // BLOCK) * BLOCK
-            cache = numbers_a_token(module.config) * dtype.itemsize * (rows + 1) * longest
-            cache = min(cache, host_memory.free_bytes() // 2)
         launch = vllm_server.Launch(
             python=vllm_server.python_of(self.how.vllm_python),
             model=str(self._log.parent.absolute()),
@@ -114,12 +111,16 @@ class VllmEngine:
             devices=self.how.rollout_devices,
             cards=process_group.world_size() if kind == "ipc" else 1,
             memory=self.how.rollout_memory,
-            cache_bytes=cache,
             trust_remote_code=self.how.trust_remote_code,
             sleeps=self.sleeps,
             host=os.environ["MASTER_ADDR"] if len(peers.leaders()) > 1 else "127.0.0.1",
             port=free_port(),
         )
+        if kind == "file":
+            tokens = (rows + 1) * -(-setup.longest // BLOCK) * BLOCK
+            cache = numbers_a_token(module.config, launch.parts) * dtype.itemsize * tokens
+            most = host_memory.free_bytes() // 2 // launch.parts
+            launch = dataclasses.replace(launch, cache_bytes=min(cache, most))
         name, token = f"policy-{secrets.token_hex(4)}", secrets.token_hex(16)
         return vllm_server.Server(launch, name, token, self._log)
 

@@ -292,3 +292,14 @@ def test_the_model_is_found_from_any_folder(build, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     engine, *_ = build(output_dir="out")
     assert engine.server.launch.model == str(tmp_path / "out/vllm")
+
+
+def test_workers_share_the_cache_as_they_share_the_heads(build):
+    """On a CPU; of two heads one each, and of four workers two have the same."""
+    shares = {
+        cores: build(rollout_devices=cores)[0].server.launch.cache_bytes
+        for cores in ("", "0", "0,1", "0-1,2,3,4")
+    }
+    assert shares[""] == shares["0"] == 2 * shares["0,1"] == 2 * shares["0-1,2,3,4"] > 0
+    engine, *_ = build(rollout_devices="0,1")
+    assert "on cores 0,1, log" in engine.description
