@@ -341,7 +341,8 @@ def headline(step: Step, findings: list[Finding]) -> Finding:
     if not named[GOOD]:
         level = level if named[DOUBT] else NOTE
     better = [name for name in named[GOOD] if name.endswith("rose")]
-    parts = [", ".join(better) or ("nothing is wrong" if named[GOOD] else "nothing to judge yet")]
+    parts = [", ".join(better) or "nothing is wrong"] if named[GOOD] else []
+    parts += [] if named[GOOD] or named[DOUBT] else ["nothing to judge yet"]
     parts += [f"look at: {', '.join(named[DOUBT])}"] if named[DOUBT] else []
     parts += ["not over yet"] if not step.result else []
     return Finding(level, "; ".join(parts), "")

@@ -86,7 +86,7 @@ def shown(text) -> str:
 def label(run: RunFolder, step: Step, runs: list[RunFolder], among: list[Step]) -> str:
     """A short name of a step among others of its kind."""
     parts = [run.name] if len(runs) > 1 else []
-    parts += [step.method] if len({s.method for s in among}) > 1 else []
+    parts += [step.whose] if step.whose and len({s.whose for s in among}) > 1 else []
     parts += [f"round {step.number}"] if step.number else []
     return ", ".join(parts) or step.title
 

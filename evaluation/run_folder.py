@@ -60,9 +60,15 @@ class Step:
         return getattr(self.config, flag) if flag else ""
 
     @property
+    def whose(self) -> str:
+        """The method; of a reward model that a later round has trained for one, that one."""
+        return self.method or self.folder.name.partition("step2_reward_")[2]
+
+    @property
     def title(self) -> str:
         names = {"sft": "step 1: SFT", "reward": "step 2: reward model"}
         name = f"step 3: {self.method.upper()}" if self.method else names[self.kind]
+        name += f" for {self.whose.upper()}" if self.whose != self.method else ""
         return name + (f", round {self.number}" if self.number else "")
 
     @cached_property

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from evaluation import health, run_folder
+from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from tests.helpers import run_folders
 from utils.settings import command_line
@@ -90,6 +91,14 @@ def test_a_running_step_is_no_fault_and_one_that_broke_off_is(tmp_path):
     head, findings = told(folder)
     assert head.level == health.BAD and "broke off" in head.name
     assert "12 of 12 rollouts are recorded. RuntimeError" in findings[0].text
+
+
+def test_a_finished_step_that_is_only_doubted_is_not_called_open(tmp_path):
+    tmp_path.joinpath("s").mkdir()
+    command_line.save(SFTConfig(), tmp_path / "s", 1)
+    result = {"eval_loss_before": 0.07, "eval_loss_after": 0.1, "seconds": 60.0}
+    (tmp_path / "s/result.json").write_text(json.dumps(result))
+    assert told(tmp_path / "s")[0].name == "look at: overfitted"
 
 
 def test_faults_and_doubts_of_the_self_check(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluation import run_folder
+from evaluation import html_report, run_folder
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
@@ -36,6 +36,27 @@ def test_rounds_stand_in_the_order_of_the_run(tmp_path):
     ]
     assert [s.folder for s in run.policies()] == [tmp_path / "step3_ppo"]
     assert run.seconds()["step 1: SFT"] == 2.0 and run.seconds()["step 3: PPO, round 1"] == 30.0
+
+
+def test_the_reward_models_of_several_methods_are_told_apart(tmp_path):
+    for name in ("step2_reward", "step2_reward_grpo", "step2_reward_rloo"):
+        step(
+            tmp_path / name,
+            RewardConfig(),
+            [{"step": n, "loss": 1.0, "seconds": 3.0} for n in (1, 2)],
+        )
+    step(tmp_path / "round1/step2_reward", RewardConfig())
+    run = run_folder.read(tmp_path)
+    assert [s.title for s in run.steps] == [
+        "step 2: reward model, round 1",
+        "step 2: reward model, round 2",
+        "step 2: reward model for GRPO, round 2",
+        "step 2: reward model for RLOO, round 2",
+    ]
+    assert sum(run.seconds().values()) == 18.0, "each one's are counted"
+    (group,) = html_report.curves([run])
+    for name in ("round 2", "grpo, round 2", "rloo, round 2"):
+        assert f">{name}: loss<" in group["figures"][0][1]
 
 
 def test_a_step_by_itself_and_a_folder_of_none(tmp_path):

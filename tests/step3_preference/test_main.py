@@ -142,7 +142,12 @@ def test_every_loss_takes_one_path_and_resumes(tiny, chain, tmp_path):
     write_comparisons(tiny, tmp_path / "comparisons.jsonl")
     data = ["--preference_data", tmp_path / "comparisons.jsonl"]
     shards, losses = WAYS["two ranks in shards"][1], [x for x in LOSSES if x != "kto"]
-    more = {"ilql": ["--target_rate", 0.5, "--ema_decay", 0.5, "--awac_beta", 1.0]}
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join((tiny / "data/prompts.jsonl").read_text().splitlines(keepends=True)[:50])
+    )
+    more = {"ilql": ["--target_rate", 0.5, "--ema_decay", 0.5, "--awac_beta", 1.0, "--beta", 8]}
+    more["ilql"] += ["--prompt_data", tmp_path / "prompts.jsonl", "--max_prompt_length", 48]
+    more["ilql"] += ["--max_response_length", 8]  # sampled from the policy that the values make
     own = {"ilql": ["ilql_q", "ilql_v", "ilql_q_loss", "ilql_v_loss", "ilql_cql_loss"]}
 
     def job(loss, name, *flags):
@@ -161,3 +166,6 @@ def test_every_loss_takes_one_path_and_resumes(tiny, chain, tmp_path):
         assert_same_path(folders, [*NUMBERS, *own.get(loss, ())])
         assert min(metrics_of(folders["plain"], "grad_norm")) > 0, loss
         assert_same_end(tmp_path / f"{loss} asked", folders["shards"])
+    plain, shards = (json.loads((f / "result.json").read_text()) for f in folders.values())
+    assert loss == "ilql" and plain["kl_k1_before"] == pytest.approx(0, abs=1e-4)
+    assert plain["kl_k1_after"] == pytest.approx(shards["kl_k1_after"], **CLOSE) != 0

@@ -1,4 +1,4 @@
-"""What DPO and KTO learn on the embedded task from one set of comparisons, by the verifier."""
+"""What DPO, KTO and ILQL learn on the embedded task from one set of comparisons."""
 
 import json
 
@@ -9,7 +9,11 @@ from tests.helpers.running import ROOT, run_ranks
 from utils.data import toy_tasks
 from utils.models import from_scratch
 
-LOSSES = {"dpo": 1e-4, "kto": 2e-4}  # and their learning rates
+LOSSES = {  # and their settings, as the recipe has them
+    "dpo": ["--learning_rate", 1e-4],
+    "kto": ["--learning_rate", 2e-4],
+    "ilql": ["--learning_rate", 1e-3, "--beta", 16, "--target_rate", 0.05, "--awac_beta", 3],
+}
 
 
 @pytest.mark.slow
@@ -26,8 +30,8 @@ def test_one_round_raises_the_verifier_by_a_fifth(tmp_path):
     step3 = ["--model_name_or_path", sft, "--preference_data", compared, "--max_length", 96]
     step3 += ["--dtype", "fp32", "--epochs", 2, "--global_batch_size", 32, "--micro_batch_size", 16]
     jobs = [("step1_sft/main.py", [*own, *step1]), ("step2_reward/collect.py", [*recipe, *collect])]
-    for loss, rate in LOSSES.items():
-        flags = ["--loss", loss, "--learning_rate", rate, "--output_dir", tmp_path / loss]
+    for loss, settings in LOSSES.items():
+        flags = ["--loss", loss, *settings, "--output_dir", tmp_path / loss]
         jobs.append(("step3_preference/main.py", [*own, *step3, *flags]))
     run_ranks(jobs, 1)
     rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()]

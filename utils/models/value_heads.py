@@ -36,6 +36,13 @@ def _mlp(width: int, last: nn.Linear) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), last)
 
 
+class _Fp32Linear(nn.Linear):
+    """In fp32 whatever its weight's dtype: in bf16 V would move in steps of 0.004."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class ValueHeads(nn.Module):
     def __init__(self, width: int, vocabulary: int):
         super().__init__()
@@ -43,7 +50,7 @@ class ValueHeads(nn.Module):
             nn.ModuleList(_mlp(width, VocabularyHead(2 * width, vocabulary)) for _ in range(2))
             for _ in range(2)
         )
-        self.v = _mlp(width, nn.Linear(2 * width, 1))
+        self.v = _mlp(width, _Fp32Linear(2 * width, 1))
         self.target.load_state_dict(self.q.state_dict())
         self.target.requires_grad_(False)
 
@@ -82,7 +89,7 @@ class PerturbedHead(VocabularyHead):
             columns += _of_tokens(q, wanted, targets, with_logprobs=True).unbind(-1)
         with torch.no_grad():
             columns.append(torch.minimum(*(_of_tokens(q, wanted, targets) for q in heads.target)))
-        columns.append(heads.v(wanted).squeeze(-1).float())
+        columns.append(heads.v(wanted).squeeze(-1))
         return torch.stack(columns, -1)
 
 

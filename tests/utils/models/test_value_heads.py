@@ -87,6 +87,16 @@ def test_numbers_and_their_gradients_are_the_plain_ones(chunk, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, p=p: f"{p.shape} {m}")
 
 
+def test_values_in_bf16_have_more_than_three_digits():
+    model = built().bfloat16()
+    v = model.get_output_embeddings().value_heads.v[-1]
+    v.bias.data.fill_(1.0)
+    v.weight.data.fill_(1e-3)
+    found, _ = language_model.answer_tokens(model, [ROWS[0].answers], [[2, 2]], CPU, values=True)
+    values = found[:, NUMBERS.index("v")]
+    assert (values - 1).abs().min() > 0 and (values - 1).abs().max() < 0.02
+
+
 def test_sums_of_answers_are_those_of_their_tokens():
     """Rewards at the last token of each answer, values of the next one of the same answer."""
     model, how = stirred(built()), PreferenceConfig(loss="ilql", gamma=0.9).how()
