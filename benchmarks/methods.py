@@ -296,8 +296,17 @@ def table(results: dict[str, dict[int, dict]], starts: dict[int, float], best) -
     return "\n".join(lines)
 
 
+def over_seeds(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The mean of curves, point by point: the k-th of each was taken after as many rollouts."""
+    return [
+        {key: statistics.mean(point[key] for point in points) for key in points[0]}
+        for points in zip(*curves, strict=True)
+    ]
+
+
 def plot(path: Path, results: dict[str, dict[int, dict]], best) -> None:
-    """The curves of all methods and seeds; best of n is what a frontier is measured by."""
+    """Of each method the mean curve of its seeds, or a square where only its end was measured; best
+    of n is what a frontier is measured by."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -305,18 +314,20 @@ def plot(path: Path, results: dict[str, dict[int, dict]], best) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
     titles = {"kl": "KL to the SFT model, nats an answer", "seconds": "CPU seconds of the method"}
+    colours = pyplot.get_cmap("tab20").colors
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for number, (name, found) in enumerate(results.items()):
-            for i, row in enumerate(found.values()):
-                x, y = ([point[k] for point in row["curve"]] for k in (key, "verifier"))
-                style = dict(marker="o", markersize=3, linewidth=1, color=f"C{number % 10}")
-                style["linestyle"] = ("-", ":", "--")[number // 10 % 3]
-                axis.plot(x, y, label=None if i else name, **style)
+            points = over_seeds([row["curve"] for row in found.values()])
+            x, y = ([point[k] for point in points] for k in (key, "verifier"))
+            style = dict(color=colours[number % len(colours)], linewidth=1.5, label=name)
+            style["marker"] = "s" if len(points) == 1 else "o"
+            style["linestyle"] = ("-", ":")[number // len(colours) % 2]
+            axis.plot(x, y, markersize=4, **style)
         axis.set(xlabel=title, ylabel="verifier")
         axis.grid(alpha=0.3)
-    for i, points in enumerate(best.values()):
-        x, y = ([point[key] for point in points] for key in ("kl", "verifier"))
-        axes[0].plot(x, y, "k-", label=None if i else "the best of n")
+    points = over_seeds(list(best.values()))
+    x, y = ([point[key] for point in points] for key in ("kl", "verifier"))
+    axes[0].plot(x, y, "k-", label="the best of n")
     axes[0].legend(fontsize=7, ncols=2)
     with whole_files.placing(path) as beside:
         figure.savefig(beside, dpi=110, format="png")

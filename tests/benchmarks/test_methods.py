@@ -250,3 +250,12 @@ def test_the_report_of_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--samples", "256"])
     with pytest.raises(SystemExit, match="begun with --samples 12800"):
         methods.main()
+
+
+def test_a_curve_over_seeds_is_the_mean_at_each_point():
+    one = [{"kl": 0.0, "verifier": 0.4}, {"kl": 1.0, "verifier": 0.7}]
+    two = [{"kl": 0.0, "verifier": 0.2}, {"kl": 2.0, "verifier": 0.8}]
+    found = methods.over_seeds([one, two])
+    assert found == [{"kl": 0.0, "verifier": pytest.approx(0.3)}, {"kl": 1.5, "verifier": 0.75}]
+    with pytest.raises(ValueError, match="shorter"):
+        methods.over_seeds([one, two[:1]])
