@@ -224,36 +224,34 @@ def told(result: dict) -> str:
     return f"held-out loss {loss}, {accuracy}margin {result['margin_after']:.3f}"
 
 
-def main() -> None:
-    config = command_line.parse(PreferenceConfig, __doc__)
-    run = Run(config)
-    device, method, how = run.device, LOSSES[config.loss], config.how()
-
-    # Data, the reference's log-probabilities, model, engine.
+def load_tokenizer(config, run):
+    """The model's tokenizer, once all rows are sure to fit into its positions."""
     sampled = (config.max_prompt_length + config.max_response_length) * bool(config.prompt_data)
-    flags = "--max_prompt_length, --max_response_length"
-    tokenizer = run.load_tokenizer(sampled, flags) if sampled > config.max_length else None
-    tokenizer = tokenizer or run.load_tokenizer(config.max_length, "--max_length")
+    if sampled > config.max_length:
+        return run.load_tokenizer(sampled, "--max_prompt_length, --max_response_length")
+    return run.load_tokenizer(config.max_length, "--max_length")
+
+
+def load_rows(config, run, tokenizer) -> tuple[Rows, Rows]:
+    """The comparisons to train on, and those that are held out."""
     views = preferences.load(
         config.preference_data,
         tokenizer,
         config.pick(DataSettings),
         config.max_length,
         config.pairs,
-        method.takes_single,
+        LOSSES[config.loss].takes_single,
         run.say,
         config.pair_margin,
     )
     train, held = (Rows(v, n, config) for v, n in zip(views, ("train", "held"), strict=True))
-    size, count = config.global_batch_size, len(train.rows)
-    steps = config.max_steps or batches.steps_of(config.epochs, size, count)
-    run.announce(f"step 3 by preferences, {config.loss}: {steps} steps", steps)
-    numbers = {}
-    if method.reads_reference:
-        numbers = logprobs.of_reference(config, train.views() | held.views(), tokenizer, run)
-    train.refer(numbers)
-    held.refer(numbers)
-    loading = dict(dtype=run.dtype, zero_stage=config.zero_stage)
+    return train, held
+
+
+def build(config, run, tokenizer, steps: int):
+    """The engine of the model, the average of its weights and, of ILQL, the targets of its Q heads;
+    None for what the run does without."""
+    how, loading = config.how(), dict(dtype=run.dtype, zero_stage=config.zero_stage)
     model = language_model.load(
         config.pick(Loading),
         config.model_name_or_path,
@@ -269,6 +267,26 @@ def main() -> None:
     if config.loss == "ilql":
         heads = engine.module.get_output_embeddings().value_heads
         targets = value_heads.Targets(heads, how.target_rate)
+    return engine, ema, targets
+
+
+def main() -> None:
+    config = command_line.parse(PreferenceConfig, __doc__)
+    run = Run(config)
+    device, method, how = run.device, LOSSES[config.loss], config.how()
+
+    # Data, the reference's log-probabilities, model, engine.
+    tokenizer = load_tokenizer(config, run)
+    train, held = load_rows(config, run, tokenizer)
+    size, count = config.global_batch_size, len(train.rows)
+    steps = config.max_steps or batches.steps_of(config.epochs, size, count)
+    run.announce(f"step 3 by preferences, {config.loss}: {steps} steps", steps)
+    numbers = {}
+    if method.reads_reference:
+        numbers = logprobs.of_reference(config, train.views() | held.views(), tokenizer, run)
+    train.refer(numbers)
+    held.refer(numbers)
+    engine, ema, targets = build(config, run, tokenizer, steps)
     budget = config.micro_batch_size, config.micro_batch_tokens
     own = HeldOutAnswers(config, tokenizer, run, engine) if config.prompt_data else None
 
@@ -277,12 +295,10 @@ def main() -> None:
         return found | (own.measure(moment) if own else {})
 
     folders = {".": ModelFolder(engine.module, tokenizer, run.settings)}
-    engines = {"model": engine}
     if ema is not None:
         folders["ema"] = ModelFolder(engine.module, tokenizer, run.settings, ema)
-        engines["average"] = ema
-    if targets is not None:
-        engines["targets"] = targets
+    followers = {n: x for n, x in {"average": ema, "targets": targets}.items() if x is not None}
+    engines = {"model": engine, **followers}
     watch = Watch(config, run.say)
     done = run.restore(folders, engines, train.rows.fingerprint(), watch=watch)
     if targets is not None:
@@ -310,10 +326,8 @@ def main() -> None:
                 engine.backward(loss, normaliser)
                 sums.add(stats)
             measured = engine.step()
-            if targets is not None:
-                targets.update()
-            if ema is not None:
-                ema.update()
+            for follower in followers.values():
+                follower.update()
             run.bad_steps.note(measured["skipped"])
             measured |= losses.means(sums.over(1)) | ({"kl": z0} if train.mismatched else {})
             measured["seconds"] = time.time() - tick
