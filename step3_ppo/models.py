@@ -11,7 +11,7 @@ from utils.distributed.host_memory import FrozenOffload
 from utils.generation import engines, vllm_server
 from utils.generation.engine import RolloutEngine, Setup
 from utils.generation.nucleus import Nucleus
-from utils.models import adapters, freezing, language_model, scalar_model
+from utils.models import freezing, language_model, scalar_model, shared_base
 from utils.models.adapters import Lora
 from utils.models.ema import EMA
 from utils.models.freezing import Freezing
@@ -103,7 +103,7 @@ def build(config, tokenizer, dtype: str, device, of_scorers=None) -> Models:
     frozen_offload = None
     if config.offload_frozen and device.type == "cuda":
         frozen_models = [reference, *(m.model for m in (reward, judge) if m is not None)]
-        apart = [m for m in frozen_models if not adapters.shares(m, actor.module)]
+        apart = [m for m in frozen_models if not shared_base.shares(m, actor.module)]
         frozen_offload = FrozenOffload(apart, device)
     ema = EMA(actor.module, config.ema_decay) if config.ema_decay > 0 else None
     nucleus = None

@@ -32,7 +32,7 @@ from utils.distributed import process_group, zero  # noqa: E402
 from utils.generation import engine, vllm_server, vllm_weights, weights
 from utils.generation import sampling as generation  # noqa: E402
 from utils.generation.engines import native
-from utils.models import adapters, ema, language_model
+from utils.models import adapters, ema, language_model, shared_base
 from utils.models.loading import Loading  # noqa: E402
 from utils.report import Report  # noqa: E402
 
@@ -345,7 +345,7 @@ def adapter_left_on_in_the_reference(patch):
     """Its layers hold the actor's adapters, numbers and all, and want no gradient."""
 
     def change(built):
-        built.reference = adapters.twin(built.actor.module)
+        built.reference = shared_base.twin(built.actor.module)
         for module in built.reference.modules():
             for name, p in module._parameters.items():
                 if p is not None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from utils.distributed import process_group, zero
 from utils.kernels import cpu_products, packing
-from utils.models import adapters, quantised, value_heads
+from utils.models import adapters, quantised, shared_base, value_heads
 from utils.models.adapters import Lora
 from utils.models.freezing import layers_of
 from utils.pretrained import base_of, refused
@@ -58,7 +58,9 @@ def load(
     base = base_of(path) or path
     key = os.path.realpath(base) if os.path.isdir(base) else base
     shared = None if adapters.replaces_weights(path) else shared
-    model = shared and key in shared and adapters.standing_on(shared[key], auto_class, **settings)
+    model = (
+        shared and key in shared and shared_base.standing_on(shared[key], auto_class, **settings)
+    )
     with zero.sharded_loading(dtype, zero_stage, how.offload):
         read = not model
         few = quantised.settings(how.load_in_4bit, how.load_in_8bit, dtype)
@@ -68,7 +70,7 @@ def load(
         # Inside, where transformers knows that the embeddings may be shards.
         grown = tokenizer is not None and fit_to_tokenizer(model, tokenizer, base, grow)
         if read and shared is not None and not grown:  # grown embeddings are trained
-            shared[key] = adapters.twin(model)
+            shared[key] = shared_base.twin(model)
         adapters.put_on(model, path, lora, grown)
         value_heads.put_on(model, base, ilql_beta)
     if lora is not None and lora.lora_rank:

@@ -12,7 +12,7 @@ from tests.helpers.small_models import config_of
 from tests.utils.models.test_adapters import LINEAR, load, logits_of
 from tests.whole.test_gpu import GPU
 from utils.data import chat_template
-from utils.models import adapters, language_model, scalar_model
+from utils.models import adapters, language_model, scalar_model, shared_base
 from utils.models.adapters import Lora
 from utils.models.loading import Loading
 
@@ -85,7 +85,7 @@ def test_models_on_one_base_hold_its_weights_once(tiny, chain, tmp_path):
         p.data += 0.1
     assert (logits_of(actor) != logits_of(reference)).any()
     assert (logits_of(load(path)) == logits_of(reference)).all()
-    assert adapters.shares(actor, reference) and not adapters.shares(actor, alone)
+    assert shared_base.shares(actor, reference) and not shared_base.shares(actor, alone)
     # What the config says later on, as how packed rows attend, must reach every layer.
     for model in (actor, reference, critic, alone):
         assert all(getattr(m, "config", model.config) is model.config for m in model.modules())
