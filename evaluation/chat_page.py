@@ -23,24 +23,29 @@ def bubbles(messages: list[dict]) -> list[dict]:
     return [bubble(m["role"], m["content"]) for m in messages if m["role"] != "system"]
 
 
-def build(config, speakers):
-    """The page. Each visitor has a conversation of its own."""
-    gradio = web.library()
+class Events:
+    """What the page does when something is typed or clicked. Each visitor has a conversation of its
+    own."""
 
-    def fresh() -> Talk:
-        return Talk(config, speakers)
+    def __init__(self, config, speakers):
+        self.gradio, self.config, self.speakers = web.library(), config, speakers
 
-    def shown(talk: Talk, told: str = "", asked: str = "", answers: dict | None = None) -> tuple:
+    def fresh(self) -> Talk:
+        return Talk(self.config, self.speakers)
+
+    def shown(
+        self, talk: Talk, told: str = "", asked: str = "", answers: dict | None = None
+    ) -> tuple:
         """What each output becomes: state, remark, and a conversation a column."""
         columns = []
         for k, messages in enumerate(talk.messages):
             more = [bubble("user", asked)] if asked else []
             more += [bubble("assistant", answers[k])] if answers and k in answers else []
             columns.append(bubbles(messages) + more)
-        return talk, gradio.Textbox(visible(told), visible=bool(told)), *columns
+        return talk, self.gradio.Textbox(visible(told), visible=bool(told)), *columns
 
-    def say(line: str, temperature: float, talk: Talk | None):
-        talk, line = talk or fresh(), line.strip()
+    def say(self, line: str, temperature: float, talk: Talk | None):
+        talk, line = talk or self.fresh(), line.strip()
         talk.temperature = temperature
         command = line.partition(" ")[0]
         # A visitor must not choose files of this machine.
@@ -48,10 +53,10 @@ def build(config, speakers):
         told = "the slider and the button below do that" if elsewhere else said(talk, line)
         # The field is emptied here alone: the next line may be typed while an answer comes. What
         # could not be sent stays there.
-        as_it_is = gradio.skip()
+        as_it_is = self.gradio.skip()
         yield (
             as_it_is if told and command not in COMMANDS else "",
-            *shown(talk, told, "" if told else line),
+            *self.shown(talk, told, "" if told else line),
         )
         if told or not line:
             return
@@ -60,21 +65,25 @@ def build(config, speakers):
         try:
             for k, text in talk.answer(line):
                 answers[k] = text
-                now = Talk(config, speakers, messages=before)
-                yield as_it_is, talk, *shown(now, "", line, answers)[1:]
-            yield as_it_is, *shown(talk)
+                now = Talk(self.config, self.speakers, messages=before)
+                yield as_it_is, talk, *self.shown(now, "", line, answers)[1:]
+            yield as_it_is, *self.shown(talk)
         except TooLong as problem:
-            yield as_it_is, *shown(talk, f"{problem}; reset starts afresh. You said: {line}")
+            yield as_it_is, *self.shown(talk, f"{problem}; reset starts afresh. You said: {line}")
 
-    def begin(system: str, talk: Talk | None):
-        talk = talk or fresh()
-        return shown(talk, COMMANDS["/system"](talk, system.strip()))
+    def begin(self, system: str, talk: Talk | None):
+        talk = talk or self.fresh()
+        return self.shown(talk, COMMANDS["/system"](talk, system.strip()))
 
-    def save(talk: Talk | None):
+    def save(self, talk: Talk | None):
         path = Path(tempfile.mkdtemp()) / "conversations.jsonl"
-        (talk or fresh()).save(str(path))
-        return gradio.File(str(path), visible=True)
+        (talk or self.fresh()).save(str(path))
+        return self.gradio.File(str(path), visible=True)
 
+
+def build(config, speakers):
+    """The page."""
+    gradio, events = web.library(), Events(config, speakers)
     with gradio.Blocks(title="chat", analytics_enabled=False) as page:
         talk = gradio.State(None)
         with gradio.Row():
@@ -100,10 +109,10 @@ def build(config, speakers):
         outputs = [talk, remark, *columns]
         # A line that is sent while an answer comes waits in its field until that is whole.
         asked = [line, temperature, talk]
-        line.submit(say, asked, [line, *outputs], trigger_mode="always_last")
+        line.submit(events.say, asked, [line, *outputs], trigger_mode="always_last")
         for event in (reset.click, system.submit, *(c.clear for c in columns)):
-            event(begin, [system, talk], outputs)
-        keep.click(save, [talk], [file])
+            event(events.begin, [system, talk], outputs)
+        keep.click(events.save, [talk], [file])
     return page
 
 
